@@ -1,0 +1,170 @@
+"""`best_model.pt`: one file with everything the service and the trainer need.
+
+Keys: `epoch`, `step`, `model_state_dict`, `optimizer_state_dict`, `scheduler_state_dict`, `loss`,
+`config` (`{"model": ..., "training": ...}`) and `tokenizer` (the tokenizer's JSON). A resumable
+checkpoint adds `progress` (random states, place in the data); a release drops all but the weights.
+
+Files are read with `weights_only=True`: a pickle that would run code is refused, never executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rdt_core.config import ModelConfig
+from rdt_core.model import RDT
+from rdt_core.tokenizer import Tokenizer
+
+REQUIRED_KEYS = ("model_state_dict", "config", "tokenizer")
+
+
+class CheckpointError(ValueError):
+    """A file that is no usable checkpoint; the message names the file and what is wrong with it."""
+
+    def __init__(self, path: str | Path, problem: str) -> None:
+        super().__init__(f"{path}: {problem}")
+
+
+@dataclass
+class Checkpoint:
+    """The contents of one file. `config["model"]` holds the fields of `ModelConfig`."""
+
+    model_state_dict: dict[str, Tensor]
+    config: dict[str, Any]
+    tokenizer: str
+    epoch: int = 0
+    step: int = 0
+    loss: float | None = None
+    optimizer_state_dict: dict[str, Any] | None = None
+    scheduler_state_dict: dict[str, Any] | None = None
+    progress: dict[str, Any] | None = field(default=None)
+
+    def to_mapping(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to restore text, and where it came from."""
+
+    model: RDT
+    tokenizer: Tokenizer
+    name: str
+    digest: str
+    checkpoint: Checkpoint
+
+
+def save(path: str | Path, checkpoint: Checkpoint) -> None:
+    """Write atomically: the file at `path` is the old one or the whole new one, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            torch.save(checkpoint.to_mapping(), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read(path: str | Path) -> Checkpoint:
+    """Read a checkpoint's contents onto the CPU. Raises `CheckpointError`; executes nothing."""
+    if not Path(path).is_file():
+        raise CheckpointError(path, "no such file")
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(path, "not a checkpoint, or cut short: a checkpoint is a zip archive")
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            path, f"refused: it holds more than tensors and plain values ({_first_line(error)})"
+        ) from error
+    except Exception as error:  # a damaged archive surfaces as RuntimeError, EOFError, KeyError, ...
+        raise CheckpointError(path, f"damaged: {_first_line(error)}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(path, f"holds a {type(values).__name__}, not a checkpoint's dictionary")
+    missing = [key for key in REQUIRED_KEYS if key not in values]
+    if missing:
+        raise CheckpointError(path, f"has no {', '.join(missing)}")
+    known = {name: values[name] for name in Checkpoint.__dataclass_fields__ if name in values}
+    return Checkpoint(**known)
+
+
+def load(path: str | Path, device: torch.device | str = "cpu") -> LoadedModel:
+    """Build the model a checkpoint describes, in float32 and in evaluation mode, on `device`.
+
+    Raises `CheckpointError` when the file, its configuration, weights and vocabulary do not fit together.
+    """
+    checkpoint = read(path)
+    config = _model_config(path, checkpoint)
+    try:
+        tokenizer = Tokenizer(checkpoint.tokenizer)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(path, f"tokenizer: {error}") from error
+    if tokenizer.vocab_size != config.vocab_size:
+        raise CheckpointError(
+            path, f"the tokenizer has {tokenizer.vocab_size} entries, the model's vocab_size is {config.vocab_size}"
+        )
+    with torch.device("meta"):
+        model = RDT(config)
+    _check_weights(path, model, checkpoint.model_state_dict)
+    weights = {name: tensor.to(torch.float32) for name, tensor in checkpoint.model_state_dict.items()}
+    model.load_state_dict(weights, assign=True)
+    model.requires_grad_(False)
+    name = checkpoint.config.get("name") or Path(path).resolve().parent.name
+    return LoadedModel(model.to(device).eval(), tokenizer, str(name), digest(path), checkpoint)
+
+
+def export_release(source: str | Path, target: str | Path, name: str, dtype: torch.dtype = torch.float16) -> None:
+    """Write the weights alone, in half precision: what is served, without what training needs."""
+    checkpoint = read(source)
+    weights = {key: tensor.to(dtype) for key, tensor in checkpoint.model_state_dict.items()}
+    config = {**checkpoint.config, "name": name}
+    save(target, Checkpoint(weights, config, checkpoint.tokenizer, checkpoint.epoch, checkpoint.step, checkpoint.loss))
+
+
+def digest(path: str | Path) -> str:
+    """SHA-256 of the file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _model_config(path: str | Path, checkpoint: Checkpoint) -> ModelConfig:
+    config = checkpoint.config
+    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+        raise CheckpointError(path, "config has no 'model' section")
+    try:
+        return ModelConfig.from_mapping(config["model"])
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(path, f"config: {error}") from error
+
+
+def _check_weights(path: str | Path, model: RDT, weights: Any) -> None:
+    if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+        raise CheckpointError(path, "model_state_dict is not a dictionary of tensors")
+    expected = model.state_dict()
+    for name in sorted(expected.keys() | weights.keys()):
+        if name not in weights:
+            raise CheckpointError(path, f"model_state_dict has no {name}")
+        if name not in expected:
+            raise CheckpointError(path, f"model_state_dict has {name}, which the configuration does not")
+        if expected[name].shape != weights[name].shape:
+            shapes = f"{tuple(weights[name].shape)}, want {tuple(expected[name].shape)}"
+            raise CheckpointError(path, f"{name} has shape {shapes}")
+        if not weights[name].is_floating_point() or not torch.isfinite(weights[name]).all():
+            raise CheckpointError(path, f"{name} holds values that are not finite numbers")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,98 @@
+"""The shape of a model, checked on construction.
+
+`ModelConfig` travels inside every checkpoint, so a checkpoint alone says how to build its model and
+which request defaults (`halting`, `max_steps`, `threshold`) its weights were evaluated with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, get_args
+
+Halting = Literal["gate", "settle"]
+DecoderType = Literal["linear", "transformer"]
+
+HALTINGS: tuple[str, ...] = get_args(Halting)
+DECODER_TYPES: tuple[str, ...] = get_args(DecoderType)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything needed to build an `RDT`, and the defaults its answers are given with.
+
+    Raises `ValueError` naming the field, the value and the range.
+    """
+
+    vocab_size: int = 30_522
+    d_model: int = 512
+    n_heads: int = 8
+    n_encoder_layers: int = 6
+    n_decoder_layers: int = 0
+    d_ff: int = 2048
+    dropout: float = 0.1
+    max_seq_len: int = 512
+    decoder_type: DecoderType = "linear"
+    gate_hidden_dim: int = 256
+    n_prelude_layers: int = 0
+    level_conditioning: bool = False
+    total_steps: int = 20
+    """The unit of the level: a level of 1 stands for this many passes left."""
+    suppress_tokens: tuple[int, ...] = ()
+    """Tokens that are never an answer: padding, unknown, start, end, mask."""
+    halting: Halting = "gate"
+    max_steps: int = 20
+    threshold: float = 0.05
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model", "n_heads", "n_encoder_layers", "d_ff", "max_seq_len",
+                     "gate_hidden_dim", "total_steps", "max_steps"):  # fmt: skip
+            self._check_int(name, minimum=1)
+        for name in ("n_decoder_layers", "n_prelude_layers"):
+            self._check_int(name, minimum=0)
+        object.__setattr__(self, "suppress_tokens", tuple(self.suppress_tokens))
+        outside = [token for token in self.suppress_tokens if not 0 <= token < self.vocab_size]
+        if outside:
+            raise ValueError(f"suppress_tokens has {outside[0]!r}: want 0 <= token < vocab_size = {self.vocab_size}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout is {self.dropout!r}: want 0 <= dropout < 1")
+        if not (math.isfinite(self.threshold) and self.threshold >= 0.0):
+            raise ValueError(f"threshold is {self.threshold!r}: want a finite number >= 0")
+        if self.decoder_type not in DECODER_TYPES:
+            raise ValueError(f"decoder_type is {self.decoder_type!r}: want one of {', '.join(DECODER_TYPES)}")
+        if self.halting not in HALTINGS:
+            raise ValueError(f"halting is {self.halting!r}: want one of {', '.join(HALTINGS)}")
+        if self.d_model % (2 * self.n_heads) != 0:
+            raise ValueError(
+                f"d_model is {self.d_model}: want a multiple of 2 x n_heads = {2 * self.n_heads} (rotary pairs)"
+            )
+        if self.decoder_type == "transformer" and self.n_decoder_layers == 0:
+            raise ValueError("n_decoder_layers is 0: want >= 1 with decoder_type 'transformer'")
+
+    def _check_int(self, name: str, minimum: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise ValueError(f"{name} is {value!r}: want a whole number >= {minimum}")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """Build from plain values, refusing names that are not fields (`ValueError`)."""
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"{unknown[0]} is not a model setting; known: {', '.join(sorted(known))}")
+        return cls(**values)
+
+    def to_mapping(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def with_changes(self, **changes: Any) -> ModelConfig:
+        return replace(self, **changes)
+
+
+PRESETS: dict[str, ModelConfig] = {
+    "small": ModelConfig(d_model=256, n_heads=4, n_encoder_layers=4, d_ff=1024),
+    "base": ModelConfig(d_model=512, n_heads=8, n_encoder_layers=6, d_ff=2048),
+    "large": ModelConfig(d_model=768, n_heads=12, n_encoder_layers=12, d_ff=3072),
+}

@@ -1,0 +1,18 @@
+"""When to stop, and which tokens to settle: arithmetic shared by the reference loop and the engine.
+
+Two ways to spend passes. With `gate`, the hidden state is refined until the sequence's level is below
+the threshold, then every masked row is decoded once. With `settle`, text comes back gradually: after
+each pass the rows whose token level is below the threshold are decoded and become visible to the next
+pass, and at least so many of the surest as keep the pace to `max_steps`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+HaltReason = Literal["gate", "max_steps", "deadline"]
+
+
+def due(n_masked: int, step: int, max_steps: int) -> int:
+    """How many of `n_masked` rows must be settled after `step` of `max_steps` passes: `ceil(n x step / max)`."""
+    return -(-n_masked * step // max_steps)

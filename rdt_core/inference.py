@@ -1,0 +1,169 @@
+"""The reference: one sequence at a time, one pass after another, nothing clever.
+
+Every faster way of running the model is compared with this loop: same tokens, same steps.
+
+L: tokens of the sequence   M: its masked rows   V: vocabulary
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rdt_core.config import HALTINGS, Halting
+from rdt_core.halting import HaltReason, due
+from rdt_core.model import RDT, State
+from rdt_core.packing import Packing
+
+
+@dataclass(frozen=True)
+class Restoration:
+    """One sequence restored. Rows are the masked ones (all with `decode_all`), in order of position."""
+
+    tokens: list[int]  # (L,) the input with the restored tokens in place
+    rows: list[int]  # (M,) which positions were decoded
+    probabilities: list[float]  # (M,) of each chosen token
+    fixed_at: list[int]  # (M,) the pass after which each token was chosen
+    candidates: list[list[tuple[int, float]]]  # (M, top_k) (token, probability), most likely first
+    steps: int
+    levels: list[float]  # (steps,) the level after each pass
+    reason: HaltReason
+
+
+Observer = Callable[[int, float, State], None]
+Choice = tuple[int, float, int, list[tuple[int, float]]]  # token, probability, pass, candidates
+
+
+@torch.no_grad()
+def restore(
+    model: RDT,
+    tokens: Tensor,
+    masked: Tensor,
+    *,
+    max_steps: int | None = None,
+    threshold: float | None = None,
+    halting: Halting | None = None,
+    top_k: int = 0,
+    decode_all: bool = False,
+    observe: Observer | None = None,
+    out_of_time: Callable[[], bool] | None = None,
+) -> Restoration:
+    """Apply the encoder until the gate is satisfied. tokens `(L,)`, masked `(L,)` bool.
+
+    Options default to the model's own. `observe(step, level, state)` is called after every pass.
+    `decode_all` reads every row at the end, not only the masked ones. Once `out_of_time()` is true, what
+    is there is decoded and answered. Raises `ValueError` for a sequence longer than `max_seq_len` or an
+    option out of range.
+    """
+    config = model.config
+    max_steps = config.max_steps if max_steps is None else max_steps
+    threshold = config.threshold if threshold is None else threshold
+    halting = config.halting if halting is None else halting
+    _check(model, tokens, max_steps, threshold, halting)
+
+    packing = Packing.of([len(tokens)], model.device)
+    state = model.begin(tokens.to(model.device), masked.to(model.device), packing)
+    n_masked = int(masked.sum())
+    chosen: dict[int, Choice] = {}
+    levels: list[float] = []
+    reason: HaltReason | None = None
+
+    while reason is None:
+        state = model(state, packing)
+        step = len(levels) + 1
+        if halting == "settle":
+            rows = rows_to_settle(state, due(n_masked, step, max_steps) - len(chosen), threshold)
+            level = settled_level(state, rows, n_masked, levels)
+        else:
+            rows = state.masked.nonzero().squeeze(1)
+            level = float(state.gate.level[0])
+        levels.append(level)
+
+        if halting == "settle" and len(chosen) + len(rows) == n_masked:
+            reason = "max_steps" if step == max_steps else "gate"
+        elif level < threshold:
+            reason = "gate"
+        elif step == max_steps:
+            reason = "max_steps"
+        elif out_of_time is not None and out_of_time():
+            reason = "deadline"
+        if reason is not None:
+            rows = state.masked.nonzero().squeeze(1)
+        if halting == "settle" or reason is not None:
+            chosen |= _decode(model, state, packing, rows, step=step, top_k=top_k)
+            state = model.settle(state, rows, torch.tensor([chosen[row][0] for row in rows.tolist()]).to(rows))
+        if observe is not None:
+            observe(step, level, state)
+
+    if decode_all:
+        rest = torch.tensor([row for row in range(len(tokens)) if row not in chosen], device=model.device)
+        chosen |= _decode(model, state, packing, rest, step=len(levels), top_k=top_k)
+    return _assemble(tokens, chosen, levels, reason)
+
+
+def rows_to_settle(state: State, n_due: int, threshold: float) -> Tensor:
+    """The masked rows whose token level is below the threshold, and the surest others up to `n_due`."""
+    rows = state.masked.nonzero().squeeze(1)
+    order = torch.argsort(state.gate.token_level[rows], stable=True)  # ties: the leftmost first
+    rows = rows[order]
+    n_sure = int((state.gate.token_level[rows] < threshold).sum())
+    return rows[: max(n_sure, n_due)].sort().values
+
+
+def settled_level(state: State, settling: Tensor, n_masked: int, levels: list[float]) -> float:
+    """Share of masked rows that stay open, weighted by their token levels; it never rises."""
+    if n_masked == 0:
+        return 0.0
+    open_levels = state.gate.token_level.masked_fill(~state.masked, 0.0).index_fill(0, settling, 0.0)
+    return min([float(open_levels.sum()) / n_masked, *levels[-1:]])
+
+
+def _decode(model: RDT, state: State, packing: Packing, rows: Tensor, *, step: int, top_k: int) -> dict[int, Choice]:
+    if len(rows) == 0:
+        return {}
+    probabilities = model.decode(state.hidden, packing, rows).float().softmax(-1)  # (M, V)
+    best, tokens = probabilities.max(-1)
+    top = probabilities.topk(top_k, dim=-1)
+    candidates = [
+        list(zip(ids, shares, strict=True))
+        for ids, shares in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    ]
+    found = zip(rows.tolist(), tokens.tolist(), best.tolist(), candidates, strict=True)
+    return {row: (token, probability, step, others) for row, token, probability, others in found}
+
+
+def _assemble(
+    tokens: Tensor,
+    chosen: dict[int, Choice],
+    levels: list[float],
+    reason: HaltReason,
+) -> Restoration:
+    restored = tokens.tolist()
+    rows = sorted(chosen)
+    for row in rows:
+        restored[row] = chosen[row][0]
+    return Restoration(
+        tokens=restored,
+        rows=rows,
+        probabilities=[chosen[row][1] for row in rows],
+        fixed_at=[chosen[row][2] for row in rows],
+        candidates=[chosen[row][3] for row in rows],
+        steps=len(levels),
+        levels=levels,
+        reason=reason,
+    )
+
+
+def _check(model: RDT, tokens: Tensor, max_steps: int, threshold: float, halting: str) -> None:
+    if not 1 <= len(tokens) <= model.config.max_seq_len:
+        raise ValueError(f"tokens has length {len(tokens)}: want 1 to max_seq_len = {model.config.max_seq_len}")
+    if max_steps < 1:
+        raise ValueError(f"max_steps is {max_steps}: want >= 1")
+    if not (math.isfinite(threshold) and threshold >= 0):
+        raise ValueError(f"threshold is {threshold}: want a finite number >= 0")
+    if halting not in HALTINGS:
+        raise ValueError(f"halting is {halting!r}: want one of {', '.join(HALTINGS)}")

@@ -1,0 +1,157 @@
+"""RDT: one shared encoder, applied again and again.
+
+T: packed tokens   N: sequences   D: model width   V: vocabulary   M: rows asked for
+
+    begin    tokens (T,)  -> State          prelude: embed, optional layers of its own
+    forward  State        -> State          one pass of the shared encoder, then the gate
+    decode   State, rows  -> logits (M, V)  coda: only the rows that were asked for
+    settle   State, rows  -> State          decoded tokens replace [MASK] in the embedded input
+
+Every pass starts from `LayerNorm(hidden) + W_inject . embedded`: the input is fed back in at every
+pass and the hidden state cannot grow, which keeps the recursion stable at any depth (compare the
+input injection of Deep Equilibrium Models, Bai et al., 2019, and of Geiping et al., 2025).
+Level and gate state are per sequence, so sequences of different depths share one pass.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rdt_core.config import ModelConfig
+from rdt_core.gate import Gate, GateState
+from rdt_core.layers import AdaptiveNorm, EncoderLayer, rotary_angles
+from rdt_core.packing import Packing
+
+if TYPE_CHECKING:
+    from rdt_core.inference import Restoration
+
+
+class State(NamedTuple):
+    """All that `N` live sequences carry from pass to pass."""
+
+    hidden: Tensor  # (T, D)
+    embedded: Tensor  # (T, D) the embedded input, fed back in at every pass
+    masked: Tensor  # (T,) bool, rows still to be restored
+    gate: GateState
+
+
+class RDT(nn.Module):
+    """Recursive Denoising Transformer.
+
+    Takes a `ModelConfig`, or its fields by name: `RDT(d_model=256, n_heads=4, ...)`.
+    """
+
+    def __init__(self, config: ModelConfig | None = None, /, **fields: Any) -> None:
+        super().__init__()
+        if config is not None and fields:
+            raise TypeError("give RDT a ModelConfig or its fields, not both")
+        self.config = config = config or ModelConfig.from_mapping(fields)
+        layer = (config.d_model, config.n_heads, config.d_ff, config.dropout)
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.embedding_dropout = nn.Dropout(config.dropout)
+        self.prelude = nn.ModuleList(EncoderLayer(*layer) for _ in range(config.n_prelude_layers))
+        self.hidden_norm = nn.LayerNorm(config.d_model)
+        self.inject = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.level_embedding = nn.Linear(1, config.d_model) if config.level_conditioning else None
+        self.encoder = nn.ModuleList(
+            EncoderLayer(*layer, conditioned=config.level_conditioning) for _ in range(config.n_encoder_layers)
+        )
+        n_decoder_layers = config.n_decoder_layers if config.decoder_type == "transformer" else 0
+        self.decoder = nn.ModuleList(EncoderLayer(*layer) for _ in range(n_decoder_layers))
+        self.decoder_norm = nn.LayerNorm(config.d_model)
+        self.decoder_bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.gate = Gate(config.d_model, config.gate_hidden_dim)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.embedding.weight, std=self.config.d_model**-0.5)
+        nn.init.eye_(self.inject.weight)
+        for module in self.modules():
+            if isinstance(module, EncoderLayer):  # residual branches start small
+                module.attention.out.weight.data.mul_(0.5)
+                module.feed_forward.down.weight.data.mul_(0.5)
+        for module in self.modules():  # last, so that nothing initialises over it
+            if isinstance(module, AdaptiveNorm):
+                module.reset_modulation()
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens `(M,)` -> embedded input `(M, D)`, of unit variance at initialisation."""
+        scaled: Tensor = self.embedding(tokens) * math.sqrt(self.config.d_model)
+        return self.embedding_dropout(scaled)
+
+    def begin(self, tokens: Tensor, masked: Tensor, packing: Packing) -> State:
+        """The prelude. tokens `(T,)`, masked `(T,)` bool -> the state before the first pass."""
+        embedded = self.embed(tokens)  # (T, D)
+        hidden = self._layers(self.prelude, embedded, packing)
+        return State(hidden, embedded, masked, self.gate.start(packing))
+
+    def forward(self, state: State, packing: Packing) -> State:
+        """One pass of the shared encoder over every live sequence, then the gate's reading."""
+        x = self.hidden_norm(state.hidden) + self.inject(state.embedded)  # (T, D)
+        condition = None
+        if self.level_embedding is not None:
+            levels = self.level_embedding(state.gate.level.detach()[:, None].to(x.dtype))  # (N, D)
+            condition = F.silu(levels)[packing.sequence_ids]  # (T, D)
+        hidden = self._layers(self.encoder, x, packing, condition)
+        return state._replace(hidden=hidden, gate=self.gate(hidden, state.masked, packing, state.gate))
+
+    def decode(self, hidden: Tensor, packing: Packing, rows: Tensor | None = None) -> Tensor:
+        """The coda. hidden `(T, D)`, rows `(M,)` or all -> logits `(M, V)` against the tied embedding."""
+        hidden = self._layers(self.decoder, hidden, packing)
+        if rows is not None:
+            hidden = hidden[rows]
+        logits = F.linear(self.decoder_norm(hidden), self.embedding.weight, self.decoder_bias)
+        if self.config.suppress_tokens:
+            logits[:, self.config.suppress_tokens] = -math.inf
+        return logits
+
+    def settle(self, state: State, rows: Tensor, tokens: Tensor) -> State:
+        """Rows `(M,)` are restored as `tokens` `(M,)`: the next pass sees them instead of `[MASK]`."""
+        embedded = state.embedded.index_copy(0, rows, self.embed(tokens).to(state.embedded.dtype))
+        return state._replace(embedded=embedded, masked=state.masked.index_fill(0, rows, False))
+
+    def recursive_forward(
+        self, tokens: Tensor, masked: Tensor, packing: Packing, n_passes: int, n_grad_passes: int = 2
+    ) -> list[State]:
+        """Several passes, for training: the states after each, gradients through the last few only.
+
+        tokens `(T,)`, masked `(T,)` bool -> `n_passes` states; decode those the loss looks at. The
+        embedded input keeps its gradient in every pass that has one.
+        """
+        if n_passes < 1 or n_grad_passes < 1:
+            raise ValueError(f"n_passes is {n_passes}, n_grad_passes is {n_grad_passes}: want both >= 1")
+        state = self.begin(tokens, masked, packing)
+        states = []
+        for step in range(n_passes):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and step >= n_passes - n_grad_passes):
+                state = self(state, packing)
+            states.append(state)
+        return states
+
+    def inference(self, tokens: Tensor, masked: Tensor, **options: Any) -> Restoration:
+        """Restore one sequence, halting by the gate: see `rdt_core.inference.restore`."""
+        from rdt_core.inference import restore  # noqa: PLC0415 - the reference is written in terms of this class
+
+        return restore(self, tokens, masked, **options)
+
+    def _layers(self, layers: nn.ModuleList, x: Tensor, packing: Packing, condition: Tensor | None = None) -> Tensor:
+        if len(layers) == 0:
+            return x
+        rotary = rotary_angles(packing.positions, self.config.d_model // self.config.n_heads)
+        for layer in layers:
+            x = layer(x, packing, rotary, condition)
+        return x

@@ -1,0 +1,94 @@
+"""Sequences laid end to end without padding.
+
+    tokens of three sequences, 3 + 2 + 4 long:
+
+    packed        [a a a b b c c c c]      (T,)   T = 9
+    offsets       [0 3 5 9]                (N+1,) N = 3
+    positions     [0 1 2 0 1 0 1 2 3]      (T,)   place inside the own sequence
+    sequence_ids  [0 0 0 1 1 2 2 2 2]      (T,)   which sequence a row belongs to
+
+Everything but attention works row by row and never looks at a `Packing`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """Where each of `N` sequences lies among `T` packed rows."""
+
+    lengths: tuple[int, ...]
+    offsets: Tensor  # (N+1,) int32
+    positions: Tensor  # (T,) int64
+    sequence_ids: Tensor  # (T,) int64
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device | str | None = None) -> Packing:
+        """Lay out sequences of the given lengths (each >= 1, else `ValueError`)."""
+        if not lengths or min(lengths) < 1:
+            raise ValueError(f"lengths is {tuple(lengths)!r}: want at least one sequence, each of length >= 1")
+        sizes = torch.tensor(lengths, dtype=torch.int64)
+        offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64)
+        torch.cumsum(sizes, 0, out=offsets[1:])
+        sequence_ids = torch.repeat_interleave(torch.arange(len(lengths)), sizes)
+        positions = torch.arange(int(offsets[-1])) - offsets[sequence_ids]
+        return cls(
+            lengths=tuple(int(length) for length in lengths),
+            offsets=offsets.to(torch.int32).to(device),
+            positions=positions.to(device),
+            sequence_ids=sequence_ids.to(device),
+        )
+
+    @property
+    def n_sequences(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self.positions.shape[0])
+
+    @property
+    def equal_lengths(self) -> bool:
+        return len(set(self.lengths)) == 1
+
+
+def pack(sequences: Sequence[Tensor]) -> tuple[Tensor, Packing]:
+    """`N` tensors `(L_i, ...)` -> one tensor `(T, ...)` and its layout."""
+    packing = Packing.of([len(sequence) for sequence in sequences], sequences[0].device)
+    return torch.cat(list(sequences)), packing
+
+
+def unpack(packed: Tensor, packing: Packing) -> list[Tensor]:
+    """`(T, ...)` -> `N` views `(L_i, ...)`."""
+    return list(packed.split(packing.lengths))
+
+
+def rows_of(packing: Packing, sequences: Sequence[int]) -> Tensor:
+    """Packed row numbers `(T',)` of the given sequences, in the given order."""
+    offsets = packing.offsets.tolist()
+    rows = [torch.arange(offsets[i], offsets[i + 1]) for i in sequences]
+    return torch.cat(rows).to(packing.positions.device)
+
+
+def select(packed: Tensor, packing: Packing, sequences: Sequence[int]) -> tuple[Tensor, Packing]:
+    """Keep some sequences, in the given order, and close the gaps: `(T, ...)` -> `(T', ...)`."""
+    kept = Packing.of([packing.lengths[i] for i in sequences], packed.device)
+    return packed[rows_of(packing, sequences)], kept
+
+
+def sequence_mean(rows: Tensor, weights: Tensor, packing: Packing) -> Tensor:
+    """Weighted mean of the rows of each sequence; zero where all its weights are.
+
+    rows `(T, K)`, weights `(T,)` >= 0 -> `(N, K)`.
+    """
+    n = packing.n_sequences
+    weights = weights.to(rows.dtype)
+    total = rows.new_zeros(n, rows.shape[1]).index_add_(0, packing.sequence_ids, rows * weights[:, None])
+    mass = weights.new_zeros(n).index_add_(0, packing.sequence_ids, weights)
+    return total / mass.clamp(min=torch.finfo(mass.dtype).tiny)[:, None]

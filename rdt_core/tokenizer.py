@@ -1,0 +1,150 @@
+"""BERT WordPiece with character offsets, carried as JSON inside a checkpoint.
+
+Two ways in, because two kinds of text come in:
+
+- `encode` reads what a caller typed. `[MASK]` counts in any letter case; everything else is text, so a
+  caller who types `[SEP]` gets those five characters and not a control token.
+- `encode_training` reads a corpus, where `[UNK]` stands for a word that nobody knows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer as WordPieceTokenizer
+
+MASK = re.compile(r"\[mask\]", re.IGNORECASE)
+CONTINUATION = "##"
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """A text as tokens: `ids` and their character spans, `[CLS]` and `[SEP]` (empty spans) included."""
+
+    text: str
+    ids: list[int]
+    spans: list[tuple[int, int]]
+    masked: list[bool]
+
+
+class Tokenizer:
+    """Raises `ValueError` when the JSON is not a tokenizer with BERT's special tokens."""
+
+    def __init__(self, json: str) -> None:
+        try:
+            self._typed = WordPieceTokenizer.from_str(json)
+            self._corpus = WordPieceTokenizer.from_str(json)
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"not a tokenizer JSON: {error}") from error
+        for tokenizer in (self._typed, self._corpus):
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+        self._typed.encode_special_tokens = True  # a caller's "[SEP]" is text
+        self.json = json
+        vocabulary = self._typed.get_vocab(with_added_tokens=True)
+        missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
+        if missing:
+            raise ValueError(f"the tokenizer has no {', '.join(missing)}: not a BERT vocabulary")
+        self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (
+            vocabulary[token] for token in SPECIAL_TOKENS
+        )
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Tokenizer:
+        """Read a `tokenizer.json`. `OSError` or `ValueError` naming the file."""
+        json = Path(path).read_text(encoding="utf-8")
+        try:
+            return cls(json)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._typed.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that are never masked and never a target: padding, unknown, start, end, mask."""
+        return frozenset((self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id))
+
+    def piece(self, token_id: int) -> str:
+        """The word piece of a token, with its `##` if it continues a word."""
+        piece = self._typed.id_to_token(token_id)
+        if piece is None:
+            raise ValueError(f"token_id is {token_id}: want 0 <= token_id < {self.vocab_size}")
+        return str(piece)
+
+    def encode(self, text: str) -> Encoding:
+        """What a caller typed, as tokens; offsets count characters of `text` as it was sent."""
+        ids, spans, masked = [self.cls_id], [(0, 0)], [False]
+
+        def add_text(start: int, end: int) -> None:
+            if start == end:
+                return
+            encoded = self._typed.encode(text[start:end], add_special_tokens=False)
+            ids.extend(encoded.ids)
+            spans.extend((start + a, start + b) for a, b in encoded.offsets)
+            masked.extend([False] * len(encoded.ids))
+
+        end_of_last = 0
+        for match in MASK.finditer(text):
+            add_text(end_of_last, match.start())
+            ids.append(self.mask_id)
+            spans.append(match.span())
+            masked.append(True)
+            end_of_last = match.end()
+        add_text(end_of_last, len(text))
+        ids.append(self.sep_id)
+        spans.append((len(text), len(text)))
+        masked.append(False)
+        return Encoding(text, ids, spans, masked)
+
+    def encode_training(self, texts: Sequence[str]) -> list[list[int]]:
+        """Corpus texts as token ids, without `[CLS]` and `[SEP]`; `[UNK]` in the text is `[UNK]`."""
+        encodings = self._corpus.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Tokens as text, for reading: pieces joined, special tokens left out."""
+        kept = [token_id for token_id in token_ids if token_id not in self.special_ids]
+        return str(self._typed.decode(kept))
+
+
+@dataclass(frozen=True)
+class Fill:
+    """A piece written into a text: characters `start:end` of the new text are `text`."""
+
+    row: int
+    start: int
+    end: int
+    text: str
+
+
+def fill(encoding: Encoding, pieces: Mapping[int, str]) -> tuple[str, list[Fill]]:
+    """Write pieces over the spans of some rows and leave every other character as it was sent.
+
+    A `##` piece is written without its mark. Where two masks stand with nothing between them and the
+    second is filled with a new word, a space separates the two.
+    """
+    out: list[str] = []
+    fills: list[Fill] = []
+    length = read = 0
+    last_row_end = -1
+    for row in sorted(pieces):
+        start, end = encoding.spans[row]
+        before = encoding.text[read:start]
+        word = pieces[row].removeprefix(CONTINUATION)
+        adjacent_masks = start == last_row_end and encoding.masked[row] and encoding.masked[row - 1]
+        if adjacent_masks and not pieces[row].startswith(CONTINUATION):
+            before += " "
+        out += [before, word]
+        length += len(before)
+        fills.append(Fill(row, length, length + len(word), word))
+        length += len(word)
+        read = last_row_end = end
+    out.append(encoding.text[read:])
+    return "".join(out), fills

@@ -114,10 +114,9 @@ class RDT(nn.Module):
         hidden = self._layers(self.decoder, hidden, packing)
         if rows is not None:
             hidden = hidden[rows]
-        logits = F.linear(self.decoder_norm(hidden), self.embedding.weight, self.decoder_bias)
-        if self.config.suppress_tokens:
-            logits[:, self.config.suppress_tokens] = -math.inf
-        return logits
+        suppressed = torch.tensor(self.config.suppress_tokens, dtype=torch.int64, device=hidden.device)
+        bias = self.decoder_bias.index_fill(0, suppressed, -math.inf)
+        return F.linear(self.decoder_norm(hidden), self.embedding.weight, bias)
 
     def settle(self, state: State, rows: Tensor, tokens: Tensor) -> State:
         """Rows `(M,)` are restored as `tokens` `(M,)`: the next pass sees them instead of `[MASK]`."""

@@ -1,0 +1,1 @@
+"""The slim trainer: `python -m training --config training/configs/base.yaml`."""

@@ -1,0 +1,270 @@
+"""What a training run is told: YAML, then an override file, then `key=value`, checked before anything runs.
+
+Every field below is a YAML key of its section. An unknown key or a bad value is a `ConfigError`, one
+line that names the key, the value and what is wanted.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rdt_core.config import DECODER_TYPES, HALTINGS
+from rdt_core.masking import SCHEDULES
+
+
+class ConfigError(ValueError):
+    """A setting that does not exist or has a value out of its range."""
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """The shape of the model; `vocab_size` and `max_seq_len` come from the tokenizer and the data section."""
+
+    d_model: int = 512
+    n_heads: int = 8
+    n_encoder_layers: int = 6
+    n_decoder_layers: int = 0
+    d_ff: int = 2048
+    dropout: float = 0.1
+    decoder_type: str = "linear"
+    gate_hidden_dim: int = 256
+    n_prelude_layers: int = 0
+    level_conditioning: bool = False
+    max_seq_len: int = 512
+    halting: str = "gate"
+    max_steps: int = 20
+    threshold: float = 0.05
+
+
+@dataclass(frozen=True)
+class TrainingSection:
+    batch_size: int = 16
+    """Sequences of `data.max_seq_length` tokens a step; shorter draws fill the same number of tokens."""
+    gradient_accumulation_steps: int = 1
+    num_epochs: int = 10
+    num_steps: int | None = None
+    """Optimizer steps; overrides `num_epochs`."""
+    learning_rate: float = 3e-4
+    weight_decay: float = 0.01
+    adam_beta2: float = 0.98
+    warmup_ratio: float = 0.05
+    warmup_steps: int | None = None
+    """Optimizer steps; overrides `warmup_ratio`."""
+    scheduler: str = "cosine"
+    decay_ratio: float = 0.25
+    """Share of the run over which `warmup_stable_decay` falls to zero."""
+    max_grad_norm: float = 1.0
+    scheme: str = "unroll"
+    """`unroll`: random depth, every masked token supervised. `chain`: the seed's step-by-step reveal."""
+    max_chain_length: int = 4
+    """Passes of one training example at the most: of the random unroll, or of the chain."""
+    grad_passes: int = 2
+    """The gradient flows, and the loss looks, through the last so many passes."""
+    one_pass_steps: int = 0
+    """First so many steps with a single pass: cheap pretraining before the recursion."""
+    total_steps: int = 20
+    """Steps of the masking chain, and the unit of the gate's level."""
+    masking_strategy: str = "linear"
+    random_token_share: float = 0.0
+    keep_token_share: float = 0.0
+    loss_weight_recon: float = 1.0
+    loss_weight_gate: float = 1.0
+    gate_every_n_steps: int = 4
+    """With `unroll`, how often the gate is taught by a deep run."""
+    gate_passes: int = 8
+    """Passes of that deep run; what its last one predicts counts as final."""
+    gate_sequences: int = 8
+    gate_change_share: float = 0.02
+    """Predictions count as settled once at most this share differs from the final ones."""
+    init_from: str | None = None
+    """A local folder with a BERT-like checkpoint whose token embeddings start this model."""
+    save_every_n_epochs: int = 1
+    save_every_n_steps: int | None = None
+    keep_last_n_checkpoints: int = 3
+
+
+@dataclass(frozen=True)
+class DataSection:
+    dataset_name: str = "wikitext-2"
+    """`wikitext-2`, `wikitext-103`, another hub name, or local `.txt`/`.txt.xz` files, comma-separated."""
+    validation_name: str | None = None
+    """Text to validate on; by default the hub's validation split, or the end of the local text."""
+    max_seq_length: int = 128
+    min_seq_length: int = 16
+    full_length_share: float = 0.5
+    """Share of batches drawn at `max_seq_length`; the others at lengths log-uniform from the minimum."""
+    tokenizer_name: str = "bert-base-uncased"
+    """A hub name, or the path of a `tokenizer.json`."""
+    cache_dir: str = "runs/cache"
+    num_workers: int = 0
+    pin_memory: bool = False
+
+
+@dataclass(frozen=True)
+class OutputSection:
+    checkpoint_dir: str = "runs/checkpoints"
+    log_dir: str = "runs/logs"
+    log_every_n_steps: int = 10
+    eval_every_n_epochs: int = 1
+    eval_every_n_steps: int | None = None
+    eval_batches: int = 16
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    name: str = "rdt"
+    seed: int = 0
+    mixed_precision: bool = True
+    """bfloat16 where the device computes it natively (CUDA); elsewhere float32."""
+    model: ModelSection = field(default_factory=ModelSection)
+    training: TrainingSection = field(default_factory=TrainingSection)
+    data: DataSection = field(default_factory=DataSection)
+    output: OutputSection = field(default_factory=OutputSection)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def to_mapping(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def load_config(path: str | Path, override: str | Path | None = None, assignments: Sequence[str] = ()) -> TrainConfig:
+    """Read a YAML file, lay an override file over it, then `section.key=value` assignments."""
+    values = _read_yaml(path)
+    if override is not None:
+        values = _merge(values, _read_yaml(override))
+    for assignment in assignments:
+        values = _merge(values, _parse_assignment(assignment))
+    return parse_config(values)
+
+
+def parse_config(values: Mapping[str, Any]) -> TrainConfig:
+    """A checked configuration from plain nested values. Raises `ConfigError`."""
+    config = _build(TrainConfig, values, prefix="")
+    assert isinstance(config, TrainConfig)
+    return config
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds a {type(values).__name__}, want sections with keys")
+    return values
+
+
+def _parse_assignment(assignment: str) -> dict[str, Any]:
+    key, equals, text = assignment.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{assignment!r}: want section.key=value")
+    value: Any = yaml.safe_load(text)
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    assert isinstance(value, dict)
+    return value
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _build(kind: type, values: Any, prefix: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{prefix.rstrip('.')} is {values!r}: want keys under it")
+    hints = typing.get_type_hints(kind)
+    names = {f.name for f in fields(kind)}
+    for key in values:
+        if key not in names:
+            raise ConfigError(f"{prefix}{key} is not a setting; known here: {', '.join(sorted(names))}")
+    built = {
+        key: _build(hints[key], value, f"{prefix}{key}.")
+        if is_dataclass(hints[key])
+        else _typed(hints[key], value, prefix + key)
+        for key, value in values.items()
+    }
+    return kind(**built)
+
+
+def _typed(hint: Any, value: Any, key: str) -> Any:
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in kinds:
+        return None
+    if float in kinds and not isinstance(value, bool):
+        try:  # YAML reads 3e-4 as text
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    for kind in (bool, int, str):
+        if kind in kinds and type(value) is kind:
+            return value
+    wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+    raise ConfigError(f"{key} is {value!r}: want {wanted}")
+
+
+def _check(config: TrainConfig) -> None:
+    at_least = {
+        1: "training.batch_size training.gradient_accumulation_steps training.num_epochs training.num_steps "
+        "training.max_chain_length training.grad_passes training.total_steps training.gate_every_n_steps "
+        "training.gate_sequences training.save_every_n_epochs training.save_every_n_steps training.warmup_steps "
+        "training.keep_last_n_checkpoints output.log_every_n_steps output.eval_every_n_epochs "
+        "output.eval_every_n_steps output.eval_batches",
+        2: "training.gate_passes",
+        3: "data.min_seq_length",
+        0: "seed training.one_pass_steps training.weight_decay training.loss_weight_recon "
+        "training.loss_weight_gate data.num_workers",
+    }
+    for minimum, keys in at_least.items():
+        for key in keys.split():
+            value = _get(config, key)
+            if value is not None and not value >= minimum:
+                raise ConfigError(f"{key} is {value}: want >= {minimum}")
+    for key in ("training.learning_rate", "training.max_grad_norm"):
+        if not 0 < _get(config, key) < float("inf"):
+            raise ConfigError(f"{key} is {_get(config, key)}: want a number > 0")
+    for key in ("training.warmup_ratio", "training.decay_ratio", "training.random_token_share",
+                "training.keep_token_share", "training.gate_change_share", "data.full_length_share"):  # fmt: skip
+        if not 0 <= _get(config, key) <= 1:
+            raise ConfigError(f"{key} is {_get(config, key)}: want 0 to 1")
+    if config.training.random_token_share + config.training.keep_token_share > 1:
+        raise ConfigError("training.random_token_share + training.keep_token_share is over 1")
+    if not 0 < config.training.adam_beta2 < 1:
+        raise ConfigError(f"training.adam_beta2 is {config.training.adam_beta2}: want 0 to 1, ends excluded")
+    choices: dict[str, Sequence[str]] = {
+        "training.scheduler": ("cosine", "linear", "warmup_stable_decay"),
+        "training.scheme": ("unroll", "chain"),
+        "training.masking_strategy": tuple(SCHEDULES),
+        "model.decoder_type": DECODER_TYPES,
+        "model.halting": HALTINGS,
+    }
+    for key, allowed in choices.items():
+        if _get(config, key) not in allowed:
+            raise ConfigError(f"{key} is {_get(config, key)!r}: want one of {', '.join(allowed)}")
+    if not config.data.min_seq_length <= config.data.max_seq_length <= config.model.max_seq_len:
+        raise ConfigError(
+            f"data.max_seq_length is {config.data.max_seq_length}: want data.min_seq_length = "
+            f"{config.data.min_seq_length} to model.max_seq_len = {config.model.max_seq_len}"
+        )
+
+
+def _get(config: TrainConfig, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value

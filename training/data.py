@@ -1,0 +1,270 @@
+"""Text in, batches out: tokenised once, memory-mapped, and drawn without state.
+
+Batch `k` is a pure function of the seed and `k`, so a run that resumes at step `k` sees exactly what
+an uninterrupted one would have seen, and needs no place in the data to be saved. A batch holds random
+segments of one length, `[CLS] ... [SEP]`, and no padding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import lzma
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from rdt_core import masking
+from rdt_core.packing import Packing
+from rdt_core.tokenizer import Tokenizer
+from training.config import ConfigError, TrainConfig, TrainingSection
+
+HUB_NAMES = {
+    "wikitext-2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
+    "wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
+}
+TEXT_SUFFIXES = (".txt", ".raw", ".tokens", ".txt.xz", ".raw.xz", ".tokens.xz")
+PARAGRAPHS_A_BLOCK = 4096
+VALIDATION_TOKENS = 50_000
+
+_AT = re.compile(r" @([-,.])@ ")
+_HEADING = re.compile(r"^\s*(= )+.*( =)+\s*$")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text as one stream of token ids, and where its paragraphs start."""
+
+    tokens: npt.NDArray[np.uint16]
+    starts: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def split(self, n_tail: int) -> tuple[Corpus, Corpus]:
+        """All but the last `n_tail` tokens, and those."""
+        cut = len(self.tokens) - n_tail
+        head = Corpus(self.tokens[:cut], self.starts[self.starts < cut])
+        return head, Corpus(self.tokens[cut:], self.starts[self.starts >= cut] - cut)
+
+
+def clean(line: str) -> str:
+    """A line of WikiText as ordinary text: ` @-@ ` undone, `<unk>` as `[UNK]`; headings become empty."""
+    if _HEADING.match(line):
+        return ""
+    return _AT.sub(r"\1", line).replace("<unk>", "[UNK]").strip()
+
+
+def read_paragraphs(path: Path) -> Iterator[str]:
+    """Cleaned, non-empty lines of a `.txt` or `.txt.xz` file."""
+    with lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8") as lines:
+        yield from filter(None, map(clean, lines))
+
+
+def is_local(name: str) -> bool:
+    return any(Path(part.strip()).exists() or part.strip().endswith(TEXT_SUFFIXES) for part in name.split(","))
+
+
+def tokenise(paragraphs: Iterable[str], tokenizer: Tokenizer) -> Corpus:
+    """One stream of uint16 ids, paragraph after paragraph."""
+    pieces: list[npt.NDArray[np.uint16]] = []
+    lengths: list[int] = []
+    iterator = iter(paragraphs)
+    while block := list(islice(iterator, PARAGRAPHS_A_BLOCK)):
+        encoded = [ids for ids in tokenizer.encode_training(block) if ids]
+        lengths += map(len, encoded)
+        pieces.append(np.fromiter(chain.from_iterable(encoded), dtype=np.uint16))
+    starts = np.cumsum([0, *lengths], dtype=np.int64)[:-1]
+    return Corpus(np.concatenate(pieces) if pieces else np.zeros(0, np.uint16), starts)
+
+
+def local_corpus(names: str, tokenizer: Tokenizer, cache_dir: str | Path) -> Corpus:
+    """Local text files, comma-separated, tokenised once and memory-mapped from `cache_dir` after that."""
+    paths = [Path(name.strip()) for name in names.split(",")]
+    for path in paths:
+        if not path.is_file():
+            raise ConfigError(f"data.dataset_name is {names!r}: no file {path}")
+    key = hashlib.sha256(tokenizer.json.encode())
+    for path in paths:
+        stat = path.stat()
+        key.update(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
+    stem = Path(cache_dir) / key.hexdigest()[:16]
+    tokens_file, starts_file = stem.with_suffix(".tokens.npy"), stem.with_suffix(".starts.npy")
+    if not (tokens_file.exists() and starts_file.exists()):
+        corpus = tokenise(chain.from_iterable(map(read_paragraphs, paths)), tokenizer)
+        if len(corpus) == 0:
+            raise ConfigError(f"data.dataset_name is {names!r}: no text in it")
+        tokens_file.parent.mkdir(parents=True, exist_ok=True)
+        for file, values in ((tokens_file, corpus.tokens), (starts_file, corpus.starts)):
+            partial = file.with_suffix(".partial.npy")
+            np.save(partial, values)
+            partial.replace(file)
+    return Corpus(np.load(tokens_file, mmap_mode="r"), np.load(starts_file))
+
+
+def hub_corpus(name: str, split: str, tokenizer: Tokenizer) -> Corpus:
+    """A text dataset through the `datasets` library: a short name, or anything `load_dataset` takes."""
+    from datasets import load_dataset  # noqa: PLC0415 - heavy, and only for users of a hub
+
+    path, configuration = HUB_NAMES.get(name, (name, None))
+    rows = load_dataset(path, configuration, split=split)
+    if "text" not in rows.column_names:
+        raise ConfigError(f"data.dataset_name is {name!r}: its columns are {rows.column_names}, want 'text'")
+    lines = chain.from_iterable(text.splitlines() for text in rows["text"])
+    return tokenise(filter(None, map(clean, lines)), tokenizer)
+
+
+def load_corpora(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Corpus, Corpus]:
+    """Training and validation text. Local text without a `validation_name` gives up its end."""
+    section = config.data
+    local = is_local(section.dataset_name)
+    if local:
+        train = local_corpus(section.dataset_name, tokenizer, section.cache_dir)
+    else:
+        train = hub_corpus(section.dataset_name, "train", tokenizer)
+    if section.validation_name is not None and is_local(section.validation_name):
+        validation = local_corpus(section.validation_name, tokenizer, section.cache_dir)
+    elif section.validation_name is not None or not local:
+        validation = hub_corpus(section.validation_name or section.dataset_name, "validation", tokenizer)
+    else:
+        train, validation = train.split(min(VALIDATION_TOKENS, len(train) // 10))
+    for kind, corpus in (("training", train), ("validation", validation)):
+        if len(corpus) < section.max_seq_length:
+            wanted = f"want at least data.max_seq_length = {section.max_seq_length}"
+            raise ConfigError(f"the {kind} text has {len(corpus)} tokens: {wanted}")
+    return train, validation
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """A `tokenizer.json`, or a tokenizer by its hub name through `transformers`."""
+    if Path(name).is_file():
+        return Tokenizer.from_file(name)
+    if name.endswith(".json"):
+        raise ConfigError(f"data.tokenizer_name is {name!r}: no such file")
+    from transformers import AutoTokenizer  # noqa: PLC0415 - heavy, and only for users of a hub
+
+    return Tokenizer(AutoTokenizer.from_pretrained(name, use_fast=True).backend_tokenizer.to_str())
+
+
+class Batch(NamedTuple):
+    """`N` segments of one length, packed: T = N x L."""
+
+    targets: Tensor  # (T,) the text
+    tokens: Tensor  # (T,) what the model sees
+    masked: Tensor  # (T,) bool, what it must restore
+    due_passes: Tensor  # (T,) the pass at which the chain reveals a row, 1 first; 0 where visible
+    start_steps: Tensor  # (N,) the step of the masking chain each segment shows
+    length: int
+
+    def packing(self, device: torch.device) -> Packing:
+        return Packing.of([self.length] * (len(self.targets) // self.length), device)
+
+    def first(self, n: int) -> Batch:
+        """Its first `n` segments."""
+        end = n * self.length
+        return Batch(
+            targets=self.targets[:end],
+            tokens=self.tokens[:end],
+            masked=self.masked[:end],
+            due_passes=self.due_passes[:end],
+            start_steps=self.start_steps[:n],
+            length=self.length,
+        )
+
+    def to(self, device: torch.device) -> Batch:
+        moved = (x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in self)
+        return Batch(*moved)  # type: ignore[arg-type]
+
+
+class Vocabulary(NamedTuple):
+    """What of a tokenizer a batch needs; plain values, so that worker processes can hold it."""
+
+    size: int
+    cls_id: int
+    sep_id: int
+    mask_id: int
+    special_ids: frozenset[int]
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> Vocabulary:
+        return cls(tokenizer.vocab_size, tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id, tokenizer.special_ids)
+
+
+class Batches(Dataset[Batch]):
+    """Random segments of a corpus; item `k` depends on the seed and `k` alone."""
+
+    def __init__(self, corpus: Corpus, config: TrainConfig, tokenizer: Tokenizer, seed: int) -> None:
+        self.corpus, self.config, self.seed = corpus, config, seed
+        self.vocabulary = Vocabulary.of(tokenizer)
+        self.tokens_a_batch = config.training.batch_size * config.data.max_seq_length
+
+    def __len__(self) -> int:
+        """Batches that hold as many tokens as the corpus: one epoch."""
+        return max(1, len(self.corpus) // self.tokens_a_batch)
+
+    def __getitem__(self, index: int) -> Batch:
+        generator = torch.Generator().manual_seed(stable_seed(self.seed, index))
+        length = self._draw_length(generator)
+        n = max(1, self.tokens_a_batch // length)
+        segments = [self._draw_segment(length, generator) for _ in range(n)]
+        return make_batch(segments, self.config.training, self.vocabulary, generator)
+
+    def _draw_length(self, generator: torch.Generator) -> int:
+        section = self.config.data
+        full, where = torch.rand(2, generator=generator).tolist()
+        if full < section.full_length_share:
+            return section.max_seq_length
+        low, high = math.log(section.min_seq_length), math.log(section.max_seq_length + 1)
+        return min(section.max_seq_length, int(math.exp(low + where * (high - low))))
+
+    def _draw_segment(self, length: int, generator: torch.Generator) -> Tensor:
+        """Half of the segments start where a paragraph does: callers' texts start somewhere too."""
+        last = len(self.corpus) - (length - 2)
+        start = int(torch.randint(last + 1, (), generator=generator))
+        if torch.rand((), generator=generator) < 0.5:
+            before = int(np.searchsorted(self.corpus.starts, start, side="right"))
+            start = int(self.corpus.starts[max(before - 1, 0)])
+        body = torch.from_numpy(self.corpus.tokens[start : start + length - 2].astype(np.int64))
+        return torch.cat((torch.tensor([self.vocabulary.cls_id]), body, torch.tensor([self.vocabulary.sep_id])))
+
+
+def make_batch(
+    segments: list[Tensor], section: TrainingSection, vocabulary: Vocabulary, generator: torch.Generator
+) -> Batch:
+    """Mask each segment at a random step of its own chain."""
+    targets, due_passes, steps = torch.cat(segments), [], []
+    for segment in segments:
+        seed = int(torch.randint(2**31, (), generator=generator))
+        curve = masking.schedule(section.masking_strategy, seed)
+        step = int(torch.randint(1, section.total_steps + 1, (), generator=generator))
+        ranks = masking.mask_ranks(masking.maskable_rows(segment, vocabulary.special_ids), generator)
+        chain_of_masks = masking.chain_masks(ranks, section.total_steps, curve)  # (total_steps + 1, L)
+        due_passes.append(chain_of_masks[: step + 1].sum(0))
+        steps.append(step)
+    due = torch.cat(due_passes)
+    masked = due > 0
+    tokens = masking.corrupt(
+        targets,
+        masked,
+        vocabulary.mask_id,
+        vocab_size=vocabulary.size,
+        random_share=section.random_token_share,
+        keep_share=section.keep_token_share,
+        generator=generator,
+    )
+    return Batch(targets, tokens, masked, due, torch.tensor(steps), len(segments[0]))
+
+
+def stable_seed(*parts: int) -> int:
+    """A 63-bit seed from whole numbers, the same on every machine."""
+    digest = hashlib.blake2b(",".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

@@ -1,0 +1,144 @@
+"""What the model learns from.
+
+T: packed tokens   N: sequences   M: masked rows   P: passes   V: vocabulary
+
+Two schemes:
+
+- `unroll`: every masked token is supervised, by the mean over the last passes of a random depth. The
+  gate learns apart, from a deep run: how many passes until the predictions stop changing, and for each
+  masked token whether its best guess will still change. That needs no labels.
+- `chain`, the seed's: the text is masked at a random step `i` of a chain of `total_steps`; pass `k`
+  must restore the tokens that step `i - k` reveals, and the gate must say `(i - k) / total_steps`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rdt_core.halting import due
+from rdt_core.model import RDT, State
+from rdt_core.packing import Packing
+from training.config import TrainingSection
+from training.data import Batch
+
+
+class Losses(NamedTuple):
+    recon: Tensor  # () nats a token
+    gate: Tensor  # ()
+
+
+def reconstruction(model: RDT, hidden: Tensor, packing: Packing, rows: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of the rows `(M,)` against targets `(T,)`; 0 without rows."""
+    logits = model.decode(hidden, packing, rows).float()  # (M, V)
+    return F.cross_entropy(logits, targets[rows], reduction="sum") / max(len(rows), 1)
+
+
+def unroll_losses(model: RDT, batch: Batch, packing: Packing, n_passes: int, section: TrainingSection) -> Tensor:
+    """Reconstruction of every masked token, mean over the passes that carry a gradient."""
+    states = model.recursive_forward(batch.tokens, batch.masked, packing, n_passes, section.grad_passes)
+    rows = batch.masked.nonzero().squeeze(1)
+    supervised = states[-section.grad_passes :]
+    losses = [reconstruction(model, state.hidden, packing, rows, batch.targets) for state in supervised]
+    return torch.stack(losses).mean()
+
+
+def chain_losses(model: RDT, batch: Batch, packing: Packing, n_passes: int, section: TrainingSection) -> Losses:
+    """The seed's scheme: newly revealed tokens only, and the place in the chain for the gate."""
+    states = model.recursive_forward(batch.tokens, batch.masked, packing, n_passes, n_passes)
+    recon, gate = [], []
+    for step, state in enumerate(states, start=1):
+        rows = (batch.due_passes == step).nonzero().squeeze(1)
+        recon.append(reconstruction(model, state.hidden, packing, rows, batch.targets))
+        target = (batch.start_steps - step).clamp(min=0).float() / section.total_steps  # (N,)
+        gate.append(F.mse_loss(state.gate.level, target))
+    return Losses(torch.stack(recon).mean(), torch.stack(gate).mean())
+
+
+class DeepRun(NamedTuple):
+    """Many passes over the same sequences, and the best guess of every masked row after each."""
+
+    states: list[State]  # P states, `masked` as it was when the gate read them
+    guesses: Tensor  # (P, M)
+    open_rows: Tensor  # (P, M) bool, rows not settled before that pass
+
+
+@torch.no_grad()
+def deep_run(model: RDT, batch: Batch, packing: Packing, n_passes: int, settle: bool) -> DeepRun:
+    """`n_passes` over a batch; with `settle`, an even share of the surest rows becomes visible after each."""
+    state = model.begin(batch.tokens, batch.masked, packing)
+    rows = batch.masked.nonzero().squeeze(1)
+    states: list[State] = []
+    guesses: list[Tensor] = []
+    open_rows: list[Tensor] = []
+    for step in range(1, n_passes + 1):
+        state = model(state, packing)
+        states.append(state)
+        open_rows.append(state.masked[rows])
+        guess = model.decode(state.hidden, packing, rows).argmax(-1)
+        if guesses:
+            guess = torch.where(open_rows[-1], guess, guesses[-1])
+        guesses.append(guess)
+        if settle:
+            settled = _surest(state, rows, packing, step, n_passes)
+            state = model.settle(state, rows[settled], guess[settled])
+    return DeepRun(states, torch.stack(guesses), torch.stack(open_rows))
+
+
+def _surest(state: State, rows: Tensor, packing: Packing, step: int, n_passes: int) -> Tensor:
+    """Which of `rows` settle now: in each sequence the lowest token levels, at an even pace. `(M,)` bool."""
+    sequences = packing.sequence_ids[rows]
+    settled = torch.zeros_like(rows, dtype=torch.bool)
+    for sequence in range(packing.n_sequences):
+        own = (sequences == sequence).nonzero().squeeze(1)
+        still_open = own[state.masked[rows[own]]]
+        n_due = due(len(own), step, n_passes) - (len(own) - len(still_open))
+        order = torch.argsort(state.gate.token_level[rows[still_open]], stable=True)
+        settled[still_open[order[:n_due]]] = True
+    return settled
+
+
+def gate_losses(model: RDT, batch: Batch, packing: Packing, section: TrainingSection, settle: bool) -> Tensor:
+    """Teach the gate from a deep run: squared error of levels plus cross-entropy of token levels.
+
+    With `settle` only the token levels are taught, on what they will be asked about: will this guess
+    differ from the token that is written there in the end, when the surer ones have settled before it?
+    """
+    was_training = model.training
+    run = deep_run(model.eval(), batch, packing, section.gate_passes, settle)
+    model.train(was_training)
+    rows = batch.masked.nonzero().squeeze(1)
+    if len(rows) == 0:
+        return model.decoder_bias.new_zeros(())
+    will_change = (run.guesses != run.guesses[-1]).float()  # (P, M)
+    left = passes_left(will_change, rows, packing, section.gate_change_share)  # (P, N)
+    state = model.gate.start(packing)
+    loss = state.level.new_zeros(())
+    for step, seen in enumerate(run.states):
+        state = model.gate(seen.hidden, seen.masked, packing, state)
+        still_open = run.open_rows[step]
+        if still_open.any():
+            predicted = state.token_level[rows[still_open]].clamp(1e-6, 1 - 1e-6)
+            loss = loss + F.binary_cross_entropy(predicted, will_change[step][still_open])
+        if not settle:
+            target = (left[step] / section.total_steps).clamp(max=1.0)
+            loss = loss + section.total_steps * F.smooth_l1_loss(state.level, target, beta=1 / section.total_steps)
+    return loss / len(run.states)
+
+
+def passes_left(will_change: Tensor, rows: Tensor, packing: Packing, change_share: float) -> Tensor:
+    """Passes until at most `change_share` of a sequence's guesses differ from the final ones, and stay so.
+
+    will_change `(P, M)` of 0 and 1 -> `(P, N)`, 0 = the predictions have settled.
+    """
+    n_passes = len(will_change)
+    sequences = packing.sequence_ids[rows]
+    counts = torch.bincount(sequences, minlength=packing.n_sequences).clamp(min=1)
+    changing = will_change.new_zeros(n_passes, packing.n_sequences).index_add_(1, sequences, will_change)
+    unsettled = changing / counts > change_share  # (P, N)
+    last_unsettled = (unsettled * torch.arange(1, n_passes + 1, device=unsettled.device)[:, None]).amax(0)  # (N,)
+    steps = torch.arange(1, n_passes + 1, device=unsettled.device)[:, None]
+    return (last_unsettled[None, :] + 1 - steps).clamp(min=0).float()

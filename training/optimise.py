@@ -1,0 +1,55 @@
+"""Optimizer and learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from rdt_core.model import RDT
+from training.config import TrainingSection
+
+
+def gate_parameters(model: RDT) -> list[nn.Parameter]:
+    return list(model.gate.parameters())
+
+
+def trunk_parameters(model: RDT) -> list[nn.Parameter]:
+    """Everything but the gate: clipped apart, so that the gate's loss cannot throttle the encoder."""
+    gate = set(map(id, model.gate.parameters()))
+    return [parameter for parameter in model.parameters() if id(parameter) not in gate]
+
+
+def make_optimizer(model: RDT, section: TrainingSection) -> AdamW:
+    """AdamW (Loshchilov & Hutter, 2019); matrices decay, vectors (norms, biases) do not."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": section.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return AdamW(groups, lr=section.learning_rate, betas=(0.9, section.adam_beta2), fused=True)
+
+
+def learning_rate_factor(section: TrainingSection, n_steps: int) -> Callable[[int], float]:
+    """Step -> factor of `learning_rate`: linear warm-up, then the named schedule down to zero."""
+    warmup = round(section.warmup_ratio * n_steps) if section.warmup_steps is None else section.warmup_steps
+    decay = max(1, round(section.decay_ratio * n_steps))
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        if section.scheduler == "warmup_stable_decay":
+            return min(1.0, max(0, n_steps - step) / decay)
+        done = min(1.0, (step - warmup) / max(1, n_steps - warmup))
+        return 1.0 - done if section.scheduler == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+
+    return factor
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, section: TrainingSection, n_steps: int, step: int = 0) -> LambdaLR:
+    """The schedule after `step` steps; depends on the step alone, so a resumed run may have a longer end."""
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", section.learning_rate)
+    return LambdaLR(optimizer, learning_rate_factor(section, n_steps), last_epoch=step - 1)

@@ -1,0 +1,253 @@
+"""The training loop: batch -> losses -> step, with logs, validation, checkpoints and exact resume.
+
+Whatever is random at step `k` is seeded by the run's seed and `k`, so weights, optimizer state and the
+step number are all that a resumed run needs to continue bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from rdt_core import checkpoint as checkpoints
+from rdt_core.checkpoint import Checkpoint
+from rdt_core.config import ModelConfig
+from rdt_core.model import RDT
+from rdt_core.tokenizer import Tokenizer
+from training.config import ConfigError, TrainConfig
+from training.data import Batch, Batches, load_corpora, load_tokenizer, stable_seed
+from training.losses import Losses, chain_losses, gate_losses, unroll_losses
+from training.optimise import gate_parameters, make_optimizer, make_scheduler, trunk_parameters
+from training.validation import Validation, validate
+from training.warm_start import warm_start
+
+TRAIN, VALIDATION, UNROLL = 1, 2, 3  # streams of randomness
+MIB = 2**20
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is no longer a number; the message names the step and the last good checkpoint."""
+
+
+class Trainer:
+    """Raises `ConfigError` for settings that do not fit the text, the tokenizer or the checkpoint."""
+
+    def __init__(self, config: TrainConfig, device: torch.device, resume: Path | None = None) -> None:
+        self.config, self.device = config, device
+        self.directory = Path(config.output.checkpoint_dir)
+        saved = checkpoints.read(resume) if resume is not None else None
+        self.tokenizer = load_tokenizer(config.data.tokenizer_name) if saved is None else Tokenizer(saved.tokenizer)
+        train, validation = load_corpora(config, self.tokenizer)
+        self.batches = Batches(train, config, self.tokenizer, stable_seed(config.seed, TRAIN))
+        self.validation_batches = Batches(validation, config, self.tokenizer, stable_seed(config.seed, VALIDATION))
+        self.steps_an_epoch = max(1, len(self.batches) // config.training.gradient_accumulation_steps)
+        self.n_steps = config.training.num_steps or config.training.num_epochs * self.steps_an_epoch
+
+        torch.manual_seed(stable_seed(config.seed))
+        self.model = RDT(model_config(config, self.tokenizer)).to(device)
+        if config.training.init_from is not None and saved is None:
+            warm_start(self.model, config.training.init_from, self.tokenizer)
+        self.optimizer = make_optimizer(self.model, config.training)
+        self.scheduler = make_scheduler(self.optimizer, config.training, self.n_steps)
+        self.step = 0
+        self.best_loss = math.inf
+        self.last_saved = resume
+        if saved is not None and resume is not None:
+            self._restore(resume, saved)
+
+    def fit(self) -> bool:
+        """Train to the last step; False if a signal ended the run early (its state is saved)."""
+        writer = SummaryWriter(self.config.output.log_dir)
+        bar: tqdm[Any] = tqdm(total=self.n_steps, initial=self.step, desc="training", unit="step")
+        with writer, bar, _stop_signal() as stop:
+            for losses in self._steps():
+                bar.update()
+                self._log(writer, bar, losses)
+                if self._due(self.config.output.eval_every_n_steps, self.config.output.eval_every_n_epochs):
+                    self._validate(writer, bar)
+                if self._due(self.config.training.save_every_n_steps, self.config.training.save_every_n_epochs):
+                    self.save()
+                if stop:
+                    self.save()
+                    bar.write(f"stopped at step {self.step}; go on with --checkpoint {self.last_saved}")
+                    return False
+        return True
+
+    def _steps(self) -> Iterator[Losses]:
+        accumulate = self.config.training.gradient_accumulation_steps
+        loader = DataLoader(
+            self.batches,
+            batch_size=None,
+            sampler=range(self.step * accumulate, self.n_steps * accumulate),
+            num_workers=self.config.data.num_workers,
+            pin_memory=self.config.data.pin_memory and self.device.type == "cuda",
+        )
+        batches = iter(loader)
+        while self.step < self.n_steps:
+            yield self._train_step([next(batches).to(self.device) for _ in range(accumulate)])
+
+    def _train_step(self, batches: list[Batch]) -> Losses:
+        """One optimizer step; `self.step` counts it."""
+        torch.manual_seed(stable_seed(self.config.seed, UNROLL, self.step))
+        self.model.train()
+        section = self.config.training
+        recon = gate = torch.zeros((), device=self.device)
+        for batch in batches:
+            losses = self._losses(batch)
+            total = section.loss_weight_recon * losses.recon + section.loss_weight_gate * losses.gate
+            (total / len(batches)).backward()
+            recon, gate = recon + losses.recon.detach() / len(batches), gate + losses.gate.detach() / len(batches)
+        if not torch.isfinite(recon + gate):
+            good = self.last_saved or "none was saved yet"
+            raise TrainingDiverged(f"the loss is not a number at step {self.step + 1}; last good checkpoint: {good}")
+        clip_grad_norm_(trunk_parameters(self.model), section.max_grad_norm)
+        clip_grad_norm_(gate_parameters(self.model), section.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scheduler.step()
+        self.step += 1
+        return Losses(recon, gate)
+
+    def _losses(self, batch: Batch) -> Losses:
+        section = self.config.training
+        n_passes = 1 if self.step < section.one_pass_steps else int(torch.randint(section.max_chain_length, ()) + 1)
+        packing = batch.packing(self.device)
+        with autocast(self.config, self.device):
+            if section.scheme == "chain":
+                return chain_losses(self.model, batch, packing, n_passes, section)
+            recon = unroll_losses(self.model, batch, packing, n_passes, section)
+            gate = recon.new_zeros(())
+            taught = self.step - section.one_pass_steps
+            if taught >= 0 and taught % section.gate_every_n_steps == 0:
+                some = batch.first(section.gate_sequences)
+                turn = taught // section.gate_every_n_steps
+                gate = gate_losses(self.model, some, some.packing(self.device), section, settle=turn % 2 == 1)
+            return Losses(recon, gate)
+
+    def _due(self, every_n_steps: int | None, every_n_epochs: int) -> bool:
+        return self.step % (every_n_steps or every_n_epochs * self.steps_an_epoch) == 0 or self.step == self.n_steps
+
+    def _log(self, writer: SummaryWriter, bar: tqdm[Any], losses: Losses) -> None:
+        if self.step % self.config.output.log_every_n_steps != 0:
+            return
+        section = self.config.training
+        recon, gate = losses.recon.item(), losses.gate.item()
+        total = section.loss_weight_recon * recon + section.loss_weight_gate * gate
+        values = {"total_loss": total, "recon_loss": recon, "gate_loss": gate, "lr": self.scheduler.get_last_lr()[0]}
+        for name, value in values.items():
+            writer.add_scalar(f"train/{name}", value, self.step)
+        bar.set_postfix(recon=f"{recon:.3f}", gate=f"{gate:.3f}")
+
+    def _validate(self, writer: SummaryWriter, bar: tqdm[Any]) -> Validation:
+        with autocast(self.config, self.device):
+            result = validate(self.model, self.validation_batches, self.config, self.device)
+        for name, value in result._asdict().items():
+            writer.add_scalar(f"val/{name}", value, self.step)
+        bar.write(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in result._asdict().items()))
+        if result.total_loss < self.best_loss:
+            self.best_loss = result.total_loss
+            checkpoints.save(self.directory / "best_model.pt", self._checkpoint(result.total_loss))
+        return result
+
+    def save(self) -> Path:
+        """Write a checkpoint to resume from, and drop all but the last few."""
+        epoch = self.step // self.steps_an_epoch
+        path = self.directory / f"checkpoint_epoch_{epoch}_step_{self.step}.pt"
+        checkpoints.save(path, self._checkpoint(self.best_loss if math.isfinite(self.best_loss) else None))
+        self.last_saved = path
+        kept = sorted(self.directory.glob("checkpoint_epoch_*_step_*.pt"), key=_step_of)
+        for old in kept[: -self.config.training.keep_last_n_checkpoints]:
+            old.unlink()
+        return path
+
+    def _checkpoint(self, loss: float | None) -> Checkpoint:
+        return Checkpoint(
+            model_state_dict=self.model.state_dict(),
+            config={
+                "name": self.config.name,
+                "model": self.model.config.to_mapping(),
+                "training": self.config.to_mapping(),
+            },
+            tokenizer=self.tokenizer.json,
+            epoch=self.step // self.steps_an_epoch,
+            step=self.step,
+            loss=loss,
+            optimizer_state_dict=self.optimizer.state_dict(),
+            scheduler_state_dict={"last_epoch": self.scheduler.last_epoch},
+            progress={"best_loss": self.best_loss},
+        )
+
+    def _restore(self, path: Path, saved: Checkpoint) -> None:
+        if saved.optimizer_state_dict is None or saved.progress is None:
+            raise ConfigError(f"--checkpoint {path}: a release without optimizer state, nothing to resume")
+        shape, wanted = saved.config["model"], self.model.config.to_mapping()
+        changed = [name for name in wanted if list_if_tuple(shape.get(name)) != list_if_tuple(wanted[name])]
+        if changed:
+            name = changed[0]
+            raise ConfigError(f"--checkpoint {path}: {name} is {shape.get(name)!r} there and {wanted[name]!r} here")
+        self.model.load_state_dict(saved.model_state_dict)
+        self.optimizer.load_state_dict(saved.optimizer_state_dict)
+        self.step = saved.step
+        self.scheduler = make_scheduler(self.optimizer, self.config.training, self.n_steps, self.step)
+        self.best_loss = saved.progress["best_loss"]
+
+
+def model_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """The model a run trains: its section, the tokenizer's vocabulary, the chain's total_steps."""
+    try:
+        return ModelConfig.from_mapping(
+            vars(config.model)
+            | {
+                "vocab_size": tokenizer.vocab_size,
+                "total_steps": config.training.total_steps,
+                "suppress_tokens": tuple(sorted(tokenizer.special_ids)),
+            }
+        )
+    except ValueError as error:
+        raise ConfigError(f"model.{error}") from error
+
+
+def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[object]:
+    """bfloat16 on CUDA if asked for; a CPU without native bfloat16 is only slowed by it."""
+    if config.mixed_precision and device.type == "cuda":
+        return torch.autocast("cuda", dtype=torch.bfloat16)
+    return nullcontext()
+
+
+@contextmanager
+def _stop_signal() -> Iterator[list[int]]:
+    """A list that becomes non-empty on SIGINT or SIGTERM; a second signal acts as it always does."""
+    received: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(number, before[signal.Signals(number)])
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number in numbers:
+            signal.signal(number, before[number])
+
+
+def _step_of(path: Path) -> int:
+    return int(path.stem.rpartition("_")[2])
+
+
+def list_if_tuple(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,48 @@
+"""What is measured while training: the loss and the exact match on text the model does not learn from."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from rdt_core.model import RDT
+from training.config import TrainConfig
+from training.data import Batches
+from training.losses import gate_losses, reconstruction
+
+
+class Validation(NamedTuple):
+    """Means over the same batches every time."""
+
+    total_loss: float
+    recon_loss: float  # nats a masked token after the longest trained depth
+    gate_loss: float
+    exact_match: float  # share of masked tokens restored, same depth
+    exact_match_one_pass: float
+
+
+@torch.no_grad()
+def validate(model: RDT, batches: Batches, config: TrainConfig, device: torch.device) -> Validation:
+    model.eval()
+    section = config.training
+    sums = torch.zeros(4, dtype=torch.float64)
+    for index in range(config.output.eval_batches):
+        batch = batches[index].to(device)
+        packing = batch.packing(device)
+        rows = batch.masked.nonzero().squeeze(1)
+        states = model.recursive_forward(batch.tokens, batch.masked, packing, section.max_chain_length)
+        some = batch.first(section.gate_sequences)
+        sums += torch.tensor(
+            [
+                reconstruction(model, states[-1].hidden, packing, rows, batch.targets).item(),
+                gate_losses(model, some, some.packing(device), section, settle=False).item(),
+                *(
+                    (model.decode(state.hidden, packing, rows).argmax(-1) == batch.targets[rows]).double().mean().item()
+                    for state in (states[-1], states[0])
+                ),
+            ]
+        )
+    recon, gate, exact, exact_one = (sums / config.output.eval_batches).tolist()
+    total = section.loss_weight_recon * recon + section.loss_weight_gate * gate
+    return Validation(total, recon, gate, exact, exact_one)

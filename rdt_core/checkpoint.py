@@ -86,12 +86,16 @@ def read(path: str | Path) -> Checkpoint:
         raise CheckpointError(path, "not a checkpoint, or cut short: a checkpoint is a zip archive")
     try:
         values = torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums of tensors
+            broken = archive.testzip()
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             path, f"refused: it holds more than tensors and plain values ({_first_line(error)})"
         ) from error
     except Exception as error:  # a damaged archive surfaces as RuntimeError, EOFError, KeyError, ...
         raise CheckpointError(path, f"damaged: {_first_line(error)}") from error
+    if broken is not None:
+        raise CheckpointError(path, f"damaged: {broken} does not match its checksum")
     if not isinstance(values, dict):
         raise CheckpointError(path, f"holds a {type(values).__name__}, not a checkpoint's dictionary")
     missing = [key for key in REQUIRED_KEYS if key not in values]
@@ -151,7 +155,9 @@ def _model_config(path: str | Path, checkpoint: Checkpoint) -> ModelConfig:
 
 
 def _check_weights(path: str | Path, model: RDT, weights: Any) -> None:
-    if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items()
+    ):
         raise CheckpointError(path, "model_state_dict is not a dictionary of tensors")
     expected = model.state_dict()
     for name in sorted(expected.keys() | weights.keys()):

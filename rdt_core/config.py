@@ -52,13 +52,17 @@ class ModelConfig:
         for name in ("n_decoder_layers", "n_prelude_layers"):
             self._check_int(name, minimum=0)
         object.__setattr__(self, "suppress_tokens", tuple(self.suppress_tokens))
-        outside = [token for token in self.suppress_tokens if not 0 <= token < self.vocab_size]
+        outside = [t for t in self.suppress_tokens if not isinstance(t, int) or not 0 <= t < self.vocab_size]
         if outside:
             raise ValueError(f"suppress_tokens has {outside[0]!r}: want 0 <= token < vocab_size = {self.vocab_size}")
+        for name in ("dropout", "threshold"):
+            self._check_number(name)
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout!r}: want 0 <= dropout < 1")
         if not (math.isfinite(self.threshold) and self.threshold >= 0.0):
             raise ValueError(f"threshold is {self.threshold!r}: want a finite number >= 0")
+        if not isinstance(self.level_conditioning, bool):
+            raise ValueError(f"level_conditioning is {self.level_conditioning!r}: want true or false")
         if self.decoder_type not in DECODER_TYPES:
             raise ValueError(f"decoder_type is {self.decoder_type!r}: want one of {', '.join(DECODER_TYPES)}")
         if self.halting not in HALTINGS:
@@ -74,6 +78,11 @@ class ModelConfig:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise ValueError(f"{name} is {value!r}: want a whole number >= {minimum}")
+
+    def _check_number(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{name} is {value!r}: want a number")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> ModelConfig:

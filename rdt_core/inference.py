@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rdt_core.config import HALTINGS, Halting
-from rdt_core.halting import HaltReason, due
+from rdt_core.halting import HaltReason, due, halt_reason
 from rdt_core.model import RDT, State
 from rdt_core.packing import Packing
 
@@ -63,7 +63,7 @@ def restore(
     max_steps = config.max_steps if max_steps is None else max_steps
     threshold = config.threshold if threshold is None else threshold
     halting = config.halting if halting is None else halting
-    _check(model, tokens, max_steps, threshold, halting)
+    _check(model, tokens, max_steps, threshold, halting, top_k=top_k)
 
     packing = Packing.of([len(tokens)], model.device)
     state = model.begin(tokens.to(model.device), masked.to(model.device), packing)
@@ -83,14 +83,14 @@ def restore(
             level = float(state.gate.level[0])
         levels.append(level)
 
-        if halting == "settle" and len(chosen) + len(rows) == n_masked:
-            reason = "max_steps" if step == max_steps else "gate"
-        elif level < threshold:
-            reason = "gate"
-        elif step == max_steps:
-            reason = "max_steps"
-        elif out_of_time is not None and out_of_time():
-            reason = "deadline"
+        reason = halt_reason(
+            level=level,
+            threshold=threshold,
+            step=step,
+            max_steps=max_steps,
+            all_settled=halting == "settle" and len(chosen) + len(rows) == n_masked,
+            out_of_time=out_of_time is not None and out_of_time(),
+        )
         if reason is not None:
             rows = state.masked.nonzero().squeeze(1)
         if halting == "settle" or reason is not None:
@@ -158,12 +158,14 @@ def _assemble(
     )
 
 
-def _check(model: RDT, tokens: Tensor, max_steps: int, threshold: float, halting: str) -> None:
+def _check(model: RDT, tokens: Tensor, max_steps: int, threshold: float, halting: str, *, top_k: int) -> None:
     if not 1 <= len(tokens) <= model.config.max_seq_len:
         raise ValueError(f"tokens has length {len(tokens)}: want 1 to max_seq_len = {model.config.max_seq_len}")
     if max_steps < 1:
         raise ValueError(f"max_steps is {max_steps}: want >= 1")
     if not (math.isfinite(threshold) and threshold >= 0):
         raise ValueError(f"threshold is {threshold}: want a finite number >= 0")
+    if not 0 <= top_k <= model.config.vocab_size:
+        raise ValueError(f"top_k is {top_k}: want 0 to vocab_size = {model.config.vocab_size}")
     if halting not in HALTINGS:
         raise ValueError(f"halting is {halting!r}: want one of {', '.join(HALTINGS)}")

@@ -101,7 +101,7 @@ class DataSection:
     full_length_share: float = 0.5
     """Share of batches drawn at `max_seq_length`; the others at lengths log-uniform from the minimum."""
     tokenizer_name: str = "bert-base-uncased"
-    """A hub name, or the path of a `tokenizer.json`."""
+    """A hub name, or the path of a `tokenizer.json` or of a checkpoint."""
     cache_dir: str = "runs/cache"
     num_workers: int = 0
     pin_memory: bool = False

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from rdt_core import masking
+from rdt_core import checkpoint, masking
 from rdt_core.packing import Packing
 from rdt_core.tokenizer import Tokenizer
 from training.config import ConfigError, TrainConfig, TrainingSection
@@ -145,10 +145,10 @@ def load_corpora(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Corpus, Cor
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """A `tokenizer.json`, or a tokenizer by its hub name through `transformers`."""
+    """A `tokenizer.json`, the one inside a checkpoint (`.pt`), or one by its hub name through `transformers`."""
     if Path(name).is_file():
-        return Tokenizer.from_file(name)
-    if name.endswith(".json"):
+        return Tokenizer(checkpoint.read(name).tokenizer) if name.endswith(".pt") else Tokenizer.from_file(name)
+    if name.endswith((".json", ".pt")):
         raise ConfigError(f"data.tokenizer_name is {name!r}: no such file")
     from transformers import AutoTokenizer  # noqa: PLC0415 - heavy, and only for users of a hub
 

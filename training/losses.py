@@ -83,12 +83,12 @@ def deep_run(model: RDT, batch: Batch, packing: Packing, n_passes: int, settle: 
             guess = torch.where(open_rows[-1], guess, guesses[-1])
         guesses.append(guess)
         if settle:
-            settled = _surest(state, rows, packing, step, n_passes)
+            settled = surest(state, rows, packing, step, n_passes)
             state = model.settle(state, rows[settled], guess[settled])
     return DeepRun(states, torch.stack(guesses), torch.stack(open_rows))
 
 
-def _surest(state: State, rows: Tensor, packing: Packing, step: int, n_passes: int) -> Tensor:
+def surest(state: State, rows: Tensor, packing: Packing, step: int, n_passes: int) -> Tensor:
     """Which of `rows` settle now: in each sequence the lowest token levels, at an even pace. `(M,)` bool."""
     sequences = packing.sequence_ids[rows]
     settled = torch.zeros_like(rows, dtype=torch.bool)

@@ -1,0 +1,51 @@
+# Two commands on a fresh machine: `make serve` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check install -q -c constraints.txt
+CHECKPOINT ?= models/rdt-small/best_model.pt
+DATA ?= wikitext-2
+TEXT ?= $(DATA)
+
+.PHONY: help serve test lint format train evaluate clean
+
+help:  ## what there is to make
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/' | expand -t 12
+
+serve: $(VENV)/service  ## install what serving needs, start the server on the bundled model
+	$(BIN)/rdt-serve --checkpoint $(CHECKPOINT)
+
+test: $(VENV)/all  ## run the tests
+	$(BIN)/pytest $(ARGS)
+
+lint: $(VENV)/all  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/all  ## bring the code into its style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+train: $(VENV)/all  ## train a small model: make train DATA=text.txt
+	$(BIN)/python -m training --config training/configs/small.yaml data.dataset_name=$(DATA) $(ARGS)
+
+evaluate: $(VENV)/all  ## evaluate a checkpoint: make evaluate TEXT=text.txt
+	$(BIN)/python -m training.evaluate --checkpoint $(CHECKPOINT) --text $(TEXT) $(ARGS)
+
+clean:  ## remove the environment, caches and runs
+	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/pip:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv $(VENV)
+
+# Stamps: installed again when what is asked for changes.
+$(VENV)/service: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	$(PIP) -e '.[service]'
+	touch $@
+
+$(VENV)/all: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	$(PIP) -e '.[service,training,dev]'
+	touch $@ $(VENV)/service

@@ -1,0 +1,29 @@
+"""Floating-point operations a model must do: what useful work is, whoever does it and however."""
+
+from __future__ import annotations
+
+from rdt_core.config import ModelConfig
+
+
+def layer_flops(config: ModelConfig, length: int) -> int:
+    """One encoder layer, a token: multiply-adds count two; norms and activations are left out."""
+    projections = 4 * config.d_model**2 + 2 * config.d_model * config.d_ff
+    attention = 2 * length * config.d_model
+    return 2 * (projections + attention)
+
+
+def pass_flops(config: ModelConfig, length: int) -> int:
+    """One pass of the shared encoder, a token of a sequence of `length` tokens."""
+    return config.n_encoder_layers * layer_flops(config, length) + 2 * config.d_model**2
+
+
+def decode_flops(config: ModelConfig) -> int:
+    """The vocabulary projection of one row."""
+    return 2 * config.d_model * config.vocab_size
+
+
+def sequence_flops(config: ModelConfig, length: int, n_decoded: int, steps: int) -> int:
+    """A whole restoration: prelude, `steps` passes, decoder layers, and `n_decoded` rows through the vocabulary."""
+    outer = config.n_prelude_layers + config.n_decoder_layers
+    encoder = length * (steps * pass_flops(config, length) + outer * layer_flops(config, length))
+    return encoder + n_decoded * decode_flops(config)

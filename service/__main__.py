@@ -1,0 +1,7 @@
+"""`python -m service` is `rdt-serve`."""
+
+import sys
+
+from service.cli import serve
+
+sys.exit(serve())

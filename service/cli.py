@@ -1,0 +1,110 @@
+"""The commands. `rdt-serve` runs the server; `rdt-denoise` restores texts here, without one."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from service.errors import ServiceError
+from service.settings import SettingsError, read_settings, unknown_variables
+
+if TYPE_CHECKING:
+    from service.local import Reading
+
+EXIT_BAD_INPUT = 2
+
+
+def serve(arguments: Sequence[str] | None = None) -> int:
+    """Serve a checkpoint until SIGTERM. 0: ended as asked; 1: could not start; 2: bad settings."""
+    try:
+        settings = read_settings(sys.argv[1:] if arguments is None else arguments)
+    except SettingsError as error:
+        return _complain("rdt-serve", error, EXIT_BAD_INPUT)
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for name in unknown_variables(os.environ):
+        logging.getLogger(__name__).warning("%s is set but is no setting", name)
+
+    from service import runtime  # noqa: PLC0415 - torch takes seconds; --help and bad settings need not wait
+
+    try:
+        return asyncio.run(runtime.serve(settings))
+    except OSError as error:
+        return _complain("rdt-serve", f"cannot listen on {settings.host}:{settings.http_port}: {error}", 1)
+
+
+def denoise(arguments: Sequence[str] | None = None) -> int:
+    """Restore a text, the lines of a file, or what is typed. 0: done; 2: bad input, named in one line."""
+    options = _denoise_parser().parse_args(arguments)
+
+    from service.local import LocalDenoiser  # noqa: PLC0415 - torch takes seconds; --help and bad flags need not wait
+
+    try:
+        denoiser = LocalDenoiser(options.checkpoint, options.device)
+        wanted = {name: getattr(options, name) for name in ("max_steps", "threshold", "halting")}
+        for text in _texts(options):
+            try:
+                _print_reading(text, denoiser.denoise({"text": text, **wanted}))
+            except ServiceError as error:
+                if not options.interactive:
+                    raise
+                _complain("rdt-denoise", error, EXIT_BAD_INPUT)
+    except (ServiceError, OSError, ValueError) as error:  # a CheckpointError is a ValueError
+        return _complain("rdt-denoise", error, EXIT_BAD_INPUT)
+    return 0
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: {message}\n")
+
+
+def _denoise_parser() -> argparse.ArgumentParser:
+    parser = _OneLineParser(prog="rdt-denoise", description="Restore masked text with a checkpoint, without a server.")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="the checkpoint file, such as best_model.pt")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", help="a text with [MASK] where tokens are missing")
+    source.add_argument("--file", type=Path, help="a UTF-8 file; every line that is not blank is a text")
+    source.add_argument("--interactive", action="store_true", help="read lines until end of file, Ctrl-D or 'exit'")
+    parser.add_argument("--max_steps", "--max-steps", type=int, help="most passes to spend (default: the checkpoint's)")
+    parser.add_argument("--threshold", type=float, help="halt below this level (default: the checkpoint's)")
+    parser.add_argument("--halting", help="gate or settle (default: the checkpoint's)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    return parser
+
+
+def _texts(options: argparse.Namespace) -> Iterable[str]:
+    if options.interactive:
+        return _typed_lines()
+    if options.file is not None:
+        lines = options.file.read_text(encoding="utf-8").splitlines()
+        return [line for line in lines if line.strip()]
+    return [options.text]
+
+
+def _typed_lines() -> Iterator[str]:
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except (EOFError, KeyboardInterrupt):
+            return
+        if line.strip().lower() == "exit":
+            return
+        if line.strip():
+            yield line
+
+
+def _print_reading(text: str, reading: Reading) -> None:
+    print(f"Input:  {text}")
+    print(f"Output: {reading.text}")
+    print(f"Steps:  {reading.steps}/{reading.max_steps}", flush=True)
+
+
+def _complain(program: str, problem: object, status: int) -> int:
+    print(f"{program}: {' '.join(str(problem).split())}", file=sys.stderr)
+    return status

@@ -1,0 +1,52 @@
+"""Where a server stands between start and end, and what it serves: shared by all transports.
+
+loading -> ready -> draining
+    └──> failed <┘
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from service.denoiser import Denoiser
+from service.errors import RefusalReason, Unavailable
+
+State = Literal["loading", "ready", "draining", "failed"]
+
+REFUSALS: dict[State, tuple[str, RefusalReason]] = {
+    "loading": ("the model is still loading", "loading"),
+    "draining": ("the server is shutting down and takes no new work", "draining"),
+    "failed": ("the engine has failed", "failed"),
+}
+
+
+class Lifecycle:
+    def __init__(self) -> None:
+        self._denoiser: Denoiser | None = None
+        self._draining = False
+
+    @property
+    def state(self) -> State:
+        if self._draining:
+            return "draining"
+        if self._denoiser is None:
+            return "loading"
+        return "ready" if self._denoiser.engine.ready else "failed"
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """What to serve requests with. Raises `Unavailable` unless ready."""
+        state = self.state
+        if self._denoiser is None or state != "ready":
+            raise Unavailable(*REFUSALS[state])
+        return self._denoiser
+
+    def open(self, denoiser: Denoiser) -> None:
+        """Loaded and warmed: take requests."""
+        self._denoiser = denoiser
+
+    async def drain(self, grace_seconds: float) -> None:
+        """Turn new requests away, and give those accepted the grace period to finish."""
+        self._draining = True
+        if self._denoiser is not None:
+            await self._denoiser.engine.drain(grace_seconds)

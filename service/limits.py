@@ -1,0 +1,43 @@
+"""What this server accepts, given its model and its settings: the one place where ceilings are checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from service.errors import FieldProblem
+
+CHARACTERS_PER_TOKEN = 32
+"""A text with more characters than this for every token of `max_seq_len` is refused without tokenising it.
+
+English has about five; 32 leaves room for long words and wide gaps, and bounds the work of tokenising.
+"""
+
+MAX_TIMEOUT_MS = 3_600_000
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Upper bounds, all inclusive. `max_seq_len` counts tokens, `[CLS]` and `[SEP]` included."""
+
+    max_seq_len: int
+    max_steps: int
+    max_top_k: int
+    max_timeout_ms: int = MAX_TIMEOUT_MS
+
+    @property
+    def max_characters(self) -> int:
+        return CHARACTERS_PER_TOKEN * self.max_seq_len
+
+    @property
+    def ceilings(self) -> dict[str, int]:
+        """The largest value of each bounded field."""
+        return {"max_steps": self.max_steps, "top_k": self.max_top_k, "timeout_ms": self.max_timeout_ms}
+
+    def above(self, fields: Mapping[str, object], wanted: Mapping[str, str]) -> list[FieldProblem]:
+        """The fields whose whole number is above its ceiling; other faults are the schema's to find."""
+        return [
+            FieldProblem.of(name, value, wanted[name])
+            for name, ceiling in self.ceilings.items()
+            if type(value := fields.get(name)) is int and value > ceiling  # true is not a number
+        ]

@@ -1,0 +1,1 @@
+"""HTTP: translates requests to the denoiser and answers from it. Knows status codes; decides nothing else."""

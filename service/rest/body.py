@@ -1,0 +1,37 @@
+"""Reading a JSON body, so that every error in it is ours to name."""
+
+from __future__ import annotations
+
+import json
+
+from starlette.requests import ClientDisconnect, Request
+
+from service.errors import Cancelled, Malformed, UnsupportedFormat
+
+JSON_TYPE = "application/json"
+
+
+async def read_json(request: Request) -> object:
+    """The body as plain values. Raises `UnsupportedFormat`, `Malformed`, `TooLarge` or `Cancelled`."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != JSON_TYPE:
+        raise UnsupportedFormat(f"the content type is {media_type[:80] or 'missing'}: want {JSON_TYPE}")
+    try:
+        body = await request.body()
+    except ClientDisconnect:
+        raise Cancelled("the caller left while sending the request") from None
+    return parse_json(body)
+
+
+def parse_json(body: bytes) -> object:
+    """Raises `Malformed` for whatever is not JSON in UTF-8 that can be taken in."""
+    try:
+        return json.loads(body.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise Malformed(f"the body is not UTF-8: byte {error.start} is {body[error.start]:#04x}") from None
+    except json.JSONDecodeError as error:
+        raise Malformed(f"the body is not JSON: {error}") from None
+    except ValueError:  # Python converts no more digits than these
+        raise Malformed("the body has a number of more than 4300 digits") from None
+    except RecursionError:
+        raise Malformed("the body is nested too deeply") from None

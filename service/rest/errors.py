@@ -1,0 +1,100 @@
+"""Errors as RFC 9457 problem documents, and the one map from neutral codes to HTTP status."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from http import HTTPStatus
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from service.errors import Code, FieldProblem, Internal, Refused, ServiceError, printable
+from service.rest.problem import BadField, Problem
+
+PROBLEM_JSON = "application/problem+json"
+RETRY_AFTER_SECONDS = 1
+
+STATUS: dict[Code, int] = {
+    "invalid_argument": 422,
+    "malformed": 400,
+    "unsupported_format": 415,
+    "too_large": 413,
+    "unauthenticated": 401,
+    "resource_exhausted": 429,
+    "unavailable": 503,
+    "deadline_exceeded": 504,
+    "cancelled": 499,  # nobody is left to read it; nginx's number, for the access log
+    "internal": 500,
+}
+TITLE: dict[Code, str] = {
+    "invalid_argument": "A field has a value that is not allowed",
+    "malformed": "The request cannot be read",
+    "unsupported_format": "The request is in a format that is not read here",
+    "too_large": "The request is too large",
+    "unauthenticated": "A valid API key is needed",
+    "resource_exhausted": "The queue is full",
+    "unavailable": "The server takes no requests now",
+    "deadline_exceeded": "The time was over before the first pass",
+    "cancelled": "The caller left",
+    "internal": "The server made a mistake",
+}
+
+
+def problem_responses(*codes: Code) -> dict[int | str, dict[str, object]]:
+    """OpenAPI documentation of the errors a route can answer with."""
+    schema = {"$ref": "#/components/schemas/Problem"}
+    return {STATUS[code]: {"description": TITLE[code], "content": {PROBLEM_JSON: {"schema": schema}}} for code in codes}
+
+
+def service_problem(error: ServiceError, request_id: str) -> Response:
+    headers = {}
+    if isinstance(error, Refused):
+        headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
+    if error.code == "unauthenticated":
+        headers["WWW-Authenticate"] = "Bearer"
+    problem = Problem(
+        type=f"urn:rdt:problem:{error.code}",
+        title=TITLE[error.code],
+        status=STATUS[error.code],
+        detail=error.message,
+        errors=[_bad_field(problem) for problem in error.problems],
+        request_id=request_id,
+    )
+    return _response(problem, headers)
+
+
+async def on_service_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ServiceError)
+    return service_problem(error, request.state.request_id)
+
+
+async def on_http_error(request: Request, error: Exception) -> Response:
+    """404, 405 and the like, which have no neutral code."""
+    assert isinstance(error, HTTPException)
+    phrase = HTTPStatus(error.status_code).phrase
+    problem = Problem(
+        type="about:blank",
+        title=phrase,
+        status=error.status_code,
+        detail=f"{request.method} {printable(request.url.path)}: {phrase.lower()}",
+        errors=[],
+        request_id=request.state.request_id,
+    )
+    return _response(problem, error.headers or {})
+
+
+async def on_crash(request: Request, _error: Exception) -> Response:
+    """A bug of ours. The server logs the traceback; the caller gets an id to quote."""
+    return service_problem(Internal("the server has logged what went wrong"), request.state.request_id)
+
+
+def _bad_field(problem: FieldProblem) -> BadField:
+    return BadField(field=problem.field, message=problem.message, value=problem.value)
+
+
+def _response(problem: Problem, headers: Mapping[str, str]) -> Response:
+    # Escaped to ASCII: whatever a caller sent, it can be written back.
+    body = json.dumps(problem.model_dump(), allow_nan=False)
+    return Response(body, status_code=problem.status, media_type=PROBLEM_JSON, headers=dict(headers))

@@ -1,0 +1,39 @@
+"""`/health/live`: the process answers. `/health/ready`: it takes requests; if not, it says why."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fastapi import APIRouter
+from pydantic import BaseModel
+from starlette.responses import JSONResponse
+
+from service.lifecycle import Lifecycle, State
+
+LIVE_PATH = "/health/live"
+READY_PATH = "/health/ready"
+
+
+class Liveness(BaseModel):
+    status: Literal["live"] = "live"
+
+
+class Readiness(BaseModel):
+    status: State
+
+
+def routes(lifecycle: Lifecycle) -> APIRouter:
+    router = APIRouter()
+
+    @router.get(LIVE_PATH, summary="The process is up")
+    async def live() -> Liveness:
+        return Liveness()
+
+    @router.get(
+        READY_PATH, summary="Requests are taken", response_model=Readiness, responses={503: {"model": Readiness}}
+    )
+    async def ready() -> JSONResponse:
+        state = lifecycle.state
+        return JSONResponse(Readiness(status=state).model_dump(), status_code=200 if state == "ready" else 503)
+
+    return router

@@ -1,0 +1,87 @@
+"""What happens to every HTTP request before a route sees it: an id, the key, the size of its body."""
+
+from __future__ import annotations
+
+import hmac
+import re
+import uuid
+from collections.abc import Collection
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import TooLarge, Unauthenticated
+from service.rest.errors import service_problem
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+class RequestId:
+    """Gives each request an id: the caller's own X-Request-Id if it is a sane one, or a fresh one."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        proposed = Headers(scope=scope).get("x-request-id", "")
+        request_id = proposed if REQUEST_ID.fullmatch(proposed) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
+
+
+class ApiKey:
+    """Asks for the key on every path but the open ones. Runs inside `RequestId`."""
+
+    def __init__(self, app: ASGIApp, key: str, open_paths: Collection[str]) -> None:
+        self._app = app
+        self._key = key.encode()
+        self._open_paths = open_paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in self._open_paths or self._is_known(Headers(scope=scope)):
+            await self._app(scope, receive, send)
+            return
+        error = Unauthenticated("send the API key as 'Authorization: Bearer KEY' or as 'X-API-Key: KEY'")
+        await service_problem(error, scope["state"]["request_id"])(scope, receive, send)
+
+    def _is_known(self, headers: Headers) -> bool:
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        presented = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+        return hmac.compare_digest(presented.encode("latin-1"), self._key)  # Starlette decodes headers as latin-1
+
+
+class BodyLimit:
+    """Refuses a body over the limit while it arrives, whether or not it declares its length."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "")
+        too_large = TooLarge(f"the body is larger than {self._max_bytes} bytes")
+        n_bytes = 0
+
+        async def receive_within_limit() -> Message:
+            nonlocal n_bytes
+            if declared.isdecimal() and (len(declared) > 18 or int(declared) > self._max_bytes):
+                raise too_large
+            message = await receive()
+            n_bytes += len(message.get("body", b""))
+            if n_bytes > self._max_bytes:
+                raise too_large
+            return message
+
+        await self._app(scope, receive_within_limit, send)

@@ -1,0 +1,51 @@
+"""`GET /`: a page to try the model by hand. One file, nothing loaded from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from pathlib import Path
+
+from fastapi import APIRouter
+from starlette.responses import HTMLResponse
+
+PAGE = Path(__file__).with_name("static") / "playground.html"
+
+
+def routes() -> APIRouter:
+    router = APIRouter()
+    page = PAGE.read_text(encoding="utf-8")
+    headers = {
+        "Content-Security-Policy": content_security_policy(page),
+        "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
+    }
+
+    @router.get("/", include_in_schema=False)
+    async def playground() -> HTMLResponse:
+        return HTMLResponse(page, headers=headers)
+
+    return router
+
+
+def content_security_policy(page: str) -> str:
+    """Allows this page's own script and style, by their hashes, and requests to this server."""
+    return "; ".join(
+        (
+            "default-src 'none'",
+            f"script-src {_hash_of(page, 'script')}",
+            f"style-src {_hash_of(page, 'style')}",
+            "connect-src 'self'",
+            "img-src data:",
+            "base-uri 'none'",
+            "form-action 'none'",
+            "frame-ancestors 'none'",
+        )
+    )
+
+
+def _hash_of(page: str, element: str) -> str:
+    found = re.search(rf"<{element}>(.*?)</{element}>", page, re.DOTALL)
+    assert found is not None, f"the playground has no <{element}>"
+    return f"'sha256-{base64.b64encode(hashlib.sha256(found[1].encode()).digest()).decode()}'"

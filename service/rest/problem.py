@@ -1,0 +1,24 @@
+"""The RFC 9457 problem document, as the server writes it and the client reads it."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, Field
+
+
+class BadField(BaseModel):
+    """What is wrong with one field, and the value it had."""
+
+    field: str
+    message: str
+    value: str | int | float | bool | None = None
+
+
+class Problem(BaseModel):
+    """`application/problem+json`."""
+
+    type: str = Field(description="`urn:rdt:problem:` and the error's code; `about:blank` for plain HTTP errors.")
+    title: str
+    status: int
+    detail: str
+    errors: list[BadField] = Field(default=[], description="One entry for each field that is to blame.")
+    request_id: str = Field(default="", description="Also in the header X-Request-Id.")

@@ -1,0 +1,142 @@
+"""The composition root: settings -> checkpoint -> engine -> denoiser -> a listening server, and back down.
+
+The port is bound first and the checkpoint loaded behind it, so that probes get true answers from the
+start. On SIGTERM or SIGINT new requests are refused, accepted ones finish within the grace period, and
+the process ends with 0. A checkpoint that cannot be loaded ends it with 1.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+import uvicorn
+
+from rdt_core import LoadedModel, Tokenizer
+from service.denoiser import Denoiser
+from service.engine.engine import Engine, SequentialEngine
+from service.engine.reference import run_reference
+from service.engine.types import Job
+from service.lifecycle import Lifecycle
+from service.limits import Limits
+from service.loading import load_model
+from service.metrics import Metrics
+from service.rest.app import create_app
+from service.schema import ModelCard
+from service.settings import Settings
+
+log = logging.getLogger(__name__)
+
+FLUSH_SECONDS = 5
+"""How long slow callers may take to read their answers once the engine has finished."""
+
+
+class Runtime:
+    """One server: what it is made of, before and after its model is there."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.lifecycle = Lifecycle()
+        self.metrics = Metrics(time.monotonic)
+        key = settings.api_key
+        self.app = create_app(
+            self.lifecycle,
+            self.metrics,
+            max_body_bytes=settings.max_body_bytes,
+            api_key=None if key is None else key.get_secret_value(),
+        )
+
+    async def load(self) -> None:
+        """Load the checkpoint, warm the engine with one request, and open for more."""
+        settings = self.settings
+        began = time.monotonic()
+        torch.set_num_threads(settings.threads)
+        loaded = await asyncio.to_thread(load_model, settings.checkpoint, settings.device)
+        engine = SequentialEngine(
+            partial(run_reference, loaded.model), settings.max_waiting, settings.max_waiting_tokens
+        )
+        await engine.start()
+        await _warm(engine, loaded.tokenizer)
+        self.lifecycle.open(build_denoiser(loaded, engine, settings, self.metrics))
+        log.info("ready after %.1f s: %s on %s", time.monotonic() - began, loaded.name, loaded.model.device)
+
+
+def build_denoiser(loaded: LoadedModel, engine: Engine, settings: Settings, metrics: Metrics) -> Denoiser:
+    config = loaded.model.config
+    limits = Limits(config.max_seq_len, settings.max_steps_limit, min(settings.max_top_k, config.vocab_size))
+    card = ModelCard(
+        name=loaded.name,
+        digest=loaded.digest,
+        device=str(loaded.model.device),
+        precision=settings.precision,
+        n_parameters=sum(parameter.numel() for parameter in loaded.model.parameters()),
+        configuration=config.to_mapping(),
+        limits={"max_seq_len": limits.max_seq_len, "max_characters": limits.max_characters, **limits.ceilings},
+    )
+    return Denoiser(card=card, config=config, tokenizer=loaded.tokenizer, engine=engine, limits=limits, metrics=metrics)
+
+
+async def serve(settings: Settings) -> int:
+    """Run until a signal comes. Returns the exit status; raises `OSError` if the address cannot be had."""
+    runtime = Runtime(settings)
+    with listen(settings.host, settings.http_port) as listener:
+        log.info("listening on http://%s:%d", *listener.getsockname()[:2])
+        server = _Server(
+            uvicorn.Config(
+                runtime.app, log_config=None, access_log=settings.log_level == "debug", lifespan="off", ws="none",
+                server_header=False, timeout_graceful_shutdown=FLUSH_SECONDS,
+            )
+        )  # fmt: skip
+        answering = asyncio.create_task(server.serve(sockets=[listener]))
+        status = await _load_and_wait(runtime)
+        await runtime.lifecycle.drain(settings.grace_seconds)
+        server.should_exit = True
+        await answering
+    return status
+
+
+def listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=2048)
+
+
+async def _load_and_wait(runtime: Runtime) -> int:
+    """Until a signal comes (0), or loading fails (1)."""
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    stopping = asyncio.create_task(stopped.wait())
+    loading = asyncio.create_task(runtime.load())
+    await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
+    if loading.done() and (error := loading.exception()) is not None:
+        log.debug("loading failed", exc_info=error)
+        print(f"rdt-serve: cannot start: {error}", file=sys.stderr)
+        stopping.cancel()
+        return 1
+    await stopping
+    loading.cancel()
+    log.info("draining")
+    return 0
+
+
+async def _warm(engine: Engine, tokenizer: Tokenizer) -> None:
+    """The first pass of a process is slow; no caller should meet it."""
+    tokens = [tokenizer.cls_id, tokenizer.mask_id, tokenizer.sep_id]
+    with engine.reserve() as place:
+        await engine.submit(Job(tokens, [False, True, False], max_steps=1, threshold=0.0, halting="gate"), place)
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals alone: uvicorn would raise them again at the end, and the process would not exit with 0."""
+        yield

@@ -1,0 +1,177 @@
+"""Requests and answers, validated once for every transport.
+
+`read_request` is the way in: it names every bad field, its value and what was wanted. Types are
+strict: `"3"`, `true` and `1.5` are not whole numbers. Bounds that depend on the running model come in
+as `Limits`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from service.engine.types import Halting, HaltReason
+from service.errors import FieldProblem, InvalidArgument, shown
+from service.limits import Limits
+
+MAX_SEED = 2**63 - 1
+
+
+class DenoiseRequest(BaseModel):
+    """One text to restore, and how. Whatever is null takes the default of the checkpoint."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    text: str = Field(min_length=1, description="Text with `[MASK]` (in any letter case) where tokens are missing.")
+    max_steps: int | None = Field(default=None, ge=1, description="Most passes to spend.")
+    threshold: float | None = Field(
+        default=None,
+        ge=0,
+        allow_inf_nan=False,
+        description="Halt when the level falls below this; 0 never halts early.",
+    )
+    halting: Halting | None = Field(
+        default=None, description="`gate`: decode once at the end. `settle`: tokens come back gradually."
+    )
+    restore: Literal["masked", "all"] = Field(
+        default="masked", description="`masked` fills the masks only; `all` returns the model's reading of every token."
+    )
+    top_k: int = Field(default=0, ge=0, description="How many candidates to list for each restored token.")
+    trace: bool = Field(default=False, description="List the level after every pass.")
+    timeout_ms: int | None = Field(
+        default=None, ge=1, description="Answer within this time with what is there; 504 if not one pass was made."
+    )
+    mask_ratio: float | None = Field(
+        default=None, ge=0, le=1, allow_inf_nan=False, description="Let the server mask this share of the tokens first."
+    )
+    seed: int | None = Field(
+        default=None, ge=0, le=MAX_SEED, description="Which tokens `mask_ratio` picks: same seed, same tokens."
+    )
+
+    @field_validator("text", mode="before")  # before pydantic, which has another name for what is wrong
+    @classmethod
+    def _is_plain_text(cls, text: object) -> object:
+        if not isinstance(text, str):
+            return text
+        if "\0" in text:
+            raise ValueError("text without NUL characters")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError("text without lone surrogates")
+        return text
+
+
+class Candidate(BaseModel):
+    """A reading the model considered for one place."""
+
+    text: str
+    probability: float
+
+
+class Restored(BaseModel):
+    """Characters `start:end` of the answer's text, written by the model after pass `step`."""
+
+    start: int
+    end: int
+    text: str
+    probability: float
+    step: int
+    candidates: list[Candidate]
+
+
+class TracePoint(BaseModel):
+    """The level after one pass."""
+
+    step: int
+    level: float
+
+
+class TimingMs(BaseModel):
+    """Milliseconds waited, computed, and from arrival to answer."""
+
+    queue: float
+    compute: float
+    total: float
+
+
+class DenoiseAnswer(BaseModel):
+    """The restored text, and how it came about."""
+
+    text: str
+    corrupted_text: str | None = Field(default=None, description="The text as masked by the server, with `mask_ratio`.")
+    steps: int
+    max_steps: int
+    halt_reason: HaltReason
+    level: float
+    restored: list[Restored]
+    trace: list[TracePoint] | None
+    timing_ms: TimingMs
+    model: str = Field(description="Name of the model and the first 12 digits of its checkpoint's SHA-256.")
+
+
+class ModelCard(BaseModel):
+    """Which model is served, where it runs, and what it accepts."""
+
+    name: str
+    digest: str = Field(description="SHA-256 of the checkpoint.")
+    device: str
+    precision: str
+    n_parameters: int
+    configuration: dict[str, object]
+    limits: dict[str, int]
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}@{self.digest[:12]}"
+
+
+def read_request(fields: object, limits: Limits) -> DenoiseRequest:
+    """Plain values, as decoded from JSON -> a request. Raises `InvalidArgument` naming every bad field."""
+    if not isinstance(fields, Mapping):
+        raise InvalidArgument(f"the request is {shown(fields)}: want an object with the field text")
+    known = {name: value for name, value in fields.items() if name in DenoiseRequest.model_fields}
+    wanted = _wanted(limits)
+    problems = [
+        FieldProblem.unknown(str(name), value, DenoiseRequest.model_fields)
+        for name, value in fields.items()
+        if name not in DenoiseRequest.model_fields
+    ]
+    problems += limits.above(known, wanted)
+    try:
+        request = DenoiseRequest.model_validate(known)
+    except ValidationError as error:
+        problems += _schema_problems(error, known, wanted)
+    if problems:
+        raise InvalidArgument.of(problems)
+    return request
+
+
+def _wanted(limits: Limits) -> dict[str, str]:
+    return {
+        "text": "a string of at least one character",
+        "max_steps": f"a whole number from 1 to {limits.max_steps}",
+        "threshold": "a finite number >= 0",
+        "halting": "gate or settle",
+        "restore": "masked or all",
+        "top_k": f"a whole number from 0 to {limits.max_top_k}",
+        "trace": "true or false",
+        "timeout_ms": f"a whole number from 1 to {limits.max_timeout_ms}",
+        "mask_ratio": "a number from 0 to 1",
+        "seed": f"a whole number from 0 to {MAX_SEED}",
+    }
+
+
+def _schema_problems(
+    error: ValidationError, fields: Mapping[str, object], wanted: Mapping[str, str]
+) -> list[FieldProblem]:
+    problems = []
+    for fault in error.errors(include_url=False, include_input=False):
+        name = str(fault["loc"][0])
+        if fault["type"] == "missing":
+            problems.append(FieldProblem.missing(name, wanted[name]))
+        elif fault["type"] == "value_error":  # raised by a validator of ours, whose message is what was wanted
+            problems.append(FieldProblem.of(name, fields[name], str(fault["ctx"]["error"])))
+        else:
+            problems.append(FieldProblem.of(name, fields[name], wanted[name]))
+    return problems

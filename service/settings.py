@@ -1,0 +1,84 @@
+"""All settings, declared once: environment `RDT_*`, flags of the same name, `--help`, ranges, defaults."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_core import ErrorDetails
+from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
+
+from service.errors import printable
+
+PREFIX = "RDT_"
+
+
+def _spare_cores() -> int:
+    """Compute threads that share a core with the event loop lose most of their speed: leave it one."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, allowed - 1)
+
+
+class Settings(BaseSettings):
+    """Serve an RDT checkpoint. Every flag can be set as an environment variable: --http_port is RDT_HTTP_PORT."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, cli_prog_name="rdt-serve", cli_avoid_json=True)
+
+    checkpoint: Path = Field(Path("models/rdt-small/best_model.pt"), description="The checkpoint file to serve.")
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one.",
+    )
+    precision: Literal["fp32"] = Field("fp32", description="Number format of the computation.")
+    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on.")
+    http_port: int = Field(8000, ge=0, le=65_535, description="Port of the REST interface; 0 picks a free one.")
+    max_waiting: int = Field(128, ge=1, description="Requests that may wait; more are refused.")
+    max_waiting_tokens: int = Field(32_768, ge=1, description="Tokens that may wait; more are refused.")
+    max_steps_limit: int = Field(100, ge=1, description="Largest max_steps a request may ask for.")
+    max_top_k: int = Field(20, ge=0, description="Largest top_k a request may ask for.")
+    max_body_bytes: int = Field(1_048_576, ge=1, description="Largest request body in bytes.")
+    grace_seconds: float = Field(
+        30.0, ge=0, allow_inf_nan=False, description="Seconds that accepted requests get to finish after SIGTERM."
+    )
+    api_key: SecretStr | None = Field(
+        None, min_length=1, description="Key that callers must send; better set in the environment than as a flag."
+    )
+    threads: int = Field(_spare_cores(), ge=1, le=1024, description="Compute threads of one operation on a CPU.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity to log.")
+
+
+class SettingsError(ValueError):
+    """Settings that cannot be used; the message names each, its value and what was wanted."""
+
+
+def read_settings(arguments: Sequence[str]) -> Settings:
+    """Flags over environment over defaults. Flags may be written with `-` or `_`.
+
+    Raises `SettingsError` for a bad value; prints and exits for `--help` and unknown flags, as argparse does.
+    """
+    try:
+        return CliApp.run(Settings, cli_args=[_underscored(argument) for argument in arguments])
+    except ValidationError as error:
+        raise SettingsError("; ".join(_problem(fault) for fault in error.errors())) from None
+
+
+def unknown_variables(environment: Iterable[str]) -> list[str]:
+    """`RDT_*` names that set nothing: most likely misspelt."""
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    return sorted(name for name in environment if name.upper().startswith(PREFIX) and name.upper() not in known)
+
+
+def _underscored(argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    return name.replace("-", "_").replace("__", "--", 1) + equals + value if argument.startswith("--") else argument
+
+
+def _problem(fault: ErrorDetails) -> str:
+    name = str(fault["loc"][0])
+    value = "" if name == "api_key" else f" is {json.dumps(printable(fault['input']))}"  # a key is never shown
+    return f"{name} ({PREFIX}{name.upper()}){value}: {fault['msg'][0].lower()}{fault['msg'][1:]}"

@@ -1,0 +1,98 @@
+"""Between characters and tokens: bounded encoding, corruption on request, and writing back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from rdt_core.masking import mask_ranks, maskable_rows, masked_at
+from rdt_core.tokenizer import CONTINUATION, Encoding, Tokenizer, fill
+from service.engine.types import Result
+from service.errors import FieldProblem, InvalidArgument, TooLarge
+from service.limits import Limits
+from service.schema import Candidate, Restored
+
+MASK_TEXT = "[MASK]"
+N_FRAME_TOKENS = 2  # [CLS] and [SEP]
+
+
+def check_characters(text: str, limits: Limits) -> None:
+    """Refuse with `TooLarge`, without tokenising, a text that cannot sensibly fit."""
+    if len(text) > limits.max_characters:
+        wanted = f"at most {limits.max_characters} characters ({limits.max_seq_len} tokens)"
+        raise _too_large(text, f"{len(text)} characters", wanted)
+
+
+def encode(text: str, tokenizer: Tokenizer, limits: Limits) -> Encoding:
+    """Text -> tokens. `TooLarge` names both lengths; `InvalidArgument` if nothing is left to read."""
+    encoding = tokenizer.encode(text)
+    if len(encoding.ids) > limits.max_seq_len:
+        raise _too_large(text, f"{len(encoding.ids)} tokens", f"at most {limits.max_seq_len} tokens")
+    if len(encoding.ids) == N_FRAME_TOKENS:
+        wanted = "text with at least one token; spaces and control characters are none"
+        raise InvalidArgument.of([FieldProblem.of("text", text, wanted)])
+    return encoding
+
+
+def hide(text: str, tokenizer: Tokenizer, ratio: float, seed: int) -> str:
+    """Write `[MASK]` over a share of the text's tokens: the same ones for the same seed."""
+    encoding = tokenizer.encode(text)
+    maskable = maskable_rows(torch.tensor(encoding.ids), tokenizer.special_ids)
+    ranks = mask_ranks(maskable, torch.Generator().manual_seed(seed))
+    out, read = [], 0
+    for row in masked_at(ranks, ratio).nonzero().squeeze(1).tolist():
+        start, end = encoding.spans[row]
+        if start < read:  # a character that became two tokens is hidden once
+            continue
+        out += [text[read:start], MASK_TEXT]
+        read = end
+    return "".join(out) + text[read:]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The text with the model's tokens written in, and which characters they are."""
+
+    text: str
+    restored: list[Restored]
+
+
+def write_back(encoding: Encoding, result: Result, tokenizer: Tokenizer, *, rewrite: bool = False) -> Reading:
+    """Fill the masks, and leave every other character as it was sent.
+
+    With `rewrite`, visible tokens that the model reads differently are written over too.
+    """
+    place = {row: index for index, row in enumerate(result.rows)}
+    pieces = {
+        row: tokenizer.piece(result.tokens[row])
+        for row in result.rows
+        if encoding.masked[row] or (rewrite and _is_reread(encoding, result, row))
+    }
+    text, fills = fill(encoding, pieces)
+    restored = [
+        Restored(
+            start=written.start,
+            end=written.end,
+            text=written.text,
+            probability=result.probabilities[place[written.row]],
+            step=result.fixed_at[place[written.row]],
+            candidates=[
+                Candidate(text=tokenizer.piece(token).removeprefix(CONTINUATION), probability=probability)
+                for token, probability in result.candidates[place[written.row]]
+            ],
+        )
+        for written in fills
+    ]
+    return Reading(text, restored)
+
+
+def _is_reread(encoding: Encoding, result: Result, row: int) -> bool:
+    start, end = encoding.spans[row]
+    return start < end and result.tokens[row] != encoding.ids[row]  # [CLS] and [SEP] stand on no characters
+
+
+def _too_large(text: str, length: str, wanted: str) -> TooLarge:
+    problem = FieldProblem.of("text", text, wanted)
+    message = f"text has {length}: want {wanted}"
+    return TooLarge(message, [FieldProblem("text", message, problem.value)])

@@ -1,0 +1,107 @@
+"""A real server process with a tiny checkpoint, and a real client."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import httpx
+import pytest
+
+from service.client import Client, ProblemError
+
+ROOT = Path(__file__).parents[2]
+START_SECONDS = 30.0
+
+Seen = TypeVar("Seen")
+
+pytestmark = pytest.mark.e2e
+
+
+@dataclass
+class Server:
+    process: subprocess.Popen[str]
+    log: Path
+    url: str = ""
+
+
+@contextmanager
+def server(log: Path, *flags: str) -> Iterator[Server]:
+    """`python -m service` on a free port; killed at the end if it still runs."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RDT_")}
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "service", "--http_port", "0", "--threads", "1", *flags],
+            cwd=ROOT, env={**environment, "OMP_NUM_THREADS": "1"}, stderr=file, stdout=file, text=True,
+        )  # fmt: skip
+    running = Server(process, log)
+    try:
+        yield running
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_for_url(running: Server) -> str:
+    """The address the server says it listens on."""
+    return wait_for(running, lambda: _address(running.log.read_text()))
+
+
+def wait_until_ready(running: Server) -> Client:
+    running.url = wait_for_url(running)
+    client = Client(running.url)
+    wait_for(running, lambda: client.ready() or None)
+    return client
+
+
+def wait_for(running: Server, look: Callable[[], Seen | None]) -> Seen:
+    """What `look` finds, once it finds something. Fails with the server's log if it ends or takes too long."""
+    give_up = time.monotonic() + START_SECONDS
+    while running.process.poll() is None and time.monotonic() < give_up:
+        if (seen := look()) is not None:
+            return seen
+        time.sleep(0.02)
+    pytest.fail(running.log.read_text())
+
+
+def test_a_life_from_start_to_sigterm(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    flags = ("--checkpoint", str(tiny_checkpoint), "--max_steps_limit", "1000000")
+    with server(tmp_path / "log", *flags) as running, wait_until_ready(running) as client:
+        check_answers(client)
+        assert 'rdt_requests_total{outcome="ok",transport="rest"} 1.0' in httpx.get(f"{running.url}/metrics").text
+
+        with ThreadPoolExecutor(1) as thread:
+            slow = thread.submit(client.denoise, "[MASK]", max_steps=1_000_000, threshold=0, timeout_ms=1500)
+            wait_for(running, lambda: "rdt_live_requests 1.0" in httpx.get(f"{running.url}/metrics").text or None)
+            running.process.send_signal(signal.SIGTERM)
+            wait_for(running, lambda: httpx.get(f"{running.url}/health/ready").json()["status"] == "draining" or None)
+            with Client(running.url) as late, pytest.raises(ProblemError, match="503"):
+                late.denoise("a")
+            assert slow.result(timeout=10).halt_reason == "deadline", "a request under way is answered"
+        assert running.process.wait(timeout=10) == 0
+
+
+def check_answers(client: Client) -> None:
+    answer = client.denoise("The Quick [MASK]  fox", trace=True)
+    assert re.fullmatch(r"The Quick \S+  fox", answer.text)
+    assert answer.trace is not None
+    assert len(answer.trace) == answer.steps
+    assert answer.timing_ms.total >= answer.timing_ms.compute > 0
+    assert client.model().label == answer.model
+    with pytest.raises(ProblemError, match="max_steps is 0"):
+        client.denoise("a", max_steps=0)
+
+
+def _address(log: str) -> str | None:
+    found = re.search(r"listening on (http://\S+)", log)
+    return found[1] if found else None

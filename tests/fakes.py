@@ -1,0 +1,161 @@
+"""Stand-ins that make server tests instant and exact: a clock, an engine, a computation to hold and let go."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
+
+import httpx
+from fastapi import FastAPI
+
+from rdt_core import ModelConfig, Tokenizer
+from service.denoiser import Denoiser
+from service.engine.queue import Place
+from service.engine.types import Job, Result
+from service.errors import ServiceError
+from service.lifecycle import Lifecycle
+from service.limits import Limits
+from service.metrics import Metrics
+from service.rest.app import create_app
+from service.schema import ModelCard
+
+MAX_BODY_BYTES = 4096
+
+
+class FakeClock:
+    """Time that passes only when told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def fake_result(job: Job, token: int, steps: int = 2) -> Result:
+    """Every masked row (every row with `decode_all`) read as `token`."""
+    rows = [row for row, masked in enumerate(job.masked) if masked or job.decode_all]
+    return Result(
+        tokens=[token if row in rows else given for row, given in enumerate(job.tokens)],
+        rows=rows,
+        probabilities=[0.5] * len(rows),
+        fixed_at=[steps] * len(rows),
+        candidates=[[(token, 0.5)] * job.top_k for _ in rows],
+        steps=steps,
+        levels=[1 / (step + 1) for step in range(1, steps + 1)],
+        reason="gate",
+        max_steps=job.max_steps,
+        queue_seconds=0.25,
+        compute_seconds=0.5,
+    )
+
+
+class FakeEngine:
+    """Answers at once, or raises `error`. Remembers the jobs it was given."""
+
+    def __init__(self, token: int, steps: int = 2) -> None:
+        self.token = token
+        self.steps = steps
+        self.ready = True
+        self.waiting = 0
+        self.live = 0
+        self.jobs: list[Job] = []
+        self.error: Exception | None = None
+        self.full: ServiceError | None = None
+        self.grace_seconds: float | None = None
+
+    async def start(self) -> None:
+        self.ready = True
+
+    @contextmanager
+    def reserve(self) -> Iterator[Place]:
+        if self.full is not None:
+            raise self.full
+        yield Place()
+
+    async def submit(self, job: Job, place: Place) -> Result:
+        assert place.held
+        self.jobs.append(job)
+        if self.error is not None:
+            raise self.error
+        return fake_result(job, self.token, self.steps)
+
+    async def drain(self, grace_seconds: float) -> None:
+        self.ready = False
+        self.grace_seconds = grace_seconds
+
+    async def stop(self) -> None:
+        self.ready = False
+
+
+class HeldComputation:
+    """A `RunJob` that stands still in the worker thread until it is let go, and notes what it ran."""
+
+    TIMEOUT_SECONDS = 5.0
+
+    def __init__(self) -> None:
+        self.ran: list[Job] = []
+        self.passes = 0
+        self.error: BaseException | None = None
+        self._started = threading.Semaphore(0)
+        self._go = threading.Semaphore(0)
+
+    def __call__(self, job: Job, after_pass: Callable[[], None], out_of_time: Callable[[], bool]) -> Result:
+        self.ran.append(job)
+        self._started.release()
+        steps, late = 0, False
+        while steps < job.max_steps and not late:
+            assert self._go.acquire(timeout=self.TIMEOUT_SECONDS), "nobody let the computation go"
+            if self.error is not None:
+                raise self.error
+            steps += 1
+            self.passes += 1
+            late = out_of_time()
+            after_pass()
+        return replace(fake_result(job, token=7, steps=steps), reason="deadline" if late else "max_steps")
+
+    def wait_until_started(self) -> None:
+        assert self._started.acquire(timeout=self.TIMEOUT_SECONDS), "no job was started"
+
+    def let_go(self, n_passes: int = 1) -> None:
+        for _ in range(n_passes):
+            self._go.release()
+
+
+class Service:
+    """An application over a fake engine, and all the parts a test wants to look at."""
+
+    def __init__(self, tokenizer: Tokenizer, config: ModelConfig, api_key: str | None = None) -> None:
+        self.clock = FakeClock()
+        self.metrics = Metrics(self.clock)
+        self.engine = FakeEngine(token=token_of(tokenizer, "fox"))
+        self.lifecycle = Lifecycle()
+        self.denoiser = Denoiser(
+            card=ModelCard(
+                name="tiny", digest="0123456789abcdef", device="cpu", precision="fp32", n_parameters=1,
+                configuration=config.to_mapping(), limits={},
+            ),
+            config=config, tokenizer=tokenizer, engine=self.engine,
+            limits=Limits(config.max_seq_len, max_steps=100, max_top_k=5), metrics=self.metrics, clock=self.clock,
+        )  # fmt: skip
+        self.app: FastAPI = create_app(self.lifecycle, self.metrics, max_body_bytes=MAX_BODY_BYTES, api_key=api_key)
+
+    def open(self) -> Service:
+        self.lifecycle.open(self.denoiser)
+        return self
+
+    @asynccontextmanager
+    async def client(self) -> AsyncIterator[httpx.AsyncClient]:
+        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://rdt") as client:
+            yield client
+
+    def sample(self, name: str, **labels: str) -> float:
+        """One value of the registry; 0 for a series nobody has touched."""
+        return self.metrics.registry.get_sample_value(name, labels) or 0.0
+
+
+def token_of(tokenizer: Tokenizer, piece: str) -> int:
+    return next(token for token in range(tokenizer.vocab_size) if tokenizer.piece(token) == piece)

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+from service.cli import denoise, serve
+
+OUTPUT = re.compile(r"Input:  (.*)\nOutput: (.*)\nSteps:  (\d+)/(\d+)\n")
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint: Path) -> list[str]:
+    return ["--checkpoint", str(tiny_checkpoint), "--device", "cpu"]
+
+
+def test_one_text(checkpoint: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    text = "The Quick  [MASK] fox"
+    assert denoise([*checkpoint, "--text", text, "--max-steps", "3", "--threshold", "0"]) == 0
+    printed = capsys.readouterr()
+    match = OUTPUT.fullmatch(printed.out)
+    assert match is not None
+    assert match.groups()[0] == text
+    assert match.groups()[2:] == ("3", "3")
+    assert re.fullmatch(r"The Quick  \S+ fox", match[2])
+    assert "[MASK]" not in match[2]
+    assert printed.err == ""
+
+
+def test_defaults_are_the_checkpoints(checkpoint: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert denoise([*checkpoint, "--text", "[MASK]"]) == 0
+    assert "/8\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("halting", "steps"), [("gate", "6"), ("settle", "1")])
+def test_halting_is_passed_on(
+    checkpoint: list[str], halting: str, steps: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With nothing masked, settling is done after one pass, and a gate at threshold 0 never is."""
+    options = ["--text", "fox", "--max_steps", "6", "--threshold", "0", "--halting", halting]
+    assert denoise([*checkpoint, *options]) == 0
+    assert OUTPUT.findall(capsys.readouterr().out)[0][2] == steps
+
+
+def test_a_file_line_by_line(checkpoint: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "texts.txt"
+    file.write_text("the [MASK]\n\n  \nfox [MASK]\n", encoding="utf-8")
+    assert denoise([*checkpoint, "--file", str(file)]) == 0
+    assert [found[0] for found in OUTPUT.findall(capsys.readouterr().out)] == ["the [MASK]", "fox [MASK]"]
+
+
+@pytest.mark.parametrize("ending", ["exit\nthe [MASK]\n", ""])
+def test_interactive_reads_until_it_is_told_to_end(
+    checkpoint: list[str], ending: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("the [MASK]\n\n\u200b\nfox [MASK]\n" + ending))
+    assert denoise([*checkpoint, "--interactive"]) == 0
+    printed = capsys.readouterr()
+    assert [found[0] for found in OUTPUT.findall(printed.out)] == ["the [MASK]", "fox [MASK]"]
+    assert printed.err.count("\n") == 1, "the bad line is named, and the session goes on"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--text", ""], "text"),
+        (["--text", "a " * 40], "42 tokens"),
+        (["--text", "a\udcff"], "surrogates"),
+        (["--text", "a", "--max_steps", "0"], "max_steps is 0"),
+        (["--text", "a", "--max_steps", "x"], "max_steps"),
+        (["--text", "a", "--threshold", "nan"], "threshold is NaN"),
+        (["--text", "a", "--threshold", "-1"], "threshold is -1.0"),
+        (["--text", "a", "--halting", "never"], "halting"),
+        (["--text", "a", "--device", "tpu"], "device is tpu"),
+        (["--file", "/nowhere/texts.txt"], "/nowhere/texts.txt"),
+        (["--text", "a", "--file", "b"], "not allowed with"),
+        ([], "--interactive"),
+        (["--nonsense"], ""),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    checkpoint: list[str], options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status = denoise([*checkpoint, *options])
+    except SystemExit as end:  # argparse
+        status = end.code  # type: ignore[assignment] # an int here
+    assert status == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert re.fullmatch(r"rdt-denoise: [^\n]+\n", printed.err)
+    assert message in printed.err
+
+
+def test_a_file_that_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "model.pt"
+    file.write_bytes(b"not a checkpoint")
+    assert denoise(["--checkpoint", str(file), "--text", "a"]) == 2
+    assert str(file) in capsys.readouterr().err
+
+
+def test_serve_names_bad_settings_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert serve(["--http_port", "-5"]) == 2
+    assert re.fullmatch(r"rdt-serve: http_port [^\n]+\n", capsys.readouterr().err)

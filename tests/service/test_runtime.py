@@ -1,0 +1,100 @@
+"""The whole server inside this process: from settings to a bound port, and down again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from service import cli
+from service.client import AsyncClient, ProblemError
+from service.loading import pick_device
+from service.runtime import serve
+from service.settings import Settings
+
+pytestmark = pytest.mark.usefixtures("_log_everything")
+
+
+@pytest.fixture
+def _log_everything(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+
+
+def settings_for(checkpoint: Path, **changes: object) -> Settings:
+    return Settings(checkpoint=checkpoint, device="cpu", http_port=0, threads=1, **changes)  # type: ignore[arg-type]
+
+
+@asynccontextmanager
+async def running(
+    settings: Settings, caplog: pytest.LogCaptureFixture
+) -> AsyncIterator[tuple[AsyncClient, asyncio.Task[int]]]:
+    """A server that takes requests, a client for it, and the task that ends with its exit status."""
+    serving = asyncio.create_task(serve(settings))
+    async with asyncio.timeout(10):
+        while (found := re.search(r"listening on (http://\S+)", caplog.text)) is None:
+            await asyncio.sleep(0.01)
+        async with AsyncClient(found[1]) as client:
+            while not await client.ready():
+                await asyncio.sleep(0.01)
+            yield client, serving
+
+
+async def test_the_settings_reach_the_model_card(tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = settings_for(tiny_checkpoint, max_steps_limit=7, max_top_k=1000)
+    async with running(settings, caplog) as (client, serving):
+        card = await client.model()
+        with pytest.raises(ProblemError, match="from 1 to 7"):
+            await client.denoise("a", max_steps=8)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await serving == 0
+    assert card.limits["max_steps"] == 7
+    assert card.limits["top_k"] == card.configuration["vocab_size"], "no more candidates than words"
+    assert (card.name, card.device, card.precision) == ("tiny", "cpu", "fp32")
+    assert re.fullmatch(r"[0-9a-f]{64}", card.digest)
+    assert card.n_parameters > 0
+
+
+async def test_the_grace_period_is_the_longest_wait(tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = settings_for(tiny_checkpoint, grace_seconds=0.1, max_steps_limit=10**9)
+    async with running(settings, caplog) as (client, serving):
+        endless = asyncio.create_task(client.denoise("[MASK]", max_steps=10**9, threshold=0))
+        await asyncio.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(ProblemError, match="shut down before"):
+            await endless
+        assert await serving == 0
+
+
+async def test_a_signal_while_loading_ends_with_0(tiny_checkpoint: Path) -> None:
+    serving = asyncio.create_task(serve(settings_for(tiny_checkpoint)))
+    await asyncio.sleep(0)  # the signal handlers are in place before the first wait
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await asyncio.wait_for(serving, timeout=10) == 0
+
+
+async def test_a_checkpoint_that_cannot_be_loaded_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "missing.pt"
+    assert await asyncio.wait_for(serve(settings_for(path)), timeout=10) == 1
+    assert capsys.readouterr().err == f"rdt-serve: cannot start: {path}: no such file\n"
+
+
+def test_an_address_in_use_is_one_line(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert cli.serve(["--checkpoint", str(tiny_checkpoint), "--http_port", str(port)]) == 1
+    assert re.fullmatch(rf"rdt-serve: cannot listen on 127.0.0.1:{port}: [^\n]+\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name", ["tpu", "cuda:4096", "meta", "cuda:-1"])
+def test_a_device_that_is_not_there_is_named(name: str) -> None:
+    with pytest.raises(ValueError, match=f"device is {name}"):
+        pick_device(name)

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from service.settings import Settings, SettingsError, read_settings, unknown_variables
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("RDT_")]:
+        monkeypatch.delenv(name)
+
+
+def test_defaults() -> None:
+    settings = read_settings([])
+    assert settings.checkpoint == Path("models/rdt-small/best_model.pt")
+    assert (settings.host, settings.http_port, settings.device, settings.precision) == (
+        "127.0.0.1",
+        8000,
+        "auto",
+        "fp32",
+    )
+    assert settings.api_key is None
+    assert settings.threads >= 1
+
+
+def test_a_flag_beats_the_environment_beats_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RDT_HTTP_PORT", "9001")
+    monkeypatch.setenv("RDT_GRACE_SECONDS", "2.5")
+    assert read_settings([]).http_port == 9001
+    settings = read_settings(["--http_port", "9002"])
+    assert (settings.http_port, settings.grace_seconds) == (9002, 2.5)
+
+
+@pytest.mark.parametrize("flags", [["--max_top_k=3"], ["--max-top-k=3"], ["--max-top-k", "3"], ["--max_top_k", "3"]])
+def test_flags_may_be_written_either_way(flags: list[str]) -> None:
+    assert read_settings(flags).max_top_k == 3
+
+
+def test_only_the_name_of_a_flag_is_rewritten() -> None:
+    assert read_settings(["--checkpoint=a-b/c--d.pt", "--host", "my-host"]).checkpoint == Path("a-b/c--d.pt")
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--http_port", "65536"], "http_port (RDT_HTTP_PORT)"),
+        (["--http_port", "http"], 'is "http"'),
+        (["--device", "tpu"], "device"),
+        (["--device", "cuda:x"], "device"),
+        (["--precision", "fp8"], "precision"),
+        (["--max_waiting", "0"], "max_waiting"),
+        (["--max_waiting_tokens", "0"], "max_waiting_tokens"),
+        (["--max_steps_limit", "0"], "max_steps_limit"),
+        (["--max_body_bytes", "0"], "max_body_bytes"),
+        (["--grace_seconds", "nan"], "grace_seconds"),
+        (["--grace_seconds", "-1"], "grace_seconds"),
+        (["--threads", "0"], "threads"),
+        (["--log_level", "loud"], "log_level"),
+        (["--host", ""], "host"),
+    ],
+)
+def test_a_bad_setting_is_named(flags: list[str], named: str) -> None:
+    with pytest.raises(SettingsError) as error:
+        read_settings(flags)
+    assert named in str(error.value)
+
+
+def test_all_bad_settings_are_named_at_once() -> None:
+    with pytest.raises(SettingsError, match=r"http_port.*threads"):
+        read_settings(["--http_port", "x", "--threads", "x"])
+
+
+def test_the_key_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RDT_API_KEY", "open sesame")
+    assert "sesame" not in repr(read_settings([]))
+    with pytest.raises(SettingsError, match="api_key") as error:
+        read_settings(["--api_key", ""])
+    assert '""' not in str(error.value)
+
+
+def test_unknown_variables_are_found() -> None:
+    environment = {"RDT_HTTP_PORT": "1", "RDT_HTTPPORT": "1", "rdt_host": "x", "PATH": "", "RDT_": ""}
+    assert unknown_variables(environment) == ["RDT_", "RDT_HTTPPORT"]
+
+
+def test_help_describes_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        read_settings(["--help"])
+    assert end.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name, field in Settings.model_fields.items():
+        assert f"--{name}" in text
+        assert field.description
+        assert field.description[:30] in text

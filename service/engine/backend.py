@@ -1,0 +1,17 @@
+"""What the scheduler's plans are carried out by: the seam between who runs and how it is computed."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from service.engine.types import Outcome, Plan
+
+
+class Backend(Protocol):
+    """Holds the live batch between ticks. Called from one thread."""
+
+    def run(self, plan: Plan) -> Outcome:
+        """Drop and admit as planned, one pass over everything live, decode what settles or leaves, retire."""
+
+    def reset(self) -> None:
+        """Forget the live batch: after a tick that failed, nothing of it can be trusted."""

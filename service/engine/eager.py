@@ -1,0 +1,259 @@
+"""Packed passes over sequences of any length at any depth, on a CPU or on CUDA, one kernel at a time.
+
+T: packed tokens   N: live sequences   R: rows decoded   V: vocabulary
+
+One mechanism serves both ways of halting. After a pass some rows are decoded: with `settle` those that
+become text now, with `gate` none until the end; of a sequence that stops, every row still open. Settled
+tokens replace their `[MASK]` in the embedded input; sequences that stop are cut out of the batch. The
+arithmetic is that of `rdt_core.inference`, for all sequences at once and without asking the device
+about any single one; what the host must know is read back once a tick.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rdt_core.gate import GateState
+from rdt_core.model import RDT, State
+from rdt_core.packing import Packing, rows_of
+from service.engine.types import Admission, Choice, HaltReason, Outcome, Plan, Reading, Ticket
+
+REASONS: tuple[HaltReason | None, ...] = (None, "gate", "max_steps", "deadline")
+GO_ON, GATE, MAX_STEPS, DEADLINE = range(4)
+
+
+class Terms(NamedTuple):
+    """What each live sequence was promised, and how far it is. All `(N,)`."""
+
+    threshold: Tensor  # float64, so that comparisons are those of the reference
+    ceiling: Tensor  # passes it may make
+    step: Tensor  # passes it has made
+    level: Tensor  # after the last pass
+    n_masked: Tensor
+    settles: Tensor  # bool
+    decode_all: Tensor  # bool
+    streams: Tensor  # bool
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The live sequences, packed in the order of `tickets`."""
+
+    tickets: tuple[Ticket, ...]
+    top_k: tuple[int, ...]
+    packing: Packing
+    state: State
+    asked: Tensor  # (T,) bool, rows that came in masked
+    terms: Terms
+
+
+class EagerBackend:
+    """A `Backend` that runs each operation as it comes."""
+
+    def __init__(self, model: RDT) -> None:
+        self._model = model
+        self._batch: Batch | None = None
+
+    def reset(self) -> None:
+        self._batch = None
+
+    @torch.inference_mode()
+    def run(self, plan: Plan) -> Outcome:
+        batch = self._without(plan.dropped)
+        if plan.admitted:
+            newcomers = self._begin(plan.admitted)
+            batch = newcomers if batch is None else _join(batch, newcomers)
+        if batch is None:
+            self._batch = None
+            return Outcome([], 0)
+        assert batch.tickets == plan.live
+        return self._advance(batch, plan.overdue)
+
+    def _without(self, dropped: tuple[Ticket, ...]) -> Batch | None:
+        if self._batch is None or not dropped:
+            return self._batch
+        gone = set(dropped)
+        return _keep(self._batch, [i for i, ticket in enumerate(self._batch.tickets) if ticket not in gone])
+
+    def _begin(self, admitted: tuple[Admission, ...]) -> Batch:
+        """The prelude of all newcomers at once."""
+        jobs = [admission.job for admission in admitted]
+        device = self._model.device
+        packing = Packing.of([len(job.tokens) for job in jobs], device)
+        masked = torch.tensor([m for job in jobs for m in job.masked], device=device)
+        tokens = torch.tensor([token for job in jobs for token in job.tokens], device=device)
+        terms = Terms(
+            threshold=torch.tensor([job.threshold for job in jobs], dtype=torch.float64, device=device),
+            ceiling=torch.tensor([admission.ceiling for admission in admitted], device=device),
+            step=torch.zeros(len(jobs), dtype=torch.int64, device=device),
+            level=torch.ones(len(jobs), device=device),
+            n_masked=torch.tensor([sum(job.masked) for job in jobs], device=device),
+            settles=torch.tensor([job.halting == "settle" for job in jobs], device=device),
+            decode_all=torch.tensor([job.decode_all for job in jobs], device=device),
+            streams=torch.tensor([job.stream for job in jobs], device=device),
+        )
+        return Batch(
+            tickets=tuple(admission.ticket for admission in admitted),
+            top_k=tuple(job.top_k for job in jobs),
+            packing=packing,
+            state=self._model.begin(tokens, masked, packing),
+            asked=masked,
+            terms=terms,
+        )
+
+    def _advance(self, batch: Batch, overdue: frozenset[Ticket]) -> Outcome:
+        """One pass, the gate's verdicts, the coda, and the farewell of those that stop."""
+        packing, terms = batch.packing, batch.terms
+        state = self._model(batch.state, packing)
+        step = terms.step + 1
+        settling = _settling_rows(state, packing, terms._replace(step=step))  # (T,) bool
+        open_after = state.masked & ~settling
+        level = torch.where(terms.settles, _settled_level(state, open_after, packing, terms), state.gate.level)
+        late = torch.tensor([ticket in overdue for ticket in batch.tickets], device=level.device)
+        terms = terms._replace(step=step, level=level)
+        reason = _reasons(terms, _count(open_after, packing) == 0, late)  # (N,)
+
+        stops = (reason != GO_ON)[packing.sequence_ids]  # (T,)
+        read_all = stops & terms.decode_all[packing.sequence_ids] & ~(batch.asked & ~state.masked)
+        fixed = settling | (state.masked & stops) | read_all
+        shown = fixed | (state.masked & terms.streams[packing.sequence_ids])
+        rows = shown.nonzero().squeeze(1)  # (R,)
+        decoded = _Decoded.of(self._model, state, packing, rows, max(batch.top_k))
+
+        writes = fixed[rows]
+        state = self._model.settle(state, rows[writes], decoded.tokens[writes])
+        reasons = reason.tolist()
+        readings = [Reading(at, REASONS[code], [], []) for at, code in zip(level.tolist(), reasons, strict=True)]
+        _hand_out(decoded, writes, batch, readings)
+        staying = [i for i, code in enumerate(reasons) if code == GO_ON]
+        advanced = Batch(batch.tickets, batch.top_k, packing, state, batch.asked, terms)
+        self._batch = advanced if len(staying) == len(reasons) else _keep(advanced, staying)
+        return Outcome(readings, n_decoded=len(rows))
+
+
+class _Decoded(NamedTuple):
+    """What the coda says of `R` rows."""
+
+    rows: Tensor  # (R,)
+    tokens: Tensor  # (R,)
+    probabilities: Tensor  # (R,)
+    top_tokens: Tensor  # (R, K)
+    top_probabilities: Tensor  # (R, K)
+
+    @classmethod
+    def of(cls, model: RDT, state: State, packing: Packing, rows: Tensor, top_k: int) -> _Decoded:
+        if len(rows) == 0:
+            none = torch.zeros(0, top_k, device=rows.device)
+            return cls(rows, rows, none.sum(1), none.long(), none)
+        logits = model.decode(state.hidden, packing, rows).float()  # (R, V)
+        total = logits.logsumexp(-1)  # (R,)
+        best, tokens = logits.max(-1)
+        top = logits.topk(top_k, dim=-1)
+        return cls(rows, tokens, (best - total).exp(), top.indices, (top.values - total[:, None]).exp())
+
+
+def _settling_rows(state: State, packing: Packing, terms: Terms) -> Tensor:
+    """Rows `(T,)` that become text now: of each settling sequence those below its threshold, and the surest
+    others as far as the pace to its ceiling asks. See `rdt_core.inference.rows_to_settle`.
+    """
+    ids = packing.sequence_ids
+    candidates = state.masked & terms.settles[ids]
+    token_level = state.gate.token_level
+    n_open = _count(candidates, packing)  # (N,)
+    due = -(-terms.n_masked * terms.step // terms.ceiling)
+    n_due = due - (terms.n_masked - n_open)
+    n_sure = _count(candidates & (token_level < terms.threshold[ids]), packing)
+    n_taken = torch.maximum(n_due, n_sure)  # (N,)
+    by_level = torch.argsort(token_level.masked_fill(~candidates, torch.inf), stable=True)
+    by_sequence = by_level[torch.argsort(ids[by_level], stable=True)]  # rows of each sequence, surest first
+    rank = torch.empty_like(ids).scatter_(0, by_sequence, packing.positions)  # (T,) place among its own
+    return candidates & (rank < n_taken[ids])
+
+
+def _settled_level(state: State, open_after: Tensor, packing: Packing, terms: Terms) -> Tensor:
+    """Share of masked rows still open, weighted by token level, never rising `(N,)`."""
+    zero = torch.zeros_like(terms.level)
+    left = zero.index_add(0, packing.sequence_ids, state.gate.token_level * open_after)
+    return torch.minimum(left / terms.n_masked.clamp(min=1), terms.level)
+
+
+def _reasons(terms: Terms, none_open: Tensor, late: Tensor) -> Tensor:
+    """`rdt_core.halting.halt_reason` for all sequences at once: codes `(N,)`, indices into `REASONS`."""
+    last = terms.step >= terms.ceiling
+    all_settled = terms.settles & none_open
+    below = (terms.level.double() < terms.threshold) & ~(all_settled & last)
+    code = torch.where(late, DEADLINE, GO_ON)
+    code = torch.where(all_settled, GATE, code)
+    code = torch.where(last, MAX_STEPS, code)
+    return torch.where(below, GATE, code)
+
+
+def _count(rows: Tensor, packing: Packing) -> Tensor:
+    """How many of the marked rows `(T,)` bool lie in each sequence `(N,)`."""
+    zero = torch.zeros(packing.n_sequences, dtype=torch.int64, device=rows.device)
+    return zero.index_add_(0, packing.sequence_ids, rows.long())
+
+
+def _hand_out(decoded: _Decoded, writes: Tensor, batch: Batch, readings: list[Reading]) -> None:
+    """Back to plain values, each row to the reading of the sequence it belongs to."""
+    columns = (
+        batch.packing.sequence_ids[decoded.rows],
+        batch.packing.positions[decoded.rows],
+        decoded.tokens,
+        decoded.probabilities,
+        decoded.top_tokens,
+        decoded.top_probabilities,
+        writes,
+    )
+    for i, row, token, probability, others, shares, written in zip(*(c.tolist() for c in columns), strict=True):
+        candidates = list(zip(others, shares, strict=True))[: batch.top_k[i]]
+        choice = Choice(row, token, probability, candidates)
+        (readings[i].chosen if written else readings[i].guesses).append(choice)
+
+
+def _keep(batch: Batch, sequences: list[int]) -> Batch | None:
+    """The batch without the other sequences; None when nothing is left."""
+    if not sequences:
+        return None
+    rows = rows_of(batch.packing, sequences)
+    kept = torch.tensor(sequences, device=rows.device)
+    gate = batch.state.gate
+    return Batch(
+        tickets=tuple(batch.tickets[i] for i in sequences),
+        top_k=tuple(batch.top_k[i] for i in sequences),
+        packing=Packing.of([batch.packing.lengths[i] for i in sequences], rows.device),
+        state=State(
+            hidden=batch.state.hidden[rows],
+            embedded=batch.state.embedded[rows],
+            masked=batch.state.masked[rows],
+            gate=GateState(gate.level[kept], gate.summary[kept], gate.token_level[rows]),
+        ),
+        asked=batch.asked[rows],
+        terms=Terms(*(term[kept] for term in batch.terms)),
+    )
+
+
+def _join(live: Batch, newcomers: Batch) -> Batch:
+    """Newcomers last."""
+    device = live.asked.device
+
+    def both(a: Tensor, b: Tensor) -> Tensor:
+        return torch.cat((a, b))
+
+    return Batch(
+        tickets=live.tickets + newcomers.tickets,
+        top_k=live.top_k + newcomers.top_k,
+        packing=Packing.of(live.packing.lengths + newcomers.packing.lengths, device),
+        state=State(
+            hidden=both(live.state.hidden, newcomers.state.hidden),
+            embedded=both(live.state.embedded, newcomers.state.embedded),
+            masked=both(live.state.masked, newcomers.state.masked),
+            gate=GateState(*map(both, live.state.gate, newcomers.state.gate)),
+        ),
+        asked=both(live.asked, newcomers.asked),
+        terms=Terms(*map(both, live.terms, newcomers.terms)),
+    )

@@ -1,0 +1,192 @@
+"""Who runs in the next tick. Pure logic: no torch, no clock of its own, no futures.
+
+    submit -> waiting line -> plan: admit what fits -> one pass over all live -> commit: depths, results
+
+A tick advances every live sequence by one pass. Sequences join and leave at every tick, so nobody waits
+for another's depth. Admission is first come first served within a budget of packed tokens; a request
+that fits may pass the head of the line that does not, but only so often, so that nobody starves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from service.engine.queue import BoundedQueue, Place
+from service.engine.types import Admission, Choice, HaltReason, Job, Outcome, Plan, Result, Ticket
+
+
+@dataclass(frozen=True)
+class SchedulerLimits:
+    """Bounds of one scheduler. `shed_min_steps` is the floor of shedding by depth; None: never shed."""
+
+    token_budget: int  # packed tokens of one tick
+    max_live: int  # sequences of one tick
+    max_waiting: int  # requests
+    max_waiting_tokens: int
+    max_bypass: int = 8  # how often the head of the line may be passed
+    shed_min_steps: int | None = None
+
+
+@dataclass(eq=False)
+class Entry:
+    """A job from submission to its end."""
+
+    ticket: Ticket
+    job: Job
+    submitted: float  # seconds
+    admitted: float = 0.0
+    ceiling: int = 0  # passes at the most: the job's, or fewer when shedding
+    bypassed: int = 0
+    levels: list[float] = field(default_factory=list)  # after each pass
+    chosen: dict[int, tuple[int, Choice]] = field(default_factory=dict)  # row -> pass, choice
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.job.tokens)
+
+    def is_overdue(self, now: float) -> bool:
+        return self.job.deadline is not None and now >= self.job.deadline
+
+
+class Scheduler:
+    def __init__(self, limits: SchedulerLimits) -> None:
+        self._limits = limits
+        self._line: BoundedQueue[Entry] = BoundedQueue(limits.max_waiting, limits.max_waiting_tokens)
+        self._live: dict[Ticket, Entry] = {}  # in order of admission, which is the backend's order
+        self._left: set[Ticket] = set()  # live sequences whose caller is gone
+        self._tickets = 0
+
+    @property
+    def line(self) -> BoundedQueue[Entry]:
+        return self._line
+
+    @property
+    def n_live(self) -> int:
+        return len(self._live)
+
+    @property
+    def live_tokens(self) -> int:
+        return sum(entry.n_tokens for entry in self._live.values())
+
+    @property
+    def idle(self) -> bool:
+        return not self._live and self._line.n_queued == 0
+
+    def submit(self, job: Job, place: Place, now: float) -> Ticket:
+        """Queue a job in its reserved place. Raises `ResourceExhausted` when its tokens do not fit in the line,
+        `ValueError` when they would not fit in any tick.
+        """
+        if len(job.tokens) > self._limits.token_budget:
+            budget = self._limits.token_budget
+            raise ValueError(f"the job has {len(job.tokens)} tokens: want at most token_budget = {budget}")
+        self._tickets += 1
+        self._line.put(Entry(self._tickets, job, submitted=now), place)
+        return self._tickets
+
+    def cancel(self, ticket: Ticket) -> None:
+        """The caller left: out of the line at once, out of the live batch with the next plan."""
+        if ticket in self._live:
+            self._left.add(ticket)
+        for entry in self._line:
+            if entry.ticket == ticket:
+                self._line.remove(entry)
+                return
+
+    def plan(self, now: float) -> Plan:
+        """What the next tick does. Everything in it is decided here; the backend only executes."""
+        dropped = tuple(self._left)
+        for ticket in dropped:
+            del self._live[ticket]
+        self._left.clear()
+        expired = [entry for entry in self._line if entry.is_overdue(now)]
+        for entry in expired:
+            self._line.remove(entry)
+        admitted = self._admit(now)
+        return Plan(
+            admitted=tuple(Admission(entry.ticket, entry.job, entry.ceiling) for entry in admitted),
+            dropped=dropped,
+            overdue=frozenset(ticket for ticket, entry in self._live.items() if entry.is_overdue(now)),
+            expired=tuple(entry.ticket for entry in expired),
+            live=tuple(self._live),
+            n_tokens=self.live_tokens,
+        )
+
+    def commit(self, plan: Plan, outcome: Outcome, now: float) -> list[tuple[Ticket, Result]]:
+        """Book one pass of every live sequence; the results of those that stop."""
+        finished = []
+        for ticket, reading in zip(plan.live, outcome.readings, strict=True):
+            entry = self._live[ticket]
+            entry.levels.append(reading.level)
+            step = len(entry.levels)
+            entry.chosen.update((choice.row, (step, choice)) for choice in reading.chosen)
+            if reading.reason is not None:
+                del self._live[ticket]
+                self._left.discard(ticket)
+                finished.append((ticket, _result(entry, reading.reason, now)))
+        return finished
+
+    def lose_live(self) -> tuple[Ticket, ...]:
+        """The tick broke and the backend forgot the live batch; the line stays."""
+        lost = tuple(self._live)
+        self._live.clear()
+        self._left.clear()
+        return lost
+
+    def drop_all(self) -> tuple[Ticket, ...]:
+        """Empty the line now and the live batch with the next plan."""
+        dropped = list(self._live)
+        self._left.update(self._live)
+        while (entry := self._line.pop()) is not None:
+            dropped.append(entry.ticket)
+        return tuple(dropped)
+
+    def _admit(self, now: float) -> list[Entry]:
+        admitted: list[Entry] = []
+        used = self.live_tokens
+        head: Entry | None = None  # the first that did not fit
+        for entry in self._line:
+            if len(self._live) >= self._limits.max_live:
+                break
+            if used + entry.n_tokens > self._limits.token_budget:
+                head = head or entry
+            elif head is None or head.bypassed < self._limits.max_bypass:
+                if head is not None:
+                    head.bypassed += 1
+                used += entry.n_tokens
+                entry.ceiling = self._ceiling(entry.job)
+                entry.admitted = now
+                self._live[entry.ticket] = entry
+                admitted.append(entry)
+            else:
+                break
+        for entry in admitted:
+            self._line.remove(entry)
+        return admitted
+
+    def _ceiling(self, job: Job) -> int:
+        """Under load, fewer passes: the fuller the line, the nearer to the floor."""
+        if self._limits.shed_min_steps is None:
+            return job.max_steps
+        fill = min(1.0, len(self._line) / self._limits.max_waiting)
+        floor = min(job.max_steps, self._limits.shed_min_steps)
+        return max(floor, round(job.max_steps - fill * (job.max_steps - floor)))
+
+
+def _result(entry: Entry, reason: HaltReason, now: float) -> Result:
+    tokens = list(entry.job.tokens)
+    for row, (_, choice) in entry.chosen.items():
+        tokens[row] = choice.token
+    in_order = [entry.chosen[row] for row in sorted(entry.chosen)]
+    return Result(
+        tokens=tokens,
+        rows=sorted(entry.chosen),
+        probabilities=[choice.probability for _, choice in in_order],
+        fixed_at=[step for step, _ in in_order],
+        candidates=[choice.candidates for _, choice in in_order],
+        steps=len(entry.levels),
+        levels=entry.levels,
+        reason=reason,
+        max_steps=entry.ceiling,
+        queue_seconds=entry.admitted - entry.submitted,
+        compute_seconds=now - entry.admitted,
+    )

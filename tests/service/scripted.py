@@ -1,0 +1,56 @@
+"""A backend without a model: a sequence's level is 1/(passes + 1), its first token says how many passes it needs."""
+
+from __future__ import annotations
+
+from rdt_core.halting import halt_reason
+from service.engine.types import Choice, Job, Outcome, Plan, Reading, Ticket
+
+
+def scripted_job(
+    n_tokens: int, depth: int, *, max_steps: int = 100, deadline: float | None = None, stream: bool = False
+) -> Job:
+    """Halts by the gate after `depth` passes."""
+    threshold = 1.0 / (depth + 1) + 1e-9
+    return Job([0] * n_tokens, [True] * n_tokens, max_steps, threshold, "gate", deadline=deadline, stream=stream)
+
+
+class ScriptedBackend:
+    """Keeps the books a real backend keeps, and checks that every plan fits them."""
+
+    def __init__(self, token: int = 7) -> None:
+        self.token = token
+        self.live: dict[Ticket, tuple[Job, int, int]] = {}  # job, ceiling, passes made
+        self.ticks: list[Plan] = []
+        self.errors: list[Exception] = []  # raised by the next ticks
+        self.resets = 0
+
+    def run(self, plan: Plan) -> Outcome:
+        self.ticks.append(plan)
+        if self.errors:
+            raise self.errors.pop(0)
+        for ticket in plan.dropped:
+            del self.live[ticket]
+        for admission in plan.admitted:
+            self.live[admission.ticket] = (admission.job, admission.ceiling, 0)
+        assert tuple(self.live) == plan.live
+        assert plan.n_tokens == sum(len(job.tokens) for job, _, _ in self.live.values())
+        readings = [self._read(ticket, ticket in plan.overdue) for ticket in plan.live]
+        return Outcome(readings, n_decoded=sum(len(reading.chosen) for reading in readings))
+
+    def reset(self) -> None:
+        self.resets += 1
+        self.live.clear()
+
+    def _read(self, ticket: Ticket, overdue: bool) -> Reading:
+        job, ceiling, step = self.live[ticket]
+        step += 1
+        level = 1.0 / (step + 1)
+        reason = halt_reason(
+            level=level, threshold=job.threshold, step=step, max_steps=ceiling, all_settled=False, out_of_time=overdue
+        )
+        self.live[ticket] = (job, ceiling, step)
+        rows = [Choice(row, self.token, 0.5, []) for row in range(len(job.tokens))]
+        if reason is None:
+            return Reading(level, None, [], rows if job.stream else [])
+        del self.live[ticket]
+        return Reading(level, reason, rows, [])

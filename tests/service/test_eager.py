@@ -1,0 +1,134 @@
+"""The packed backend against the reference loop: company must not change an answer."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from rdt_core import RDT, restore
+from service.engine.eager import EagerBackend
+from service.engine.scheduler import Scheduler, SchedulerLimits
+from service.engine.types import Admission, Job, Plan, Result, Ticket
+
+LIMITS = SchedulerLimits(token_budget=80, max_live=8, max_waiting=1000, max_waiting_tokens=10**6)
+
+
+def random_job(rng: random.Random, vocab_size: int) -> Job:
+    length = rng.randint(1, 32)
+    share = rng.choice([0.0, 0.2, 0.9])
+    return Job(
+        tokens=[rng.randrange(vocab_size) for _ in range(length)],
+        masked=[rng.random() < share for _ in range(length)],
+        max_steps=rng.randint(1, 10),
+        threshold=rng.choice([0.0, 0.05, 0.2, 0.3, 0.5, 2.0]),
+        halting=rng.choice(["gate", "settle"]),
+        top_k=rng.choice([0, 3]),
+        decode_all=rng.random() < 0.2,
+        stream=rng.random() < 0.2,
+    )
+
+
+def run_all(backend: EagerBackend, jobs: list[Job], rng: random.Random) -> list[Result]:
+    """Jobs trickle in while others are live."""
+    scheduler = Scheduler(LIMITS)
+    results: dict[Ticket, Result] = {}
+    tickets = []
+
+    def tick() -> None:
+        plan = scheduler.plan(now=0.0)
+        if not plan.empty:
+            results.update(scheduler.commit(plan, backend.run(plan), now=0.0))
+
+    for job in jobs:
+        with scheduler.line.reserve() as place:
+            tickets.append(scheduler.submit(job, place, now=0.0))
+        if rng.random() < 0.5:
+            tick()
+    while not scheduler.idle:
+        tick()
+    return [results[ticket] for ticket in tickets]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_mix_of_lengths_depths_thresholds_and_arrivals_answers_as_the_reference_does(
+    tiny_model: RDT, seed: int
+) -> None:
+    rng = random.Random(seed)
+    jobs = [random_job(rng, tiny_model.config.vocab_size) for _ in range(60)]
+    for job, result in zip(jobs, run_all(EagerBackend(tiny_model), jobs, rng), strict=True):
+        alone = restore(
+            tiny_model,
+            torch.tensor(job.tokens),
+            torch.tensor(job.masked),
+            max_steps=job.max_steps,
+            threshold=job.threshold,
+            halting=job.halting,
+            top_k=job.top_k,
+            decode_all=job.decode_all,
+        )
+        assert result.tokens == alone.tokens
+        assert (result.steps, result.reason) == (alone.steps, alone.reason)
+        assert (result.rows, result.fixed_at) == (alone.rows, alone.fixed_at)
+        assert result.levels == pytest.approx(alone.levels, abs=1e-5)
+        assert result.probabilities == pytest.approx(alone.probabilities, abs=1e-5)
+        for ours, theirs in zip(result.candidates, alone.candidates, strict=True):
+            assert [token for token, _ in ours] == [token for token, _ in theirs]
+            assert [share for _, share in ours] == pytest.approx([share for _, share in theirs], abs=1e-5)
+
+
+def plan_of(*jobs: Job, overdue: tuple[int, ...] = (), dropped: tuple[int, ...] = (), known: int = 0) -> Plan:
+    """Admits `jobs` as tickets `known`, `known + 1`, ... beside those already there."""
+    admitted = tuple(Admission(known + i, job, job.max_steps) for i, job in enumerate(jobs))
+    live = tuple(ticket for ticket in range(known + len(jobs)) if ticket not in dropped)
+    return Plan(admitted, dropped, frozenset(overdue), (), live, 0)
+
+
+def masked_job(n_tokens: int, max_steps: int, **options: object) -> Job:
+    return Job([5] * n_tokens, [True] * n_tokens, max_steps, 0.0, **{"halting": "gate", **options})  # type: ignore[arg-type]
+
+
+def test_only_open_rows_of_sequences_that_stop_go_through_the_vocabulary(tiny_model: RDT) -> None:
+    backend = EagerBackend(tiny_model)
+    three = [masked_job(4, 1), masked_job(5, 2), Job([5] * 9, [False] * 8 + [True], 2, 0.0, "gate")]
+    assert backend.run(plan_of(*three)).n_decoded == 4
+    assert backend.run(Plan((), (), frozenset(), (), (1, 2), 0)).n_decoded == 6
+
+
+def test_settling_decodes_each_masked_row_once(tiny_model: RDT) -> None:
+    backend = EagerBackend(tiny_model)
+    plan = plan_of(masked_job(6, 3, halting="settle"))
+    decoded = [backend.run(plan).n_decoded]
+    for _ in range(2):
+        decoded.append(backend.run(plan_of(known=1)).n_decoded)
+    assert decoded == [2, 2, 2]
+
+
+def test_an_overdue_sequence_is_decoded_after_one_pass(tiny_model: RDT) -> None:
+    (reading,) = EagerBackend(tiny_model).run(plan_of(masked_job(3, 9), overdue=(0,))).readings
+    assert reading.reason == "deadline"
+    assert [choice.row for choice in reading.chosen] == [0, 1, 2]
+
+
+def test_a_streamed_job_shows_its_best_guesses_before_the_end(tiny_model: RDT) -> None:
+    backend = EagerBackend(tiny_model)
+    (first,) = backend.run(plan_of(masked_job(3, 2, stream=True))).readings
+    (last,) = backend.run(plan_of(known=1)).readings
+    assert ([c.row for c in first.guesses], first.chosen) == ([0, 1, 2], [])
+    assert (last.guesses, [c.row for c in last.chosen]) == ([], [0, 1, 2])
+
+
+def test_dropped_sequences_leave_the_batch(tiny_model: RDT) -> None:
+    backend = EagerBackend(tiny_model)
+    backend.run(plan_of(masked_job(3, 9), masked_job(4, 9)))
+    assert len(backend.run(plan_of(known=2, dropped=(0,))).readings) == 1
+    assert backend.run(Plan((), (1,), frozenset(), (), (), 0)).readings == []
+    assert len(backend.run(plan_of(masked_job(2, 9))).readings) == 1
+
+
+def test_after_a_reset_nothing_is_left(tiny_model: RDT) -> None:
+    backend = EagerBackend(tiny_model)
+    backend.run(plan_of(masked_job(3, 9)))
+    backend.reset()
+    assert len(backend.run(plan_of(masked_job(2, 9))).readings) == 1

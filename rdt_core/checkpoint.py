@@ -111,7 +111,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> LoadedModel:
     Raises `CheckpointError` when the file, its configuration, weights and vocabulary do not fit together.
     """
     checkpoint = read(path)
-    config = _model_config(path, checkpoint)
+    config = model_config(path, checkpoint)
     try:
         tokenizer = Tokenizer(checkpoint.tokenizer)
     except (ValueError, TypeError) as error:
@@ -122,7 +122,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> LoadedModel:
         )
     with torch.device("meta"):
         model = RDT(config)
-    _check_weights(path, model, checkpoint.model_state_dict)
+    check_weights(path, model, checkpoint.model_state_dict)
     weights = {name: tensor.to(torch.float32) for name, tensor in checkpoint.model_state_dict.items()}
     model.load_state_dict(weights, assign=True)
     model.requires_grad_(False)
@@ -144,7 +144,8 @@ def digest(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _model_config(path: str | Path, checkpoint: Checkpoint) -> ModelConfig:
+def model_config(path: str | Path, checkpoint: Checkpoint) -> ModelConfig:
+    """The shape a checkpoint describes. Raises `CheckpointError`."""
     config = checkpoint.config
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
         raise CheckpointError(path, "config has no 'model' section")
@@ -154,7 +155,8 @@ def _model_config(path: str | Path, checkpoint: Checkpoint) -> ModelConfig:
         raise CheckpointError(path, f"config: {error}") from error
 
 
-def _check_weights(path: str | Path, model: RDT, weights: Any) -> None:
+def check_weights(path: str | Path, model: RDT, weights: Any) -> None:
+    """Raise `CheckpointError` unless the weights are finite and exactly the model's, by name and shape."""
     if not isinstance(weights, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items()
     ):

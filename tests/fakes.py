@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import replace
 
 import httpx
 from fastapi import FastAPI
 
 from rdt_core import ModelConfig, Tokenizer
 from service.denoiser import Denoiser
+from service.engine.engine import OnReading
 from service.engine.queue import Place
-from service.engine.types import Job, Result
+from service.engine.types import Choice, Job, Reading, Result
 from service.errors import ServiceError
 from service.lifecycle import Lifecycle
 from service.limits import Limits
@@ -75,8 +74,10 @@ class FakeEngine:
             raise self.full
         yield Place()
 
-    async def submit(self, job: Job, place: Place) -> Result:
+    async def submit(self, job: Job, place: Place, on_reading: OnReading | None = None) -> Result:
         assert place.held
+        for step in range(1, self.steps if on_reading else 0):
+            on_reading(Reading(1 / (step + 1), None, [], [Choice(0, self.token, 0.5, [])]))
         self.jobs.append(job)
         if self.error is not None:
             raise self.error
@@ -88,40 +89,6 @@ class FakeEngine:
 
     async def stop(self) -> None:
         self.ready = False
-
-
-class HeldComputation:
-    """A `RunJob` that stands still in the worker thread until it is let go, and notes what it ran."""
-
-    TIMEOUT_SECONDS = 5.0
-
-    def __init__(self) -> None:
-        self.ran: list[Job] = []
-        self.passes = 0
-        self.error: BaseException | None = None
-        self._started = threading.Semaphore(0)
-        self._go = threading.Semaphore(0)
-
-    def __call__(self, job: Job, after_pass: Callable[[], None], out_of_time: Callable[[], bool]) -> Result:
-        self.ran.append(job)
-        self._started.release()
-        steps, late = 0, False
-        while steps < job.max_steps and not late:
-            assert self._go.acquire(timeout=self.TIMEOUT_SECONDS), "nobody let the computation go"
-            if self.error is not None:
-                raise self.error
-            steps += 1
-            self.passes += 1
-            late = out_of_time()
-            after_pass()
-        return replace(fake_result(job, token=7, steps=steps), reason="deadline" if late else "max_steps")
-
-    def wait_until_started(self) -> None:
-        assert self._started.acquire(timeout=self.TIMEOUT_SECONDS), "no job was started"
-
-    def let_go(self, n_passes: int = 1) -> None:
-        for _ in range(n_passes):
-            self._go.release()
 
 
 class Service:

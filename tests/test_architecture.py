@@ -1,4 +1,4 @@
-"""The import edges of DESIGN §3, read from the sources, and what an import costs."""
+"""Which package may import what, read from the sources, and what an import costs."""
 
 from __future__ import annotations
 

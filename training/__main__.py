@@ -24,14 +24,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "assignments", nargs="*", metavar="section.key=value", help="single settings, e.g. training.batch_size=16"
     )
     options = parser.parse_intermixed_args(arguments)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
+        device = _device(options.device)
         config = load_config(options.config, options.override, options.assignments)
         finished = Trainer(config, device, options.checkpoint).fit()
     except (ConfigError, CheckpointError, TrainingDiverged) as error:
         print(f"rdt-train: {error}", file=sys.stderr)
         return 2
     return 0 if finished else 130
+
+
+def _device(name: str | None) -> torch.device:
+    has_cuda = torch.cuda.is_available()
+    try:
+        device = torch.device(name or ("cuda" if has_cuda else "cpu"))
+    except RuntimeError as error:
+        raise ConfigError(f"--device is {name!r}: want cuda or cpu") from error
+    if device.type == "cuda" and not has_cuda:
+        raise ConfigError(f"--device is {name!r}: there is none here")
+    return device
 
 
 if __name__ == "__main__":

@@ -170,7 +170,10 @@ def _parse_assignment(assignment: str) -> dict[str, Any]:
     key, equals, text = assignment.partition("=")
     if not equals or not key:
         raise ConfigError(f"{assignment!r}: want section.key=value")
-    value: Any = yaml.safe_load(text)
+    try:
+        value: Any = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{assignment!r}: not YAML: {' '.join(str(error).split())}") from error
     for part in reversed(key.split(".")):
         value = {part: value}
     assert isinstance(value, dict)

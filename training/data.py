@@ -116,7 +116,10 @@ def hub_corpus(name: str, split: str, tokenizer: Tokenizer) -> Corpus:
     from datasets import load_dataset  # noqa: PLC0415 - heavy, and only for users of a hub
 
     path, configuration = HUB_NAMES.get(name, (name, None))
-    rows = load_dataset(path, configuration, split=split)
+    try:
+        rows = load_dataset(path, configuration, split=split)
+    except (OSError, ValueError) as error:  # no network, no such dataset, no such split
+        raise ConfigError(f"data.dataset_name is {name!r}: {' '.join(str(error).split())}") from error
     if "text" not in rows.column_names:
         raise ConfigError(f"data.dataset_name is {name!r}: its columns are {rows.column_names}, want 'text'")
     lines = chain.from_iterable(text.splitlines() for text in rows["text"])
@@ -147,12 +150,19 @@ def load_corpora(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Corpus, Cor
 def load_tokenizer(name: str) -> Tokenizer:
     """A `tokenizer.json`, the one inside a checkpoint (`.pt`), or one by its hub name through `transformers`."""
     if Path(name).is_file():
-        return Tokenizer(checkpoint.read(name).tokenizer) if name.endswith(".pt") else Tokenizer.from_file(name)
+        try:
+            return Tokenizer(checkpoint.read(name).tokenizer) if name.endswith(".pt") else Tokenizer.from_file(name)
+        except ValueError as error:
+            raise ConfigError(f"data.tokenizer_name: {error}") from error
     if name.endswith((".json", ".pt")):
         raise ConfigError(f"data.tokenizer_name is {name!r}: no such file")
     from transformers import AutoTokenizer  # noqa: PLC0415 - heavy, and only for users of a hub
 
-    return Tokenizer(AutoTokenizer.from_pretrained(name, use_fast=True).backend_tokenizer.to_str())
+    try:
+        pretrained = AutoTokenizer.from_pretrained(name, use_fast=True)
+    except (OSError, ValueError) as error:  # no network, no such tokenizer
+        raise ConfigError(f"data.tokenizer_name is {name!r}: {' '.join(str(error).split())}") from error
+    return Tokenizer(pretrained.backend_tokenizer.to_str())
 
 
 class Batch(NamedTuple):
@@ -232,7 +242,7 @@ class Batches(Dataset[Batch]):
         start = int(torch.randint(last + 1, (), generator=generator))
         if torch.rand((), generator=generator) < 0.5:
             before = int(np.searchsorted(self.corpus.starts, start, side="right"))
-            start = int(self.corpus.starts[max(before - 1, 0)])
+            start = int(self.corpus.starts[before - 1]) if before else start  # the tail of a split may have none
         body = torch.from_numpy(self.corpus.tokens[start : start + length - 2].astype(np.int64))
         return torch.cat((torch.tensor([self.vocabulary.cls_id]), body, torch.tensor([self.vocabulary.sep_id])))
 

@@ -122,11 +122,16 @@ def gate_losses(model: RDT, batch: Batch, packing: Packing, section: TrainingSec
         still_open = run.open_rows[step]
         if still_open.any():
             predicted = state.token_level[rows[still_open]].clamp(1e-6, 1 - 1e-6)
-            loss = loss + F.binary_cross_entropy(predicted, will_change[step][still_open])
+            loss = loss + cross_entropy(predicted, will_change[step][still_open])
         if not settle:
             target = (left[step] / section.total_steps).clamp(max=1.0)
             loss = loss + section.total_steps * F.smooth_l1_loss(state.level, target, beta=1 / section.total_steps)
     return loss / len(run.states)
+
+
+def cross_entropy(predicted: Tensor, truth: Tensor) -> Tensor:
+    """Mean binary cross-entropy of probabilities. torch's own refuses autocast on CUDA and raises on NaN."""
+    return -(truth * predicted.log() + (1 - truth) * torch.log1p(-predicted)).mean()
 
 
 def passes_left(will_change: Tensor, rows: Tensor, packing: Packing, change_share: float) -> Tensor:

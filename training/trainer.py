@@ -191,11 +191,11 @@ class Trainer:
     def _restore(self, path: Path, saved: Checkpoint) -> None:
         if saved.optimizer_state_dict is None or saved.progress is None:
             raise ConfigError(f"--checkpoint {path}: a release without optimizer state, nothing to resume")
-        shape, wanted = saved.config["model"], self.model.config.to_mapping()
-        changed = [name for name in wanted if list_if_tuple(shape.get(name)) != list_if_tuple(wanted[name])]
-        if changed:
-            name = changed[0]
-            raise ConfigError(f"--checkpoint {path}: {name} is {shape.get(name)!r} there and {wanted[name]!r} here")
+        shape, wanted = checkpoints.model_config(path, saved).to_mapping(), self.model.config.to_mapping()
+        for name, value in wanted.items():
+            if shape[name] != value:
+                raise ConfigError(f"--checkpoint {path}: {name} is {shape[name]!r} there and {value!r} here")
+        checkpoints.check_weights(path, self.model, saved.model_state_dict)
         self.model.load_state_dict(saved.model_state_dict)
         self.optimizer.load_state_dict(saved.optimizer_state_dict)
         self.step = saved.step
@@ -247,7 +247,3 @@ def _stop_signal() -> Iterator[list[int]]:
 
 def _step_of(path: Path) -> int:
     return int(path.stem.rpartition("_")[2])
-
-
-def list_if_tuple(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value

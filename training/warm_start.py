@@ -30,8 +30,6 @@ def warm_start(model: RDT, folder: str | Path, tokenizer: Tokenizer) -> None:
 
 
 def _word_embeddings(folder: Path, tokenizer: Tokenizer) -> torch.Tensor:
-    from transformers import AutoModel  # noqa: PLC0415 - heavy, and only for a warm start
-
     if not (folder / "config.json").is_file():
         raise ConfigError(f"training.init_from is {str(folder)!r}: want a folder with config.json and weights")
     vocabulary = folder / "tokenizer.json"
@@ -39,5 +37,7 @@ def _word_embeddings(folder: Path, tokenizer: Tokenizer) -> torch.Tensor:
         theirs = json.loads(vocabulary.read_text(encoding="utf-8"))["model"]["vocab"]
         if theirs != json.loads(tokenizer.json)["model"]["vocab"]:
             raise ConfigError(f"training.init_from is {str(folder)!r}: its vocabulary is not data.tokenizer_name's")
+    from transformers import AutoModel  # noqa: PLC0415 - heavy, and only for a warm start
+
     source = AutoModel.from_pretrained(folder, local_files_only=True)
     return source.get_input_embeddings().weight.detach().float()

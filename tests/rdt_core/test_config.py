@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from rdt_core import PRESETS, RDT, ModelConfig
+
+WHOLE = "want a whole number >="
+BAD_FIELDS: list[tuple[str, Any, str]] = [
+    *((name, 0, f"{WHOLE} 1") for name in ("vocab_size", "d_model", "n_heads", "n_encoder_layers", "d_ff")),
+    *((name, -3, f"{WHOLE} 1") for name in ("max_seq_len", "gate_hidden_dim", "total_steps", "max_steps")),
+    *((name, -1, f"{WHOLE} 0") for name in ("n_decoder_layers", "n_prelude_layers")),
+    ("max_steps", True, f"{WHOLE} 1"),
+    ("d_model", 64.0, f"{WHOLE} 1"),
+    ("d_model", 200, "multiple of 2 x n_heads = 16"),
+    ("dropout", 1.0, "0 <= dropout < 1"),
+    ("dropout", -0.1, "0 <= dropout < 1"),
+    ("dropout", math.nan, "0 <= dropout < 1"),
+    ("dropout", "0.1", "want a number"),
+    ("threshold", -0.01, "a finite number >= 0"),
+    ("threshold", math.inf, "a finite number >= 0"),
+    ("threshold", math.nan, "a finite number >= 0"),
+    ("threshold", None, "want a number"),
+    ("decoder_type", "mlp", "one of linear, transformer"),
+    ("halting", "never", "one of gate, settle"),
+    ("level_conditioning", "false", "want true or false"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "wanted"), BAD_FIELDS)
+def test_a_bad_field_is_refused_with_its_name_value_and_range(field: str, value: object, wanted: str) -> None:
+    with pytest.raises(ValueError, match=f"^{field} is ") as refusal:
+        ModelConfig(**{field: value})
+    assert repr(value) in str(refusal.value)
+    assert wanted in str(refusal.value)
+
+
+@pytest.mark.parametrize("token", [-1, 100, 1.5, "a"])
+def test_suppress_tokens_must_be_in_the_vocabulary(token: object) -> None:
+    with pytest.raises(ValueError, match=f"^suppress_tokens has {token!r}.*vocab_size = 100"):
+        ModelConfig(vocab_size=100, suppress_tokens=(5, token))
+
+
+def test_a_transformer_decoder_needs_layers() -> None:
+    with pytest.raises(ValueError, match=r"^n_decoder_layers is 0: want >= 1"):
+        ModelConfig(decoder_type="transformer")
+
+
+def test_an_unknown_name_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"^n_layers is not a model setting; known: .*n_heads"):
+        ModelConfig.from_mapping({"d_model": 64, "n_layers": 3})
+
+
+def test_a_config_survives_the_way_through_plain_values() -> None:
+    config = ModelConfig(vocab_size=100, suppress_tokens=[0, 4], halting="settle", n_prelude_layers=1)
+    assert config.suppress_tokens == (0, 4)
+    assert ModelConfig.from_mapping(config.to_mapping()) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("small", (256, 4, 4, 1024)), ("base", (512, 8, 6, 2048)), ("large", (768, 12, 12, 3072))]
+)
+def test_presets_have_their_published_shapes_and_build(name: str, shape: tuple[int, ...]) -> None:
+    config = PRESETS[name]
+    assert (config.d_model, config.n_heads, config.n_encoder_layers, config.d_ff) == shape
+    model = RDT(config.with_changes(vocab_size=10, n_encoder_layers=1))
+    assert model.embedding.weight.shape == (10, shape[0])

@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rdt_core import RDT, Packing, Restoration, State, restore
+from rdt_core.gate import GateState
+from rdt_core.halting import due
+from rdt_core.inference import rows_to_settle, settled_level
+from tests.rdt_core.conftest import Build
+from tests.rdt_core.sequences import random_sequences
+
+quick = settings(max_examples=40, deadline=None)
+both_ways = pytest.mark.parametrize("halting", ["gate", "settle"])
+
+
+def sequence(length: int = 12, seed: int = 0) -> tuple[Tensor, Tensor]:
+    tokens, masked, _ = random_sequences([length], seed)
+    return tokens, masked
+
+
+def opinionated(model: RDT) -> RDT:
+    """With a gate whose levels differ from token to token and from sequence to sequence."""
+    for parameter in model.gate.parameters():
+        parameter.data.mul_(4)
+    return model.eval().requires_grad_(False)
+
+
+@quick
+@given(
+    st.integers(0, 1000),
+    st.integers(1, 16),
+    st.tuples(st.integers(1, 8), st.floats(0, 1)),
+    st.sampled_from(["gate", "settle"]),
+)
+def test_every_mask_is_restored_once_whatever_the_options(
+    build: Build, seed: int, length: int, limits: tuple[int, float], halting: Any
+) -> None:
+    tokens, masked = sequence(length, seed)
+    max_steps, threshold = limits
+    rows = masked.nonzero().squeeze(1).tolist()
+    found = restore(opinionated(build(seed)), tokens, masked, max_steps=max_steps, threshold=threshold, halting=halting)
+    assert found.rows == rows
+    assert [found.tokens[row] for row in range(length) if row not in rows] == tokens[~masked].tolist()
+    assert len(found.probabilities) == len(found.fixed_at) == len(rows)
+    assert all(0 < probability <= 1 for probability in found.probabilities)
+    assert len(found.levels) == found.steps <= max_steps
+    assert found.levels == sorted(found.levels, reverse=True)
+    assert 1 <= min(found.fixed_at) <= max(found.fixed_at) <= found.steps
+    assert found.reason == "max_steps" or found.levels[-1] < threshold or halting == "settle"
+    if halting == "gate":
+        assert set(found.fixed_at) == {found.steps}
+    else:
+        for step in range(1, found.steps + 1):
+            assert sum(fixed <= step for fixed in found.fixed_at) >= due(len(rows), step, max_steps)
+
+
+def test_the_gate_way_is_passes_until_the_level_falls_below_the_threshold_and_one_decoding(build: Build) -> None:
+    model = build(3).eval().requires_grad_(False)
+    tokens, masked = sequence()
+    packing = Packing.of([len(tokens)])
+    state, levels = model.begin(tokens, masked, packing), []
+    for _ in range(4):
+        state = model(state, packing)
+        levels.append(state.gate.level.item())
+    best = model.decode(state.hidden, packing).softmax(-1).max(-1)
+    found = restore(model, tokens, masked, threshold=(levels[2] + levels[3]) / 2, halting="gate", max_steps=8)
+    assert (found.steps, found.reason) == (4, "gate")
+    assert found.levels == pytest.approx(levels)
+    assert found.tokens == torch.where(masked, best.indices, tokens).tolist()
+    assert found.probabilities == pytest.approx(best.values[masked].tolist())
+
+
+def test_settled_tokens_are_seen_by_the_next_pass(build: Build) -> None:
+    model = opinionated(build(1))
+    tokens, masked = sequence()
+    states: list[State] = []
+    found = restore(
+        model, tokens, masked, halting="settle", threshold=0, max_steps=4,
+        observe=lambda _step, _level, state: states.append(state),
+    )  # fmt: skip
+    assert len(set(found.fixed_at)) > 1
+    for row, fixed_at in zip(found.rows, found.fixed_at, strict=True):
+        for step, state in enumerate(states, start=1):
+            shown = found.tokens[row] if step >= fixed_at else int(tokens[row])
+            torch.testing.assert_close(state.embedded[row], model.embed(torch.tensor([shown]))[0])
+            assert bool(state.masked[row]) == (step < fixed_at)
+
+
+def test_the_surest_rows_settle_first(build: Build) -> None:
+    model = opinionated(build(1))
+    tokens, masked = sequence()
+    first = model(model.begin(tokens, masked, Packing.of([12])), Packing.of([12])).gate.token_level
+    found = restore(model, tokens, masked, halting="settle", threshold=0, max_steps=3)
+    early = [float(first[row]) for row, at in zip(found.rows, found.fixed_at, strict=True) if at == 1]
+    late = [float(first[row]) for row, at in zip(found.rows, found.fixed_at, strict=True) if at > 1]
+    assert len(early) == due(len(found.rows), 1, 3)
+    assert max(early) <= min(late)
+
+
+@pytest.fixture
+def read_by_the_gate() -> State:
+    """Six rows, the fifth of them visible, and the token levels of the others."""
+    masked = torch.tensor([True, True, True, True, False, True])
+    gate = GateState(torch.ones(1), torch.zeros(1, 1), torch.tensor([0.9, 0.1, 0.5, 0.1, 0.0, 0.7]))
+    return State(torch.zeros(6, 1), torch.zeros(6, 1), masked, gate)
+
+
+@pytest.mark.parametrize(
+    ("n_due", "threshold", "rows"),
+    [
+        (0, 0.2, [1, 3]),
+        (1, 0.2, [1, 3]),
+        (3, 0.2, [1, 2, 3]),
+        (1, 0.0, [1]),
+        (-2, 0.0, []),
+        (0, 0.1, []),
+        (9, 0.0, [0, 1, 2, 3, 5]),
+    ],
+)
+def test_sure_rows_settle_and_the_surest_others_keep_the_pace(
+    read_by_the_gate: State, n_due: int, threshold: float, rows: list[int]
+) -> None:
+    assert rows_to_settle(read_by_the_gate, n_due, threshold).tolist() == rows
+
+
+def test_the_level_of_a_settling_sequence_is_what_stays_open(read_by_the_gate: State) -> None:
+    settling = torch.tensor([1, 3])
+    assert settled_level(read_by_the_gate, settling, 5, []) == pytest.approx((0.9 + 0.5 + 0.7) / 5)
+    assert settled_level(read_by_the_gate, settling, 5, [1.0, 0.3]) == 0.3
+    assert settled_level(read_by_the_gate, settling, 0, []) == 0.0
+
+
+def test_threshold_zero_with_gate_runs_to_max_steps(build: Build) -> None:
+    found = restore(build().eval(), *sequence(), threshold=0, max_steps=7, halting="gate")
+    assert (found.steps, found.reason) == (7, "max_steps")
+
+
+@pytest.mark.parametrize(("max_steps", "steps", "reason"), [(3, 3, "max_steps"), (6, 6, "max_steps"), (7, 6, "gate")])
+def test_threshold_zero_with_settle_keeps_to_the_pace(build: Build, max_steps: int, steps: int, reason: str) -> None:
+    tokens, masked = sequence()
+    assert masked.sum() == 6
+    found = restore(build().eval(), tokens, masked, threshold=0, max_steps=max_steps, halting="settle")
+    assert (found.steps, found.reason) == (steps, reason)
+    assert sorted(found.fixed_at) == [step for step in range(1, 7) for _ in range(6 // steps)][:6]
+
+
+@both_ways
+def test_a_huge_threshold_halts_after_one_pass(build: Build, halting: Any) -> None:
+    found = restore(build().eval(), *sequence(), threshold=1e9, max_steps=7, halting=halting)
+    assert (found.steps, found.reason) == (1, "gate")
+
+
+@both_ways
+def test_the_same_input_has_the_same_answer(build: Build, halting: Any) -> None:
+    model = opinionated(build())
+    assert restore(model, *sequence(), halting=halting) == restore(model, *sequence(), halting=halting)
+
+
+@both_ways
+def test_a_text_without_masks_comes_back_after_one_pass(build: Build, halting: Any) -> None:
+    tokens, masked = sequence()
+    found = restore(build().eval(), tokens, torch.zeros_like(masked), halting=halting)
+    assert found == Restoration(tokens.tolist(), [], [], [], [], 1, [0.0], "gate")
+
+
+@both_ways
+def test_decode_all_reads_every_row_and_changes_no_restored_one(build: Build, halting: Any) -> None:
+    model = opinionated(build())
+    tokens, masked = sequence()
+    some, every = (restore(model, tokens, masked, halting=halting, decode_all=flag) for flag in (False, True))
+    assert every.rows == list(range(len(tokens)))
+    assert [every.tokens[row] for row in some.rows] == [some.tokens[row] for row in some.rows]
+    assert [every.fixed_at[row] for row in some.rows] == some.fixed_at
+    assert [every.fixed_at[row] for row in every.rows if row not in some.rows] == [every.steps] * int((~masked).sum())
+
+
+@both_ways
+def test_candidates_are_sorted_and_led_by_the_chosen_token(build: Build, halting: Any) -> None:
+    found = restore(build().eval(), *sequence(), halting=halting, top_k=5)
+    for row, probability, candidates in zip(found.rows, found.probabilities, found.candidates, strict=True):
+        assert candidates[0] == (found.tokens[row], probability)
+        shares = [share for _, share in candidates]
+        assert len(shares) == 5
+        assert shares == sorted(shares, reverse=True)
+
+
+@both_ways
+def test_out_of_time_answers_with_what_is_there(build: Build, halting: Any) -> None:
+    answers = iter([False, True])
+    tokens, masked = sequence()
+    found = restore(
+        build().eval(), tokens, masked, threshold=0, halting=halting, max_steps=20, out_of_time=lambda: next(answers)
+    )
+    assert (found.steps, found.reason) == (2, "deadline")
+    assert found.rows == masked.nonzero().squeeze(1).tolist()
+
+
+@both_ways
+def test_observe_is_called_after_every_pass(build: Build, halting: Any) -> None:
+    seen: list[tuple[int, float]] = []
+    found = restore(
+        build().eval(), *sequence(), threshold=0, max_steps=5, halting=halting,
+        observe=lambda step, level, _state: seen.append((step, level)),
+    )  # fmt: skip
+    assert seen == list(enumerate(found.levels, start=1))
+    assert len(seen) == 5
+
+
+@both_ways
+def test_the_defaults_are_the_models_own(build: Build, halting: Any) -> None:
+    model = build(max_steps=3, threshold=0.0, halting=halting).eval()
+    assert restore(model, *sequence()) == restore(model, *sequence(), max_steps=3, threshold=0.0, halting=halting)
+
+
+@pytest.mark.parametrize(
+    ("option", "wanted"),
+    [
+        ({"max_steps": 0}, "max_steps is 0: want >= 1"),
+        ({"threshold": -0.1}, "threshold is -0.1: want a finite number >= 0"),
+        ({"threshold": float("nan")}, "threshold is nan"),
+        ({"threshold": float("inf")}, "threshold is inf"),
+        ({"halting": "never"}, "halting is 'never': want one of gate, settle"),
+        ({"top_k": -1}, "top_k is -1: want 0 to vocab_size = "),
+        ({"top_k": 10_000}, "top_k is 10000: want 0 to vocab_size = "),
+    ],
+)
+def test_an_option_out_of_range_is_refused(tiny_model: RDT, option: dict[str, Any], wanted: str) -> None:
+    with pytest.raises(ValueError, match=wanted):
+        restore(tiny_model, *sequence(), **option)
+
+
+@pytest.mark.parametrize("length", [0, 33])
+def test_a_sequence_must_fit_the_model(tiny_model: RDT, length: int) -> None:
+    tokens = torch.ones(length, dtype=torch.int64)
+    with pytest.raises(ValueError, match=f"tokens has length {length}: want 1 to max_seq_len = 32"):
+        restore(tiny_model, tokens, tokens.bool())
+
+
+def test_a_model_restores_by_itself(tiny_model: RDT) -> None:
+    options: dict[str, Any] = {"max_steps": 3, "threshold": 0.0, "halting": "settle", "top_k": 2}
+    assert tiny_model.inference(*sequence(), **options) == restore(tiny_model, *sequence(), **options)

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+from unittest.mock import Mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rdt_core import Packing
+from rdt_core.layers import AdaptiveNorm, packed_attention, rotary_angles, rotate
+from tests.rdt_core.conftest import Build
+from tests.rdt_core.sequences import random_sequences
+
+quick = settings(max_examples=30, deadline=None)
+
+
+def random_heads(n_tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query, key and value `(T, H, C)` with two heads of four."""
+    query, key, value = torch.randn(3, n_tokens, 2, 4, generator=torch.Generator().manual_seed(seed)).unbind()
+    return query, key, value
+
+
+def softmax_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attention of one sequence, from its formula."""
+    weights = (torch.einsum("lhc,mhc->hlm", query, key) / query.shape[-1] ** 0.5).softmax(-1)
+    return torch.einsum("hlm,mhc->lhc", weights, value)
+
+
+@pytest.mark.parametrize("lengths", [[4], [3, 3, 3], [1, 5, 2]], ids=["one", "equal", "mixed"])
+def test_packed_attention_is_the_attention_of_each_sequence_alone(lengths: list[int]) -> None:
+    query, key, value = random_heads(sum(lengths))
+    parts = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
+    alone = torch.cat([softmax_attention(*part) for part in parts])
+    torch.testing.assert_close(packed_attention(query, key, value, Packing.of(lengths)), alone)
+
+
+def test_mixed_and_equal_lengths_agree() -> None:
+    query, key, value = random_heads(9)
+    batched = packed_attention(query[:8], key[:8], value[:8], Packing.of([4, 4]))
+    mixed = packed_attention(query, key, value, Packing.of([4, 4, 1]))
+    torch.testing.assert_close(mixed[:8], batched)
+
+
+@pytest.mark.parametrize(("lengths", "n_calls"), [([4, 4, 4], 1), ([4, 5, 3], 3)])
+def test_equal_lengths_share_one_attention_call(
+    lengths: list[int], n_calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = Mock(wraps=F.scaled_dot_product_attention)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", called)
+    packed_attention(*random_heads(12), Packing.of(lengths))
+    assert called.call_count == n_calls
+
+
+@pytest.mark.parametrize("lengths", [[4, 4], [4, 3, 1]], ids=["equal", "mixed"])
+def test_nothing_leaks_between_sequences(lengths: list[int]) -> None:
+    query, key, value = random_heads(8)
+    before = packed_attention(query, key, value, Packing.of(lengths))
+    key[4:], value[4:] = 1e6, -1e6
+    after = packed_attention(query, key, value, Packing.of(lengths))
+    assert torch.equal(after[:4], before[:4])
+    assert not torch.equal(after[4:], before[4:])
+
+
+@quick
+@given(st.integers(0, 200), st.integers(0, 200), st.integers(0, 200))
+def test_rotary_scores_depend_on_the_distance_alone(first: int, second: int, shift: int) -> None:
+    query, key = random_heads(1)[:2]
+
+    def score(query_at: int, key_at: int) -> torch.Tensor:
+        turned_query = rotate(query, *rotary_angles(torch.tensor([query_at]), 4))
+        return (turned_query * rotate(key, *rotary_angles(torch.tensor([key_at]), 4))).sum(-1)
+
+    torch.testing.assert_close(score(first + shift, second + shift), score(first, second), atol=1e-3, rtol=0)
+
+
+def test_rotary_scores_do_depend_on_the_distance() -> None:
+    query, key = random_heads(1)[:2]
+    far = rotate(key, *rotary_angles(torch.tensor([5]), 4))
+    assert not torch.allclose((query * far).sum(-1), (query * key).sum(-1), atol=1e-2)
+    torch.testing.assert_close(far.norm(dim=-1), key.norm(dim=-1))
+
+
+def test_adaptive_norms_start_as_plain_layer_norms(build: Build) -> None:
+    norms = [module for module in build(level_conditioning=True).modules() if isinstance(module, AdaptiveNorm)]
+    assert norms
+    for norm in norms:
+        assert norm.modulation is not None
+        assert not norm.modulation.weight.any()
+        assert not norm.modulation.bias.any()
+        x, condition = torch.randn(2, 3, 16).unbind()
+        assert torch.equal(norm(x, 100 * condition), F.layer_norm(x, (16,)))
+
+
+def test_the_level_matters_only_once_modulation_has_learnt(build: Build) -> None:
+    model = build(level_conditioning=True).eval()
+    tokens, masked, packing = random_sequences([6])
+    high = model.begin(tokens, masked, packing)
+    low = high._replace(gate=high.gate._replace(level=torch.full((1,), 0.1)))
+    assert torch.equal(model(high, packing).hidden, model(low, packing).hidden)
+    for module in model.modules():
+        if isinstance(module, AdaptiveNorm) and module.modulation is not None:
+            torch.nn.init.normal_(module.modulation.weight, std=0.1)
+    assert not torch.allclose(model(high, packing).hidden, model(low, packing).hidden, atol=1e-4)

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rdt_core import Packing, pack, unpack
+from rdt_core.packing import rows_of, select, sequence_mean
+
+quick = settings(max_examples=40, deadline=None)
+some_lengths = st.lists(st.integers(1, 7), min_size=1, max_size=6)
+
+
+def numbered(lengths: list[int]) -> list[torch.Tensor]:
+    """Sequences whose every entry is another number."""
+    return list(torch.arange(2 * sum(lengths)).view(-1, 2).split(lengths))
+
+
+@quick
+@given(some_lengths)
+def test_unpack_undoes_pack(lengths: list[int]) -> None:
+    sequences = numbered(lengths)
+    for before, after in zip(sequences, unpack(*pack(sequences)), strict=True):
+        assert torch.equal(before, after)
+
+
+@quick
+@given(some_lengths, st.data())
+def test_select_keeps_the_named_sequences_in_the_named_order(lengths: list[int], data: st.DataObject) -> None:
+    keep = data.draw(st.lists(st.sampled_from(range(len(lengths))), min_size=1, unique=True))
+    sequences = numbered(lengths)
+    expected, expected_packing = pack([sequences[i] for i in keep])
+    packed, packing = pack(sequences)
+    kept, kept_packing = select(packed, packing, keep)
+    assert torch.equal(kept, expected)
+    assert torch.equal(packed[rows_of(packing, keep)], expected)
+    assert kept_packing.lengths == expected_packing.lengths
+    assert torch.equal(kept_packing.positions, expected_packing.positions)
+
+
+def test_the_layout_of_three_sequences() -> None:
+    packing = Packing.of([3, 2, 4])
+    assert packing.offsets.tolist() == [0, 3, 5, 9]
+    assert packing.positions.tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 3]
+    assert packing.sequence_ids.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 2]
+    assert (packing.n_sequences, packing.n_tokens, packing.equal_lengths) == (3, 9, False)
+    assert packing.offsets.dtype == torch.int32
+    assert Packing.of([4, 4]).equal_lengths
+
+
+@pytest.mark.parametrize("lengths", [[], [3, 0], [-1]])
+def test_empty_sequences_are_refused(lengths: list[int]) -> None:
+    with pytest.raises(ValueError, match="want at least one sequence, each of length >= 1"):
+        Packing.of(lengths)
+
+
+@quick
+@given(some_lengths, st.integers(0, 1000))
+def test_sequence_mean_is_a_plain_weighted_mean(lengths: list[int], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(sum(lengths), 3, generator=generator)
+    weights = torch.randint(0, 3, (sum(lengths),), generator=generator)
+    means = sequence_mean(rows, weights, Packing.of(lengths))
+    pairs = zip(rows.split(lengths), weights.split(lengths), strict=True)
+    for mean, (own_rows, own_weights) in zip(means, pairs, strict=True):
+        total = sum((row * weight for row, weight in zip(own_rows, own_weights, strict=True)), torch.zeros(3))
+        expected = total / own_weights.sum() if own_weights.any() else torch.zeros(3)
+        torch.testing.assert_close(mean, expected)

@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from rdt_core import Encoding, Tokenizer
+from rdt_core.tokenizer import MASK, Fill, fill
+
+quick = settings(max_examples=60, deadline=None)
+typed_text = st.lists(
+    st.sampled_from(
+        ["[MASK]", "[mask]", " ", "  ", "\n", "\t", "the", "Fox", "café", "é", "🦊", "##s", "[SEP]", "[", "."]
+    )
+    | st.text(max_size=4)
+).map("".join)
+
+
+def pieces_of(tokenizer: Tokenizer, encoding: Encoding) -> list[str]:
+    return [tokenizer.piece(token) for token in encoding.ids]
+
+
+def words_of(encoding: Encoding) -> list[str]:
+    """The characters each token stands for."""
+    return [encoding.text[start:end] for start, end in encoding.spans]
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("[MASK] fox", ["[MASK]", "fox"]),
+        ("the [mask]", ["the", "[MASK]"]),
+        ("the [Mask] fox", ["the", "[MASK]", "fox"]),
+        ("[MASK]", ["[MASK]"]),
+        ("[MASK][mAsK]", ["[MASK]", "[MASK]"]),
+        ("jump[MASK]", ["jump", "[MASK]"]),
+        ("[[MASK]]", ["[", "[MASK]", "]"]),
+        ("[ MASK ]", ["[", "m", "##a", "##s", "##k", "]"]),
+        ("", []),
+    ],
+)
+def test_masks_count_wherever_they_stand_and_in_any_case(
+    tiny_tokenizer: Tokenizer, text: str, pieces: list[str]
+) -> None:
+    encoding = tiny_tokenizer.encode(text)
+    assert pieces_of(tiny_tokenizer, encoding) == ["[CLS]", *pieces, "[SEP]"]
+    assert encoding.masked == [False, *(piece == "[MASK]" for piece in pieces), False]
+
+
+def test_spans_index_the_text_as_it_was_sent(tiny_tokenizer: Tokenizer) -> None:
+    encoding = tiny_tokenizer.encode("  The CAFÉ \n [Mask]  jumps 🦊🦊.")
+    assert words_of(encoding) == ["", "The", "CAFÉ", "[Mask]", "jump", "s", "🦊🦊", ".", ""]
+    assert encoding.spans[-1] == (len(encoding.text), len(encoding.text))
+
+
+@quick
+@given(typed_text)
+def test_an_encoding_is_in_order_and_flags_exactly_the_masks(tiny_tokenizer: Tokenizer, text: str) -> None:
+    encoding = tiny_tokenizer.encode(text)
+    assert len(encoding.ids) == len(encoding.spans) == len(encoding.masked)
+    inner = encoding.spans[1:-1]
+    assert all(end <= start for (_, end), (start, _) in pairwise(inner))
+    assert [encoding.spans[row] for row, masked in enumerate(encoding.masked) if masked] == [
+        match.span() for match in MASK.finditer(text)
+    ]
+    special = {tiny_tokenizer.cls_id, tiny_tokenizer.sep_id, tiny_tokenizer.pad_id, tiny_tokenizer.mask_id}
+    typed = [token for token, masked in zip(encoding.ids, encoding.masked, strict=True) if not masked][1:-1]
+    assert not special.intersection(typed)
+
+
+@pytest.mark.parametrize("typed", ["[SEP]", "[CLS]", "[PAD]", "[UNK]"])
+def test_a_control_token_typed_as_text_is_text(tiny_tokenizer: Tokenizer, typed: str) -> None:
+    encoding = tiny_tokenizer.encode(f"the {typed} fox")
+    assert not tiny_tokenizer.special_ids.intersection(encoding.ids[1:-1])
+    assert pieces_of(tiny_tokenizer, encoding)[2] == "["
+
+
+def fill_masks(tokenizer: Tokenizer, text: str, *words: str) -> tuple[str, list[Fill]]:
+    encoding = tokenizer.encode(text)
+    rows = [row for row, masked in enumerate(encoding.masked) if masked]
+    return fill(encoding, dict(zip(rows, words, strict=True)))
+
+
+@quick
+@given(typed_text, st.lists(st.sampled_from(["fox", "##s", ".", "é"]), min_size=1))
+@example(" a  [MASK][MASK]🦊\n[mask] É", ["fox", "dog", "##s"])
+def test_fill_keeps_every_other_character(tiny_tokenizer: Tokenizer, text: str, words: list[str]) -> None:
+    n_masks = len(MASK.findall(text))
+    written = [words[index % len(words)] for index in range(n_masks)]
+    filled, fills = fill_masks(tiny_tokenizer, text, *written)
+    assert [filled[f.start : f.end] for f in fills] == [f.text for f in fills]
+    assert [f.text for f in fills] == [word.removeprefix("##") for word in written]
+    between, read = [], 0
+    for f in fills:
+        between.append(filled[read : f.start])
+        read = f.end
+    between.append(filled[read:])
+    sent = MASK.split(text)
+    inside = range(1, n_masks)
+    assert between == [
+        " " if index in inside and kept == "" and not written[index].startswith("##") else kept
+        for index, kept in enumerate(sent)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "filled"),
+    [
+        ("the [MASK] fox", ["quick"], "the quick fox"),
+        ("jump[MASK]!", ["##s"], "jumps!"),
+        ("[MASK][MASK]", ["new", "york"], "new york"),
+        ("[MASK][MASK]", ["jump", "##ed"], "jumped"),
+        ("[MASK] [MASK]", ["jump", "##ed"], "jump ed"),
+        ("x[MASK]", ["fox"], "xfox"),
+    ],
+)
+def test_how_pieces_are_written(tiny_tokenizer: Tokenizer, text: str, words: list[str], filled: str) -> None:
+    assert fill_masks(tiny_tokenizer, text, *words)[0] == filled
+
+
+def test_some_masks_may_stay_open(tiny_tokenizer: Tokenizer) -> None:
+    encoding = tiny_tokenizer.encode("[MASK][MASK] dog")
+    assert fill(encoding, {2: "lazy"}) == ("[MASK]lazy dog", [Fill(2, 6, 10, "lazy")])
+    assert fill(encoding, {}) == ("[MASK][MASK] dog", [])
+
+
+def test_only_masks_are_separated(tiny_tokenizer: Tokenizer) -> None:
+    assert fill(tiny_tokenizer.encode("[MASK]."), {1: "fox", 2: "!"})[0] == "fox!"
+    assert fill(tiny_tokenizer.encode("jumps"), {1: "dog", 2: "s"})[0] == "dogs"
+
+
+def test_a_corpus_may_say_unknown(tiny_tokenizer: Tokenizer) -> None:
+    first, second = tiny_tokenizer.encode_training(["the [UNK] fox", "dog"])
+    assert [tiny_tokenizer.piece(token) for token in first] == ["the", "[UNK]", "fox"]
+    assert [tiny_tokenizer.piece(token) for token in second] == ["dog"]
+
+
+def test_decode_joins_pieces_and_leaves_special_tokens_out(tiny_tokenizer: Tokenizer) -> None:
+    assert tiny_tokenizer.decode(tiny_tokenizer.encode("The fox jumped [MASK]").ids) == "the fox jumped"
+
+
+def test_a_token_outside_the_vocabulary_has_no_piece(tiny_tokenizer: Tokenizer) -> None:
+    size = tiny_tokenizer.vocab_size
+    assert tiny_tokenizer.piece(size - 1)
+    with pytest.raises(ValueError, match=f"token_id is {size}: want 0 <= token_id < {size}"):
+        tiny_tokenizer.piece(size)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "not JSON", '{"model": 3}'])
+def test_what_is_no_tokenizer_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"^not a tokenizer JSON: "):
+        Tokenizer(text)
+
+
+def test_a_vocabulary_without_masks_is_refused(tiny_tokenizer: Tokenizer) -> None:
+    values = json.loads(tiny_tokenizer.json)
+    values["model"]["vocab"]["[BLANK]"] = values["model"]["vocab"].pop("[MASK]")
+    values["added_tokens"] = [token for token in values["added_tokens"] if token["content"] != "[MASK]"]
+    with pytest.raises(ValueError, match=r"the tokenizer has no \[MASK\]"):
+        Tokenizer(json.dumps(values))
+
+
+def test_a_tokenizer_file_is_read_and_named_when_it_is_none(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    good, bad = tmp_path / "tokenizer.json", tmp_path / "other.json"
+    good.write_text(tiny_tokenizer.json, encoding="utf-8")
+    bad.write_text("{}", encoding="utf-8")
+    assert Tokenizer.from_file(good).encode("the fox") == tiny_tokenizer.encode("the fox")
+    with pytest.raises(ValueError, match=r"other\.json: not a tokenizer JSON"):
+        Tokenizer.from_file(bad)
+    with pytest.raises(FileNotFoundError):
+        Tokenizer.from_file(tmp_path / "none.json")
+
+
+def test_padding_and_truncation_of_the_json_are_switched_off(tiny_tokenizer: Tokenizer) -> None:
+    values = json.loads(tiny_tokenizer.json)
+    values["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    tokenizer = Tokenizer(json.dumps(values))
+    assert tokenizer.encode("the quick brown fox") == tiny_tokenizer.encode("the quick brown fox")
+    assert len(tokenizer.encode_training(["the quick brown fox"])[0]) == 4

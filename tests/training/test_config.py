@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import training
+from training.config import ConfigError, load_config, parse_config
+
+CONFIGS = sorted((Path(training.__file__).parent / "configs").glob("*.yaml"))
+
+
+def nested(key: str, value: object) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    assert isinstance(value, dict)
+    return value
+
+
+def refusal(key: str, value: object) -> str:
+    with pytest.raises(ConfigError) as error:
+        parse_config(nested(key, value))
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_that_ships_parses(path: Path) -> None:
+    assert load_config(path).model.d_model > 0
+
+
+def test_some_config_ships() -> None:
+    assert CONFIGS
+
+
+def test_the_override_file_beats_the_config_and_assignments_beat_both(tmp_path: Path) -> None:
+    base, over = tmp_path / "base.yaml", tmp_path / "over.yaml"
+    base.write_text(yaml.safe_dump({"seed": 1, "training": {"batch_size": 2, "num_epochs": 3, "num_steps": 4}}))
+    over.write_text(yaml.safe_dump({"training": {"num_epochs": 30, "num_steps": None}}))
+    config = load_config(base, over, ["training.num_epochs=300", "model.dropout=0", "name=trial"])
+    assert (config.seed, config.name) == (1, "trial")
+    assert (config.training.batch_size, config.training.num_epochs, config.training.num_steps) == (2, 300, None)
+    assert config.model.dropout == 0.0
+    assert load_config(base, over).training.num_epochs == 30
+    assert load_config(base).training.num_steps == 4
+
+
+def test_an_empty_file_means_the_defaults(tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").write_text("")
+    assert load_config(tmp_path / "empty.yaml") == parse_config({})
+
+
+@pytest.mark.parametrize("key", ["colour", "model.colour", "training.colour", "data.colour", "output.colour"])
+def test_an_unknown_key_is_named_with_its_section(key: str) -> None:
+    assert refusal(key, 1).startswith(f"{key} is not a setting; known here: ")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [
+        ("training.batch_size", "many", "want int"),
+        ("training.batch_size", True, "want int"),
+        ("training.batch_size", 1.5, "want int"),
+        ("training.num_steps", "all", "want int or null"),
+        ("training.learning_rate", "fast", "want float"),
+        ("training.learning_rate", None, "want float"),
+        ("training.learning_rate", True, "want float"),
+        ("model.level_conditioning", "yes", "want bool"),
+        ("model.level_conditioning", 1, "want bool"),
+        ("data.dataset_name", 5, "want str"),
+        ("training.init_from", 5, "want str or null"),
+        ("model", 5, "want keys under it"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(key: str, value: object, wanted: str) -> None:
+    assert refusal(key, value) == f"{key} is {value!r}: {wanted}"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [
+        ("training.batch_size", 0, ">= 1"),
+        ("training.num_steps", 0, ">= 1"),
+        ("training.keep_last_n_checkpoints", 0, ">= 1"),
+        ("output.log_every_n_steps", 0, ">= 1"),
+        ("training.gate_passes", 1, ">= 2"),
+        ("data.min_seq_length", 2, ">= 3"),
+        ("seed", -1, ">= 0"),
+        ("training.weight_decay", float("nan"), ">= 0"),
+        ("training.learning_rate", 0, "> 0"),
+        ("training.learning_rate", float("inf"), "> 0"),
+        ("training.max_grad_norm", -1, "> 0"),
+        ("training.warmup_ratio", 1.5, "0 to 1"),
+        ("data.full_length_share", -0.5, "0 to 1"),
+        ("training.adam_beta2", 1, "0 to 1, ends excluded"),
+        ("training.scheduler", "constant", "one of cosine, linear, warmup_stable_decay"),
+        ("training.scheme", "both", "one of unroll, chain"),
+        ("training.masking_strategy", "sine", "one of linear, cosine, exponential, random"),
+        ("model.decoder_type", "mlp", "one of linear, transformer"),
+        ("model.halting", "never", "one of gate, settle"),
+        ("data.max_seq_length", 600, "data.min_seq_length = 16 to model.max_seq_len = 512"),
+        ("data.max_seq_length", 8, "data.min_seq_length = 16 to model.max_seq_len = 512"),
+    ],
+)
+def test_a_value_out_of_its_range_is_refused(key: str, value: Any, wanted: str) -> None:
+    message = refusal(key, value)
+    assert message.startswith(f"{key} is ")
+    assert wanted in message
+
+
+def test_corruption_shares_add_up_to_one_at_the_most() -> None:
+    with pytest.raises(ConfigError, match=r"training.random_token_share \+ training.keep_token_share is over 1"):
+        parse_config({"training": {"random_token_share": 0.6, "keep_token_share": 0.6}})
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "base.yaml"
+    path.write_text("training: {learning_rate: 3e-4, weight_decay: 1}")
+    assert load_config(path).training.learning_rate == 3e-4
+    assert load_config(path, None, ["training.learning_rate=1e-5"]).training.learning_rate == 1e-5
+    weight_decay = load_config(path).training.weight_decay
+    assert isinstance(weight_decay, float)
+    assert weight_decay == 1.0
+
+
+@pytest.mark.parametrize("assignment", ["training.batch_size", "=3", "training.batch_size=[", "training=5", ""])
+def test_an_assignment_that_makes_no_sense_is_refused(tmp_path: Path, assignment: str) -> None:
+    path = tmp_path / "base.yaml"
+    path.write_text("")
+    with pytest.raises(ConfigError) as error:
+        load_config(path, None, [assignment])
+    assert assignment.partition("=")[0] in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"), [("a: [1\nb: }", "not YAML"), ("- 1\n- 2", "holds a list, want sections with keys")]
+)
+def test_a_file_that_is_no_config_is_named(tmp_path: Path, text: str, problem: str) -> None:
+    path = tmp_path / "base.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=problem) as error:
+        load_config(path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml: No such file"):
+        load_config(tmp_path / "none.yaml")

@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rdt_core import RDT, ModelConfig, Packing
+from rdt_core.halting import due
+from training.config import TrainingSection
+from training.data import Batch
+from training.losses import chain_losses, deep_run, gate_losses, passes_left, reconstruction, surest, unroll_losses
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def model(tiny_config: ModelConfig) -> RDT:
+    """In training mode, with a gate of strong opinions."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = RDT(tiny_config.with_changes(dropout=0.0, total_steps=8))
+    for parameter in model.gate.parameters():
+        parameter.data.mul_(4)
+    return model.train()
+
+
+@pytest.fixture
+def batch(make_batches: Any) -> Batch:
+    found = make_batches(**{"data.full_length_share": 1.0})[1]
+    assert isinstance(found, Batch)
+    return found
+
+
+def unmasked(batch: Batch) -> Batch:
+    nothing = torch.zeros_like(batch.masked)
+    return batch._replace(tokens=batch.targets, masked=nothing, due_passes=torch.zeros_like(batch.due_passes))
+
+
+def nats(model: RDT, hidden: torch.Tensor, packing: Packing, row: int, target: int) -> torch.Tensor:
+    """What one row's token costs."""
+    return -model.decode(hidden, packing)[row].log_softmax(-1)[target]
+
+
+def test_reconstruction_is_the_mean_cost_of_the_named_rows(model: RDT, batch: Batch) -> None:
+    packing = batch.packing(CPU)
+    hidden = torch.randn(packing.n_tokens, 16)
+    rows = torch.tensor([1, 5, 20])
+    costs = torch.stack([nats(model, hidden, packing, row, int(batch.targets[row])) for row in (1, 5, 20)])
+    torch.testing.assert_close(reconstruction(model, hidden, packing, rows, batch.targets), costs.mean())
+    assert reconstruction(model, hidden, packing, rows[:0], batch.targets) == 0
+
+
+@pytest.mark.parametrize(("n_passes", "supervised"), [(1, [0]), (2, [0, 1]), (4, [2, 3])])
+def test_unroll_supervises_every_masked_token_in_the_last_passes(
+    model: RDT, batch: Batch, n_passes: int, supervised: list[int]
+) -> None:
+    packing = batch.packing(CPU)
+    states = model.recursive_forward(batch.tokens, batch.masked, packing, n_passes)
+    costs = [
+        nats(model, states[step].hidden, packing, row, int(batch.targets[row]))
+        for step in supervised
+        for row in batch.masked.nonzero().squeeze(1).tolist()
+    ]
+    loss = unroll_losses(model, batch, packing, n_passes, TrainingSection(grad_passes=2))
+    torch.testing.assert_close(loss, torch.stack(costs).mean())
+
+
+def test_chain_supervises_newly_revealed_tokens_and_the_place_in_the_chain(model: RDT, batch: Batch) -> None:
+    packing = batch.packing(CPU)
+    batch = batch._replace(start_steps=torch.tensor([1, 3, 6, 8]))
+    states = model.recursive_forward(batch.tokens, batch.masked, packing, 3, 3)
+    recon, gate = [], []
+    for step, state in enumerate(states, start=1):
+        rows = [row for row in range(packing.n_tokens) if batch.due_passes[row] == step]
+        assert rows
+        costs = [nats(model, state.hidden, packing, row, int(batch.targets[row])) for row in rows]
+        recon.append(torch.stack(costs).mean())
+        places = [max(start - step, 0) / 8 for start in (1, 3, 6, 8)]
+        gate += [(level - place) ** 2 for level, place in zip(state.gate.level, places, strict=True)]
+    losses = chain_losses(model, batch, packing, 3, TrainingSection(total_steps=8))
+    torch.testing.assert_close(losses.recon, torch.stack(recon).mean())
+    torch.testing.assert_close(losses.gate, torch.stack(gate).mean())
+
+
+def test_passes_left_counts_down_to_the_last_change() -> None:
+    will_change = torch.tensor([[1, 1, 0], [0, 1, 0], [1, 0, 0], [0, 0, 0]]).float()
+    rows, packing = torch.tensor([0, 1, 3]), Packing.of([2, 2])
+    assert passes_left(will_change, rows, packing, 0.02).T.tolist() == [[3, 2, 1, 0], [0, 0, 0, 0]]
+    assert passes_left(will_change, rows, packing, 0.5).T.tolist() == [[1, 0, 0, 0], [0, 0, 0, 0]]
+
+
+def test_passes_left_of_a_sequence_without_masks_is_zero() -> None:
+    will_change = torch.tensor([[1.0], [0.0]])
+    assert passes_left(will_change, torch.tensor([4]), Packing.of([3, 3]), 0.02).T.tolist() == [[0, 0], [1, 0]]
+
+
+def test_a_deep_run_without_settling_is_the_plain_recursion(model: RDT, batch: Batch) -> None:
+    model.eval()
+    packing, rows = batch.packing(CPU), batch.masked.nonzero().squeeze(1)
+    run = deep_run(model, batch, packing, 3, settle=False)
+    states = model.recursive_forward(batch.tokens, batch.masked, packing, 3)
+    for step, state in enumerate(states):
+        assert torch.equal(run.states[step].hidden, state.hidden)
+        assert torch.equal(run.guesses[step], model.decode(state.hidden, packing, rows).argmax(-1))
+    assert run.open_rows.all()
+    assert not run.states[-1].hidden.requires_grad
+
+
+def test_a_settling_run_keeps_the_pace_and_freezes_what_is_settled(model: RDT, batch: Batch) -> None:
+    model.eval().decoder_norm.weight.data.neg_()  # so that a row's guess is never what it shows
+    packing, rows = batch.packing(CPU), batch.masked.nonzero().squeeze(1)
+    run = deep_run(model, batch, packing, 4, settle=True)
+    owners = packing.sequence_ids[rows]
+    for sequence in range(packing.n_sequences):
+        own = owners == sequence
+        n = int(own.sum())
+        assert run.open_rows[:, own].sum(1).tolist() == [n - due(n, step, 4) for step in range(4)]
+    for step in range(1, 4):
+        closed = ~run.open_rows[step]
+        assert closed.any()
+        assert torch.equal(run.guesses[step][closed], run.guesses[step - 1][closed])
+        fresh = model.decode(run.states[step].hidden, packing, rows).argmax(-1)
+        assert not torch.equal(fresh[closed], run.guesses[step][closed])
+        shown = model.embed(run.guesses[step][closed])
+        torch.testing.assert_close(run.states[step].embedded[rows[closed]], shown)
+        assert (run.open_rows[step] <= run.open_rows[step - 1]).all()
+
+
+def test_the_last_pass_settles_what_is_left_and_the_surest_go_first(model: RDT, batch: Batch) -> None:
+    packing, rows = batch.packing(CPU), batch.masked.nonzero().squeeze(1)
+    state = model(model.begin(batch.tokens, batch.masked, packing), packing)
+    assert surest(state, rows, packing, 4, 4).all()
+    first = surest(state, rows, packing, 1, 4)
+    levels, owners = state.gate.token_level[rows], packing.sequence_ids[rows]
+    for sequence in range(packing.n_sequences):
+        own = owners == sequence
+        assert int(first[own].sum()) == due(int(own.sum()), 1, 4)
+        assert levels[own & first].max() <= levels[own & ~first].min()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("settle", [True, False])
+def test_the_gate_is_taught_alone_and_the_mode_is_left_as_it_was(
+    model: RDT, batch: Batch, settle: bool, training: bool
+) -> None:
+    model.train(training)
+    loss = gate_losses(model, batch, batch.packing(CPU), TrainingSection(gate_passes=3, total_steps=8), settle)
+    loss.backward()
+    with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert loss > 0
+    assert with_gradient
+    assert all(name.startswith("gate.") for name in with_gradient)
+    assert ("gate.sequence.weight" in with_gradient) is not settle
+    assert model.training is training
+
+
+def test_the_gate_loss_is_what_its_docstring_says(model: RDT, batch: Batch) -> None:
+    model.eval()
+    section = TrainingSection(gate_passes=4, total_steps=8, gate_change_share=0.1)
+    packing, rows = batch.packing(CPU), batch.masked.nonzero().squeeze(1)
+    states = model.recursive_forward(batch.tokens, batch.masked, packing, 4)
+    guesses = torch.stack([model.decode(state.hidden, packing, rows).argmax(-1) for state in states])
+    will_change = (guesses != guesses[-1]).float()
+    left = passes_left(will_change, rows, packing, 0.1)
+    expected = torch.zeros(())
+    for step, state in enumerate(states):
+        expected += F.binary_cross_entropy(state.gate.token_level[rows], will_change[step])
+        expected += 8 * F.smooth_l1_loss(state.gate.level, left[step] / 8, beta=1 / 8)
+    torch.testing.assert_close(gate_losses(model, batch, packing, section, settle=False), expected / 4)
+
+
+@pytest.mark.parametrize("settle", [True, False])
+def test_a_batch_without_masks_costs_nothing(model: RDT, batch: Batch, settle: bool) -> None:
+    clean = unmasked(batch)
+    packing = clean.packing(CPU)
+    assert gate_losses(model, clean, packing, TrainingSection(gate_passes=3), settle) == 0
+    assert model.training
+    loss = unroll_losses(model, clean, packing, 2, TrainingSection())
+    loss.backward()
+    assert loss == 0
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_losses_stay_finite_when_the_gate_is_certain(model: RDT, batch: Batch) -> None:
+    model.gate.token.bias.data.fill_(200.0)
+    loss = gate_losses(model, batch, batch.packing(CPU), TrainingSection(gate_passes=3, total_steps=8), settle=True)
+    assert math.isfinite(loss.item())

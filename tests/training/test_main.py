@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.training.conftest import Settings
+from training.__main__ import main
+
+
+@pytest.fixture
+def config_file(train_settings: Settings, tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(train_settings().to_mapping()), encoding="utf-8")
+    return path
+
+
+def test_a_run_from_the_command_line(config_file: Path, tmp_path: Path) -> None:
+    assert main(["--config", str(config_file), "--device", "cpu", "training.num_steps=2"]) == 0
+    saved = list((tmp_path / "checkpoints").glob("checkpoint_*_step_2.pt"))
+    assert len(saved) == 1
+    resumed = ["--config", str(config_file), "--checkpoint", str(saved[0]), "--device", "cpu", "training.num_steps=3"]
+    assert main(resumed) == 0
+    assert list((tmp_path / "checkpoints").glob("checkpoint_*_step_3.pt"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["training.colour=red"], "training.colour is not a setting"),
+        (["training.batch_size=many"], "training.batch_size is 'many'"),
+        (["training.batch_size=["], "not YAML"),
+        (["model.n_heads=3"], "model.d_model is 16"),
+        (["data.dataset_name=none.txt"], "no file none.txt"),
+        (["data.tokenizer_name=none.json"], "data.tokenizer_name is 'none.json'"),
+        (["--checkpoint", "none.pt"], "none.pt: no such file"),
+        (["--override", "none.yaml"], "none.yaml: No such file"),
+        (["--device", "abacus"], "--device is 'abacus': want cuda or cpu"),
+    ],
+)
+def test_bad_settings_are_one_line_and_exit_code_2(
+    config_file: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], problem: str
+) -> None:
+    assert main(["--config", str(config_file), *arguments]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("rdt-train: ")
+    assert problem in printed
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_how_to_go_on(config_file: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "training", "--config", str(config_file), "--device", "cpu"]
+    root = Path(__file__).parents[2]
+    long_run = [*command, "training.num_steps=100000", "output.eval_every_n_steps=3"]
+    with subprocess.Popen(
+        long_run, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=root, env=dict(os.environ)
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("step 3: ")
+        process.send_signal(signal.SIGINT)
+        printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    last = printed.splitlines()[-1]
+    assert last.startswith("stopped at step ")
+    path = Path(last.partition("--checkpoint ")[2])
+    assert path.is_file()
+    assert path.is_relative_to(tmp_path)

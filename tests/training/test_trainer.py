@@ -1,0 +1,332 @@
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rdt_core import Packing, checkpoint, restore
+from rdt_core.checkpoint import Checkpoint, export_release
+from tests.training.conftest import Settings
+from training.config import ConfigError, TrainConfig
+from training.data import Batch
+from training.losses import Losses
+from training.optimise import gate_parameters, trunk_parameters
+from training.trainer import Trainer, TrainingDiverged
+
+RUNS = {
+    "unroll with dropout": {"model.dropout": 0.2},
+    "chain": {"training.scheme": "chain"},
+    "accumulation": {"model.dropout": 0.2, "training.gradient_accumulation_steps": 2},
+    "one pass first": {"training.one_pass_steps": 3, "training.scheduler": "warmup_stable_decay"},
+}
+
+
+def saved_at(config: TrainConfig, step: int) -> Path:
+    (path,) = Path(config.output.checkpoint_dir).glob(f"checkpoint_epoch_*_step_{step}.pt")
+    return path
+
+
+def assert_same(first: Any, second: Any) -> None:
+    """Equal bit for bit, however nested."""
+    assert type(first) is type(second)
+    if isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            assert_same(first[key], second[key])
+    elif isinstance(first, list):
+        for one, other in zip(first, second, strict=True):
+            assert_same(one, other)
+    elif isinstance(first, torch.Tensor):
+        assert torch.equal(first, second)
+    else:
+        assert first == second
+
+
+def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGINT while that step is logged."""
+    log = Trainer._log
+
+    def interrupt(self: Trainer, *arguments: Any) -> None:
+        log(self, *arguments)
+        if self.step == step:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "_log", interrupt)
+
+
+@pytest.mark.parametrize("changes", RUNS.values(), ids=RUNS)
+def test_an_interrupted_run_continues_bit_for_bit(
+    train_settings: Settings,
+    cpu: torch.device,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = train_settings(**changes)
+    assert Trainer(whole, cpu).fit()
+
+    broken = train_settings(**changes, **{"output.checkpoint_dir": str(tmp_path / "broken")})
+    with monkeypatch.context() as patch:
+        stop_after(4, patch)
+        assert not Trainer(broken, cpu).fit()
+    torch.manual_seed(999)
+    assert Trainer(broken, cpu, resume=saved_at(broken, 4)).fit()
+
+    expected, found = (checkpoint.read(saved_at(config, 8)) for config in (whole, broken))
+    assert_same(found.model_state_dict, expected.model_state_dict)
+    assert_same(found.optimizer_state_dict, expected.optimizer_state_dict)
+    assert_same(found.scheduler_state_dict, expected.scheduler_state_dict)
+    assert_same(found.progress, expected.progress)
+
+
+def test_a_small_text_is_learnt(train_settings: Settings, cpu: torch.device) -> None:
+    settings = {"training.num_steps": 60, "training.learning_rate": 1e-2, "training.max_chain_length": 2}
+    trainer = Trainer(train_settings(**settings, **{"model.d_model": 32, "data.full_length_share": 1.0}), cpu)
+    losses = [step.recon.item() for step in trainer._steps()]
+    assert sum(losses[:5]) / 5 > 4
+    assert sum(losses[-5:]) / 5 < 0.7 * sum(losses[:5]) / 5
+
+
+def gradient_of(config: TrainConfig, batches: list[Batch]) -> dict[str, torch.Tensor]:
+    """What one training step hands to the optimizer."""
+    trainer = Trainer(config, torch.device("cpu"))
+    seen: dict[str, torch.Tensor] = {}
+
+    def step() -> None:
+        seen.update({name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None})
+
+    trainer.optimizer.step = step  # type: ignore[method-assign, assignment]
+    trainer.scheduler.step = lambda: None  # type: ignore[method-assign, assignment, misc]
+    trainer._train_step(batches)
+    return seen
+
+
+def test_accumulated_batches_of_as_many_masks_are_one_large_batch(train_settings: Settings) -> None:
+    config = train_settings(
+        **{"training.max_chain_length": 1, "training.loss_weight_gate": 0.0, "training.max_grad_norm": 1e9}
+    )
+    generator = torch.Generator().manual_seed(0)
+    masked = torch.arange(32) % 16 < 5
+    halves = []
+    for _ in range(2):
+        targets = torch.randint(5, 100, (32,), generator=generator)
+        halves.append(Batch(targets, targets.masked_fill(masked, 4), masked, masked.long(), torch.ones(2), 16))
+    large = Batch(*(torch.cat(parts) for parts in zip(*(half[:5] for half in halves), strict=True)), 16)
+    together, apart = gradient_of(config, [large]), gradient_of(config, halves)
+    assert together.keys() == apart.keys()
+    for name, gradient in together.items():
+        torch.testing.assert_close(apart[name], gradient, atol=1e-5, rtol=0)
+    assert together["embedding.weight"].any()
+
+
+def test_gate_and_trunk_are_clipped_apart(train_settings: Settings, cpu: torch.device) -> None:
+    trainer = Trainer(train_settings(**{"training.max_grad_norm": 1e-3, "training.loss_weight_gate": 1e6}), cpu)
+    norms: list[float] = []
+
+    def step() -> None:
+        for part in (trunk_parameters(trainer.model), gate_parameters(trainer.model)):
+            norms.append(math.hypot(*(p.grad.norm().item() for p in part if p.grad is not None)))
+
+    trainer.optimizer.step = step  # type: ignore[method-assign, assignment]
+    trainer.scheduler.step = lambda: None  # type: ignore[method-assign, assignment, misc]
+    trainer._train_step([trainer.batches[0]])
+    assert norms == pytest.approx([1e-3, 1e-3], rel=0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_ends_the_run_and_handlers_come_back(
+    train_settings: Settings, cpu: torch.device, capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    before = signal.getsignal(number)
+    config = train_settings()
+    trainer = Trainer(config, cpu)
+    step = trainer._train_step
+
+    def interrupted(batches: list[Batch]) -> Losses:
+        if trainer.step == 2:
+            signal.raise_signal(number)
+        return step(batches)
+
+    trainer._train_step = interrupted  # type: ignore[method-assign]
+    assert trainer.fit() is False
+    path = saved_at(config, 3)
+    assert f"stopped at step 3; go on with --checkpoint {path}" in capsys.readouterr().out
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_signal_acts_as_it_always_does(train_settings: Settings, cpu: torch.device) -> None:
+    trainer = Trainer(train_settings(), cpu)
+
+    def stuck(_: list[Batch]) -> Losses:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("still here")
+
+    trainer._train_step = stuck  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+
+
+def test_a_loss_that_is_no_number_ends_the_run(
+    train_settings: Settings, cpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = train_settings(**{"training.save_every_n_steps": 2, "output.eval_every_n_steps": 100})
+    trainer = Trainer(config, cpu)
+    log = Trainer._log
+
+    def poison(self: Trainer, *arguments: Any) -> None:
+        log(self, *arguments)
+        if self.step == 3:
+            self.model.inject.weight.data[0, 0] = math.nan
+
+    monkeypatch.setattr(Trainer, "_log", poison)
+    with pytest.raises(TrainingDiverged, match="at step 4; last good checkpoint: ") as error:
+        trainer.fit()
+    assert str(error.value).endswith(str(saved_at(config, 2)))
+    assert checkpoint.load(saved_at(config, 2))
+
+
+def test_a_run_that_diverges_at_once_says_that_nothing_was_saved(train_settings: Settings, cpu: torch.device) -> None:
+    trainer = Trainer(train_settings(), cpu)
+    trainer.model.inject.weight.data[0, 0] = math.nan
+    with pytest.raises(TrainingDiverged, match="at step 1; last good checkpoint: none was saved yet"):
+        trainer.fit()
+
+
+@pytest.fixture
+def finished(train_settings: Settings, cpu: torch.device) -> TrainConfig:
+    """The settings of a run that has ended."""
+    config = train_settings(
+        **{"training.save_every_n_steps": 2, "training.keep_last_n_checkpoints": 2, "output.eval_every_n_steps": 4}
+    )
+    assert Trainer(config, cpu).fit()
+    return config
+
+
+def test_the_best_model_is_a_checkpoint_to_serve(finished: TrainConfig) -> None:
+    path = Path(finished.output.checkpoint_dir) / "best_model.pt"
+    loaded = checkpoint.load(path)
+    assert loaded.name == finished.name
+    assert loaded.model.config.total_steps == finished.training.total_steps
+    assert set(loaded.model.config.suppress_tokens) == loaded.tokenizer.special_ids
+    assert loaded.checkpoint.step in (4, 8)
+    assert loaded.checkpoint.loss is not None
+    encoding = loaded.tokenizer.encode("the [MASK] fox")
+    found = restore(loaded.model, torch.tensor(encoding.ids), torch.tensor(encoding.masked))
+    assert found.tokens[2] not in loaded.tokenizer.special_ids
+    assert loaded.checkpoint.config["training"] == finished.to_mapping()
+
+
+def test_the_best_model_is_the_one_of_the_lowest_validation_loss(
+    train_settings: Settings, cpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from training import trainer as module  # noqa: PLC0415
+    from training.validation import Validation  # noqa: PLC0415
+
+    losses = iter([3.0, 2.0, 2.5, 4.0])
+    monkeypatch.setattr(module, "validate", lambda *_: Validation(next(losses), 0.0, 0.0, 0.0, 0.0))
+    config = train_settings(**{"output.eval_every_n_steps": 2})
+    Trainer(config, cpu).fit()
+    best = checkpoint.read(Path(config.output.checkpoint_dir) / "best_model.pt")
+    assert (best.step, best.loss) == (4, 2.0)
+
+
+def test_the_last_checkpoints_are_kept(train_settings: Settings, cpu: torch.device) -> None:
+    trainer = Trainer(train_settings(**{"training.keep_last_n_checkpoints": 2}), cpu)
+    for step in (8, 9, 10, 11):
+        trainer.step = step
+        assert trainer.save() == trainer.last_saved
+    names = {path.name for path in trainer.directory.iterdir()}
+    assert names == {"checkpoint_epoch_0_step_10.pt", "checkpoint_epoch_0_step_11.pt"}
+
+
+def test_what_tensorboard_sees(finished: TrainConfig) -> None:
+    events: Any = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    log = events.EventAccumulator(finished.output.log_dir)
+    log.Reload()
+    values = ("total_loss", "recon_loss", "gate_loss", "exact_match", "exact_match_one_pass")
+    train = {"train/total_loss", "train/recon_loss", "train/gate_loss", "train/lr"}
+    assert set(log.Tags()["scalars"]) == train | {f"val/{name}" for name in values}
+    assert [event.step for event in log.Scalars("train/lr")] == list(range(1, 9))
+    assert [event.step for event in log.Scalars("val/total_loss")] == [4, 8]
+
+
+def test_another_shape_cannot_be_resumed(finished: TrainConfig, train_settings: Settings, cpu: torch.device) -> None:
+    with pytest.raises(ConfigError, match=r"step_8.pt: d_ff is 32 there and 64 here"):
+        Trainer(train_settings(**{"model.d_ff": 64}), cpu, resume=saved_at(finished, 8))
+
+
+def test_a_release_cannot_be_resumed(finished: TrainConfig, cpu: torch.device, tmp_path: Path) -> None:
+    export_release(saved_at(finished, 8), tmp_path / "release.pt", name="release")
+    with pytest.raises(ConfigError, match=r"release.pt: a release without optimizer state, nothing to resume"):
+        Trainer(finished, cpu, resume=tmp_path / "release.pt")
+
+
+def without_model(saved: Checkpoint) -> None:
+    saved.config = {}
+
+
+def without_a_weight(saved: Checkpoint) -> None:
+    del saved.model_state_dict["inject.weight"]
+
+
+@pytest.mark.parametrize("spoil", [without_model, without_a_weight])
+def test_a_damaged_checkpoint_cannot_be_resumed(
+    finished: TrainConfig, cpu: torch.device, tmp_path: Path, spoil: Callable[[Checkpoint], None]
+) -> None:
+    saved = checkpoint.read(saved_at(finished, 8))
+    spoil(saved)
+    checkpoint.save(tmp_path / "damaged.pt", saved)
+    with pytest.raises(ValueError, match=r"damaged\.pt: "):
+        Trainer(finished, cpu, resume=tmp_path / "damaged.pt")
+
+
+def test_a_finished_run_can_be_given_more_steps(
+    finished: TrainConfig, train_settings: Settings, cpu: torch.device
+) -> None:
+    longer = train_settings(**{"training.num_steps": 10})
+    trainer = Trainer(longer, cpu, resume=saved_at(finished, 8))
+    assert trainer.step == 8
+    progress = checkpoint.read(saved_at(finished, 8)).progress
+    assert progress == {"best_loss": trainer.best_loss}
+    assert math.isfinite(trainer.best_loss)
+    assert trainer.fit()
+    assert checkpoint.read(saved_at(longer, 10)).step == 10
+
+
+def test_epochs_count_optimizer_steps(train_settings: Settings, cpu: torch.device) -> None:
+    changes = {"training.num_steps": None, "training.num_epochs": 3}
+    plain = Trainer(train_settings(**changes), cpu)
+    assert plain.n_steps == 3 * len(plain.batches)
+    halved = Trainer(train_settings(**changes, **{"training.gradient_accumulation_steps": 2}), cpu)
+    assert halved.n_steps == 3 * (len(plain.batches) // 2)
+
+
+def test_an_impossible_model_is_a_config_error(train_settings: Settings, cpu: torch.device) -> None:
+    with pytest.raises(ConfigError, match=r"^model\.d_model is 16: want a multiple of 2 x n_heads = 6"):
+        Trainer(train_settings(**{"model.n_heads": 3}), cpu)
+
+
+def test_the_first_steps_take_one_pass(
+    train_settings: Settings, cpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from training import trainer as module  # noqa: PLC0415
+
+    taken: list[int] = []
+    unroll = module.unroll_losses
+
+    def count(model: Any, batch: Batch, packing: Packing, n_passes: int, section: Any) -> torch.Tensor:
+        taken.append(n_passes)
+        return unroll(model, batch, packing, n_passes, section)
+
+    monkeypatch.setattr(module, "unroll_losses", count)
+    trainer = Trainer(train_settings(**{"training.one_pass_steps": 5, "training.num_steps": 40}), cpu)
+    gates = [losses.gate.item() for losses in trainer._steps()]
+    assert set(taken[:5]) == {1}
+    assert set(taken[5:]) == {1, 2, 3, 4}
+    assert [step for step, gate in enumerate(gates) if gate != 0] == list(range(5, 40, 4))

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rdt_core import RDT, ModelConfig, Tokenizer
+from training.config import ConfigError
+from training.warm_start import warm_start
+
+
+@pytest.fixture
+def model(tiny_config: ModelConfig) -> RDT:
+    return RDT(tiny_config)
+
+
+def bert(folder: Path, tokenizer: Tokenizer, **changes: int) -> torch.Tensor:
+    """A random BERT in a folder; its word embeddings."""
+    transformers: Any = pytest.importorskip("transformers")
+    shape = {"vocab_size": tokenizer.vocab_size, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    source = transformers.BertModel(transformers.BertConfig(**(shape | changes), intermediate_size=32))
+    source.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
+    table = source.get_input_embeddings().weight.detach()
+    assert isinstance(table, torch.Tensor)
+    return table
+
+
+@pytest.mark.slow
+def test_a_table_is_copied_and_scaled_like_a_fresh_one(model: RDT, tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    table = bert(tmp_path, tiny_tokenizer)
+    others = {name: p.clone() for name, p in model.named_parameters() if name != "embedding.weight"}
+    warm_start(model, tmp_path, tiny_tokenizer)
+    assert model.embedding.weight.std().item() == pytest.approx(16**-0.5, rel=1e-4)
+    cosine = torch.cosine_similarity(model.embedding.weight, table, dim=1)
+    assert cosine[table.any(1)].min() > 0.9999
+    assert model.embedding.weight.requires_grad
+    assert all(torch.equal(dict(model.named_parameters())[name], p) for name, p in others.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"hidden_size": 32}, {"vocab_size": 50}])
+def test_a_table_of_another_shape_is_refused(
+    model: RDT, tiny_tokenizer: Tokenizer, tmp_path: Path, changes: dict[str, int]
+) -> None:
+    bert(tmp_path, tiny_tokenizer, **changes)
+    with pytest.raises(ConfigError, match=r"training.init_from is .*: its embeddings are .*, want \(121, 16\)"):
+        warm_start(model, tmp_path, tiny_tokenizer)
+
+
+def test_another_vocabulary_is_refused(model: RDT, tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    values = json.loads(tiny_tokenizer.json)
+    vocabulary = values["model"]["vocab"]
+    vocabulary["fox"], vocabulary["dog"] = vocabulary["dog"], vocabulary["fox"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values), encoding="utf-8")
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"its vocabulary is not data.tokenizer_name's"):
+        warm_start(model, tmp_path, tiny_tokenizer)
+
+
+def test_a_folder_without_a_model_is_refused(model: RDT, tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"training.init_from is .*: want a folder with config.json and weights"):
+        warm_start(model, tmp_path, tiny_tokenizer)

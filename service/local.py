@@ -36,5 +36,5 @@ class LocalDenoiser:
         model, tokenizer = self._loaded.model, self._loaded.tokenizer
         encoding = encode(request.text, tokenizer, self._limits)
         job = build_job(request, encoding, model.config, self._limits)
-        result = run_reference(model, job, after_pass=lambda: None, out_of_time=lambda: False)
+        result = run_reference(model, job)
         return Reading(write_back(encoding, result, tokenizer).text, result.steps, job.max_steps)

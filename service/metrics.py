@@ -6,13 +6,13 @@ One `Metrics` owns its registry, so nothing is global and a test can build as ma
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
 
-from service.engine.types import Result
+from service.engine.types import Outcome, Plan, Result
 from service.errors import Refused, ServiceError
 
 Transport = Literal["rest", "grpc"]
@@ -21,6 +21,10 @@ Transport = Literal["rest", "grpc"]
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 # Passes: fine where halting early matters.
 STEPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 50, 100)
+
+
+# Packed tokens: powers of two up to a large GPU's tick.
+TICK_TOKENS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384, 32_768)
 
 
 class Occupancy(Protocol):
@@ -49,6 +53,9 @@ class Metrics:
         self.passes = self._counter("passes", "Passes made for answered requests.")
         self.tokens = self._counter("tokens", "Tokens of answered requests, masked or visible.", "kind")
         self.refused = self._counter("refused", "Requests refused for want of room, or while not ready.", "reason")
+        self.tick_duration = self._histogram("tick_duration_seconds", "Seconds of one engine tick.", SECONDS)
+        self.tick_tokens = self._histogram("tick_tokens", "Packed tokens of one engine tick.", TICK_TOKENS)
+        self.decoded_rows = self._counter("decoded_rows", "Rows that went through the vocabulary projection.")
         self.live_requests = self._gauge("live_requests", "Requests being computed now.")
         self.waiting_requests = self._gauge("waiting_requests", "Requests queued now.")
         self.model_info = Info("rdt_model", "The model being served.", registry=self.registry)
@@ -90,6 +97,12 @@ class Metrics:
         self.tokens.labels("masked").inc(n_masked)
         self.tokens.labels("visible").inc(len(result.tokens) - n_masked)
 
+    def ticked(self, seconds: float, plan: Plan, outcome: Outcome) -> None:
+        """Accounts for one tick of the engine."""
+        self.tick_duration.observe(seconds)
+        self.tick_tokens.observe(plan.n_tokens)
+        self.decoded_rows.inc(outcome.n_decoded)
+
     def exposition(self) -> bytes:
         """Everything, in Prometheus' text format."""
         return generate_latest(self.registry)
@@ -100,7 +113,7 @@ class Metrics:
     def _gauge(self, name: str, unit: str) -> Gauge:
         return Gauge(f"rdt_{name}", unit, registry=self.registry)
 
-    def _histogram(self, name: str, unit: str, buckets: tuple[float, ...]) -> Histogram:
+    def _histogram(self, name: str, unit: str, buckets: Sequence[float]) -> Histogram:
         return Histogram(f"rdt_{name}", unit, buckets=buckets, registry=self.registry)
 
 

@@ -15,15 +15,15 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from functools import partial
 
 import torch
 import uvicorn
 
-from rdt_core import LoadedModel, Tokenizer
+from rdt_core import LoadedModel, ModelConfig, Tokenizer
 from service.denoiser import Denoiser
-from service.engine.engine import Engine, SequentialEngine
-from service.engine.reference import run_reference
+from service.engine.eager import EagerBackend
+from service.engine.engine import BatchingEngine, Engine
+from service.engine.scheduler import SchedulerLimits
 from service.engine.types import Job
 from service.lifecycle import Lifecycle
 from service.limits import Limits
@@ -45,6 +45,7 @@ class Runtime:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.lifecycle = Lifecycle()
+        self.engine: BatchingEngine | None = None
         self.metrics = Metrics(time.monotonic)
         key = settings.api_key
         self.app = create_app(
@@ -60,13 +61,25 @@ class Runtime:
         began = time.monotonic()
         torch.set_num_threads(settings.threads)
         loaded = await asyncio.to_thread(load_model, settings.checkpoint, settings.device)
-        engine = SequentialEngine(
-            partial(run_reference, loaded.model), settings.max_waiting, settings.max_waiting_tokens
-        )
+        limits = scheduler_limits(settings, loaded.model.config)
+        self.engine = engine = BatchingEngine(EagerBackend(loaded.model), limits, on_tick=self.metrics.ticked)
         await engine.start()
         await _warm(engine, loaded.tokenizer)
         self.lifecycle.open(build_denoiser(loaded, engine, settings, self.metrics))
         log.info("ready after %.1f s: %s on %s", time.monotonic() - began, loaded.name, loaded.model.device)
+
+
+def scheduler_limits(settings: Settings, config: ModelConfig) -> SchedulerLimits:
+    """Raises `ValueError` for a tick that could not hold the longest text the model takes."""
+    if settings.token_budget < config.max_seq_len:
+        raise ValueError(f"token_budget is {settings.token_budget}: want at least max_seq_len = {config.max_seq_len}")
+    return SchedulerLimits(
+        token_budget=settings.token_budget,
+        max_live=settings.max_live,
+        max_waiting=settings.max_waiting,
+        max_waiting_tokens=settings.max_waiting_tokens,
+        shed_min_steps=settings.shed_min_steps if settings.shed == "depth" else None,
+    )
 
 
 def build_denoiser(loaded: LoadedModel, engine: Engine, settings: Settings, metrics: Metrics) -> Denoiser:
@@ -109,7 +122,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 async def _load_and_wait(runtime: Runtime) -> int:
-    """Until a signal comes (0), or loading fails (1)."""
+    """Until a signal comes (0), loading fails or the engine gives up (1)."""
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -122,8 +135,15 @@ async def _load_and_wait(runtime: Runtime) -> int:
         print(f"rdt-serve: cannot start: {error}", file=sys.stderr)
         stopping.cancel()
         return 1
-    await stopping
+    if runtime.engine is not None and not stopped.is_set():
+        failing = asyncio.create_task(runtime.engine.failed.wait())
+        await asyncio.wait((failing, stopping), return_when=asyncio.FIRST_COMPLETED)
+        failing.cancel()
+    stopping.cancel()
     loading.cancel()
+    if not stopped.is_set():
+        log.critical("the engine has failed twice in a minute: ending the process")
+        return 1
     log.info("draining")
     return 0
 

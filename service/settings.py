@@ -37,8 +37,14 @@ class Settings(BaseSettings):
     precision: Literal["fp32"] = Field("fp32", description="Number format of the computation.")
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on.")
     http_port: int = Field(8000, ge=0, le=65_535, description="Port of the REST interface; 0 picks a free one.")
+    token_budget: int = Field(512, ge=1, description="Packed tokens of one tick; at least the model's max_seq_len.")
+    max_live: int = Field(64, ge=1, description="Sequences of one tick.")
     max_waiting: int = Field(128, ge=1, description="Requests that may wait; more are refused.")
     max_waiting_tokens: int = Field(32_768, ge=1, description="Tokens that may wait; more are refused.")
+    shed: Literal["off", "depth"] = Field(
+        "off", description="Under load: refuse when the queue is full (off), or make fewer passes before (depth)."
+    )
+    shed_min_steps: int = Field(2, ge=1, description="Passes that shedding leaves to every request.")
     max_steps_limit: int = Field(100, ge=1, description="Largest max_steps a request may ask for.")
     max_top_k: int = Field(20, ge=0, description="Largest top_k a request may ask for.")
     max_body_bytes: int = Field(1_048_576, ge=1, description="Largest request body in bytes.")

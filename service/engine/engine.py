@@ -1,9 +1,9 @@
-"""Who runs when: the `Engine` every transport ends in, and its simplest implementation.
+"""Depth-wise continuous batching: the loop that every request goes round until it is done.
 
-    reserve -> submit -> queue -> one worker thread: one job after another -> result
+    submit -> Scheduler -> plan -> Backend.run (worker thread) -> commit -> the caller's future
 
-`SequentialEngine` keeps all its state on the event loop's thread; the worker thread sees one job, and
-two callbacks. Its promises are those of `Engine`; a batching engine keeps them with more jobs live.
+All bookkeeping lives on one event loop, so there are no locks; the worker thread sees plans and gives
+outcomes. A tick is one pass of everything live.
 """
 
 from __future__ import annotations
@@ -11,30 +11,29 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import replace
-from functools import partial
 from typing import Protocol
 
-from service.engine.queue import BoundedQueue, Place
-from service.engine.types import Job, Result
+from service.engine.backend import Backend
+from service.engine.queue import Place
+from service.engine.scheduler import Scheduler, SchedulerLimits
+from service.engine.types import Job, Outcome, Plan, Reading, Result, Ticket
 from service.errors import DeadlineExceeded, Internal, ServiceError, Unavailable
 
 log = logging.getLogger(__name__)
 
 Clock = Callable[[], float]
+OnReading = Callable[[Reading], None]
+OnTick = Callable[[float, Plan, Outcome], None]  # seconds, what was planned, what was done
 
-
-class RunJob(Protocol):
-    """Restores one sequence in the calling thread; see `run_reference`."""
-
-    def __call__(self, job: Job, after_pass: Callable[[], None], out_of_time: Callable[[], bool]) -> Result: ...
+FATAL_WINDOW_SECONDS = 60.0
+"""A second broken tick within this time ends the process: whatever is wrong, a restart is the better cure."""
 
 
 class Engine(Protocol):
-    """Every submitted job ends exactly once: answered, refused, cancelled or failed."""
+    """What the use case needs. Every submitted job ends exactly once: answered, refused, cancelled or failed."""
 
     @property
     def ready(self) -> bool:
@@ -48,16 +47,14 @@ class Engine(Protocol):
     def live(self) -> int:
         """Jobs being computed."""
 
-    async def start(self) -> None: ...
-
     def reserve(self) -> AbstractContextManager[Place]:
         """A place in the queue, to be taken before tokenising; freed on leaving the block unless used.
 
         Raises `ResourceExhausted` when the queue is full, `Unavailable` when no new work is taken.
         """
 
-    async def submit(self, job: Job, place: Place) -> Result:
-        """Wait for the job to be computed. Cancelling the wait takes the job out at once.
+    async def submit(self, job: Job, place: Place, on_reading: OnReading | None = None) -> Result:
+        """Wait for the job to be computed; `on_reading` sees every pass. Cancelling the wait takes the job out.
 
         Raises `ResourceExhausted` when its tokens do not fit in the queue, `DeadlineExceeded` when the
         deadline came before the first pass (after it, what is there is the result), `Unavailable` when
@@ -67,153 +64,174 @@ class Engine(Protocol):
     async def drain(self, grace_seconds: float) -> None:
         """Refuse new work, finish what there is, and fail what is left after the grace period."""
 
-    async def stop(self) -> None:
-        """Fail whatever is left and end the worker."""
 
+class _Caller:
+    """Who waits for a ticket."""
 
-class _CallerLeft(Exception):
-    """Ends a computation that nobody waits for any more."""
-
-
-class _Entry:
-    """A job in the engine, from submission to its end."""
-
-    def __init__(self, job: Job, submitted: float) -> None:
-        self.job = job
-        self.submitted = submitted
+    def __init__(self, on_reading: OnReading | None) -> None:
         self.answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        self.overdue: asyncio.TimerHandle | None = None
-        self.abandoned = False  # written by the event loop, read by the worker between passes
-
-    @property
-    def n_tokens(self) -> int:
-        return len(self.job.tokens)
+        self.on_reading = on_reading
 
     def fail(self, error: ServiceError) -> None:
         if not self.answer.done():  # a caller who left has cancelled it
             self.answer.set_exception(error)
 
 
-class SequentialEngine:
-    """One job at a time, first come first served. Lives on the event loop that called `start`."""
+class BatchingEngine:
+    """Sequences of any depth share every pass. Lives on the event loop that called `start`."""
 
     def __init__(
-        self, run_job: RunJob, max_waiting: int, max_waiting_tokens: int, clock: Clock = time.monotonic
+        self, backend: Backend, limits: SchedulerLimits, clock: Clock = time.monotonic, on_tick: OnTick | None = None
     ) -> None:
-        self._run_job = run_job
+        self._backend = backend
+        self._scheduler = Scheduler(limits)
         self._clock = clock
-        self._queue: BoundedQueue[_Entry] = BoundedQueue(max_waiting, max_waiting_tokens)
+        self._on_tick = on_tick
+        self._callers: dict[Ticket, _Caller] = {}
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
-        self._running: _Entry | None = None
-        self._ready = False
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._work = asyncio.Event()  # something to plan
+        self._idle = asyncio.Event()  # nothing waiting, nothing live
+        self._accepting = self._broken = False
+        self._broke_at = float("-inf")
+        self._tick_seconds = 0.0  # of the last tick: a guess at the next
+        self._loop: asyncio.Task[None] | None = None
+        self.failed = asyncio.Event()
+        """Set when the engine gave up: the process should end."""
 
     @property
     def ready(self) -> bool:
-        return self._ready
+        return self._accepting and not self._broken
 
     @property
     def waiting(self) -> int:
-        return len(self._queue)
+        return len(self._scheduler.line)
 
     @property
     def live(self) -> int:
-        return int(self._running is not None)
+        return self._scheduler.n_live
 
     async def start(self) -> None:
-        self._ready = True
+        self._accepting = True
+        self._idle.set()
+        self._loop = asyncio.create_task(self._run(), name="engine")
 
     def reserve(self) -> AbstractContextManager[Place]:
         self._check_ready()
-        return self._queue.reserve()
+        return self._scheduler.line.reserve()
 
-    async def submit(self, job: Job, place: Place) -> Result:
+    async def submit(self, job: Job, place: Place, on_reading: OnReading | None = None) -> Result:
         self._check_ready()
-        entry = _Entry(job, self._clock())
-        self._queue.put(entry, place)
+        ticket = self._scheduler.submit(job, place, self._clock())
+        caller = self._callers[ticket] = _Caller(on_reading)
+        timer = None if job.deadline is None else self._at(job.deadline, self._expire, ticket)
         self._idle.clear()
-        if job.deadline is not None:
-            wait = max(0.0, job.deadline - entry.submitted)
-            entry.overdue = asyncio.get_running_loop().call_later(wait, self._expire, entry)
-        self._start_next()
+        self._work.set()
         try:
-            return await entry.answer
+            return await caller.answer
         finally:
-            self._leave(entry)
+            if timer is not None:
+                timer.cancel()
+            if self._callers.pop(ticket, None) is not None:  # left before the end
+                self._scheduler.cancel(ticket)
+                self._work.set()
 
     async def drain(self, grace_seconds: float) -> None:
-        self._ready = False
+        self._accepting = False
         try:
             await asyncio.wait_for(self._idle.wait(), grace_seconds)
         except TimeoutError:
             log.warning("grace period of %g s is over: %d live, %d waiting", grace_seconds, self.live, self.waiting)
-            self._fail_rest()
+            self._fail(self._scheduler.drop_all(), _shut_down)
 
     async def stop(self) -> None:
-        self._ready = False
-        self._fail_rest()
-        await self._idle.wait()  # at most one pass: the worker looks up after each
-        self._worker.shutdown()
+        """Fail whatever is left and end the worker."""
+        self._accepting = False
+        self._fail(self._scheduler.drop_all(), _shut_down)
+        if self._loop is not None:
+            self._loop.cancel()
+        await asyncio.to_thread(self._worker.shutdown)  # at most one pass
+
+    async def _run(self) -> None:
+        """The engine: plan, run, commit, for ever."""
+        while True:
+            plan = self._scheduler.plan(self._clock(), self._tick_seconds)
+            self._fail(plan.expired, _too_late)
+            if plan.empty:
+                self._idle.set()
+                await self._work.wait()
+                self._work.clear()
+                continue
+            try:
+                outcome = await self._tick(plan)
+            except Exception as error:
+                await self._recover(error)
+                continue
+            for ticket, reading in zip(plan.live, outcome.readings, strict=True):
+                self._show(ticket, reading)
+            for ticket, result in self._scheduler.commit(plan, outcome, self._clock()):
+                self._answer(ticket, result)
+
+    async def _tick(self, plan: Plan) -> Outcome:
+        began = self._clock()
+        outcome = await asyncio.get_running_loop().run_in_executor(self._worker, self._backend.run, plan)
+        self._tick_seconds = self._clock() - began
+        if self._on_tick is not None:
+            self._on_tick(self._tick_seconds, plan, outcome)
+        return outcome
+
+    async def _recover(self, error: Exception) -> None:
+        """A tick broke: its jobs fail, the backend starts afresh. Twice in a minute, and the engine gives up."""
+        log.error("a tick failed with %d sequences live", self.live, exc_info=error)
+        self._broken = True
+        message = "the model failed while this request was live; the server has logged why"
+        self._fail(self._scheduler.lose_live(), lambda: Internal(message))
+        now = self._clock()
+        gives_up, self._broke_at = now - self._broke_at < FATAL_WINDOW_SECONDS, now
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._worker, self._backend.reset)
+        except Exception:
+            log.exception("the backend cannot be restarted")
+            gives_up = True
+        if gives_up:
+            self._fail(self._scheduler.drop_all(), lambda: Unavailable("the engine has failed", "failed"))
+            self.failed.set()
+        else:
+            self._broken = False
+
+    def _show(self, ticket: Ticket, reading: Reading) -> None:
+        caller = self._callers.get(ticket)
+        if caller is not None and caller.on_reading is not None:
+            caller.on_reading(reading)
+
+    def _answer(self, ticket: Ticket, result: Result) -> None:
+        caller = self._callers.pop(ticket, None)
+        if caller is not None and not caller.answer.done():
+            caller.answer.set_result(result)
+
+    def _fail(self, tickets: Iterable[Ticket], make_error: Callable[[], ServiceError]) -> None:
+        for ticket in tickets:
+            caller = self._callers.pop(ticket, None)
+            if caller is not None:
+                caller.fail(make_error())
+
+    def _expire(self, ticket: Ticket) -> None:
+        """The deadline came. In the line it ends the job now; a live job is answered at the end of its pass."""
+        if self._scheduler.withdraw(ticket):
+            self._fail([ticket], _too_late)
+
+    def _at(self, deadline: float, call: Callable[[Ticket], None], ticket: Ticket) -> asyncio.TimerHandle:
+        return asyncio.get_running_loop().call_later(max(0.0, deadline - self._clock()), call, ticket)
 
     def _check_ready(self) -> None:
-        if not self._ready:
+        if self._broken:
+            raise Unavailable("the engine has failed and is restarting", "failed")
+        if not self._accepting:
             raise Unavailable("the server is shutting down and takes no new work", "draining")
 
-    def _start_next(self) -> None:
-        """Hand the next job to the worker if it is free."""
-        while self._running is None and (entry := self._queue.pop()) is not None:
-            if self._is_overdue(entry):
-                self._expire(entry)
-                continue
-            self._running = entry
-            computing = asyncio.get_running_loop().run_in_executor(self._worker, self._compute, entry)
-            computing.add_done_callback(partial(self._finish, entry))
-        if self._running is None:
-            self._idle.set()
 
-    def _compute(self, entry: _Entry) -> Result:
-        """In the worker thread: the whole recursion of one job."""
-        started = self._clock()
+def _too_late() -> DeadlineExceeded:
+    return DeadlineExceeded("the time was over before the first pass")
 
-        def after_pass() -> None:
-            if entry.abandoned:
-                raise _CallerLeft
 
-        result = self._run_job(entry.job, after_pass, lambda: self._is_overdue(entry))
-        return replace(result, queue_seconds=started - entry.submitted, compute_seconds=self._clock() - started)
-
-    def _finish(self, entry: _Entry, done: asyncio.Future[Result]) -> None:
-        """Back on the event loop: settle the job, whatever became of it, and go on."""
-        self._running = None
-        error = done.exception()
-        if error is None and not entry.answer.done():
-            entry.answer.set_result(done.result())
-        elif error is not None and not isinstance(error, _CallerLeft):
-            log.error("a job failed: %d tokens, %s", entry.n_tokens, entry.job.halting, exc_info=error)
-            entry.fail(Internal("the model failed on this request; the server has logged why"))
-        self._start_next()
-
-    def _leave(self, entry: _Entry) -> None:
-        """Nobody waits for the entry any more: take it out of the queue, or stop it after this pass."""
-        entry.abandoned = True
-        if entry.overdue is not None:
-            entry.overdue.cancel()
-        self._queue.remove(entry)
-
-    def _is_overdue(self, entry: _Entry) -> bool:
-        return entry.job.deadline is not None and self._clock() >= entry.job.deadline
-
-    def _expire(self, entry: _Entry) -> None:
-        """The deadline has come. A job already running decodes what it has after its present pass."""
-        if entry is not self._running:
-            self._queue.remove(entry)  # its place is free before its caller wakes up
-            entry.fail(DeadlineExceeded("the time was over before the first pass"))
-
-    def _fail_rest(self) -> None:
-        left = [self._running] if self._running else []
-        while (entry := self._queue.pop()) is not None:
-            left.append(entry)
-        for entry in left:
-            entry.abandoned = True
-            entry.fail(Unavailable("the server shut down before this request was finished", "draining"))
+def _shut_down() -> Unavailable:
+    return Unavailable("the server shut down before this request was finished", "draining")

@@ -87,13 +87,19 @@ class Scheduler:
         """The caller left: out of the line at once, out of the live batch with the next plan."""
         if ticket in self._live:
             self._left.add(ticket)
-        for entry in self._line:
-            if entry.ticket == ticket:
-                self._line.remove(entry)
-                return
+        else:
+            self.withdraw(ticket)
 
-    def plan(self, now: float) -> Plan:
-        """What the next tick does. Everything in it is decided here; the backend only executes."""
+    def withdraw(self, ticket: Ticket) -> bool:
+        """Take a job out of the line; false if it is not there."""
+        return any(self._line.remove(entry) for entry in self._line if entry.ticket == ticket)
+
+    def plan(self, now: float, tick_seconds: float = 0.0) -> Plan:
+        """What the next tick does. Everything in it is decided here; the backend only executes.
+
+        `tick_seconds` is how long a tick takes: a sequence that could not finish another one in time stops
+        after this one, so that its answer is there before its deadline.
+        """
         dropped = tuple(self._left)
         for ticket in dropped:
             del self._live[ticket]
@@ -105,7 +111,7 @@ class Scheduler:
         return Plan(
             admitted=tuple(Admission(entry.ticket, entry.job, entry.ceiling) for entry in admitted),
             dropped=dropped,
-            overdue=frozenset(ticket for ticket, entry in self._live.items() if entry.is_overdue(now)),
+            overdue=frozenset(t for t, entry in self._live.items() if entry.is_overdue(now + 2 * tick_seconds)),
             expired=tuple(entry.ticket for entry in expired),
             live=tuple(self._live),
             n_tokens=self.live_tokens,

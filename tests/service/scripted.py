@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 from rdt_core.halting import halt_reason
 from service.engine.types import Choice, Job, Outcome, Plan, Reading, Ticket
 
@@ -54,3 +56,26 @@ class ScriptedBackend:
             return Reading(level, None, [], rows if job.stream else [])
         del self.live[ticket]
         return Reading(level, reason, rows, [])
+
+
+class HeldBackend(ScriptedBackend):
+    """Stands still in the worker thread, before each tick, until it is let go."""
+
+    TIMEOUT_SECONDS = 5.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._started = threading.Semaphore(0)
+        self._go = threading.Semaphore(0)
+
+    def run(self, plan: Plan) -> Outcome:
+        self._started.release()
+        assert self._go.acquire(timeout=self.TIMEOUT_SECONDS), "nobody let the tick go"
+        return super().run(plan)
+
+    def wait_until_started(self) -> None:
+        assert self._started.acquire(timeout=self.TIMEOUT_SECONDS), "no tick was started"
+
+    def let_go(self, n_ticks: int = 1) -> None:
+        for _ in range(n_ticks):
+            self._go.release()

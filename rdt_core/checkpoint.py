@@ -112,10 +112,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> LoadedModel:
     """
     checkpoint = read(path)
     config = model_config(path, checkpoint)
-    try:
-        tokenizer = Tokenizer(checkpoint.tokenizer)
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(path, f"tokenizer: {error}") from error
+    tokenizer = tokenizer_of(path, checkpoint)
     if tokenizer.vocab_size != config.vocab_size:
         raise CheckpointError(
             path, f"the tokenizer has {tokenizer.vocab_size} entries, the model's vocab_size is {config.vocab_size}"
@@ -153,6 +150,14 @@ def model_config(path: str | Path, checkpoint: Checkpoint) -> ModelConfig:
         return ModelConfig.from_mapping(config["model"])
     except (ValueError, TypeError) as error:
         raise CheckpointError(path, f"config: {error}") from error
+
+
+def tokenizer_of(path: str | Path, checkpoint: Checkpoint) -> Tokenizer:
+    """The tokenizer a checkpoint carries. Raises `CheckpointError`."""
+    try:
+        return Tokenizer(checkpoint.tokenizer)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(path, f"tokenizer: {error}") from error
 
 
 def check_weights(path: str | Path, model: RDT, weights: Any) -> None:

@@ -15,6 +15,9 @@ Halting = Literal["gate", "settle"]
 DecoderType = Literal["linear", "transformer"]
 
 HALTINGS: tuple[str, ...] = get_args(Halting)
+MAX_LAYERS = 1000
+"""More would only be a damaged file's way of keeping a server busy."""
+
 DECODER_TYPES: tuple[str, ...] = get_args(DecoderType)
 
 
@@ -46,11 +49,11 @@ class ModelConfig:
     threshold: float = 0.05
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "d_model", "n_heads", "n_encoder_layers", "d_ff", "max_seq_len",
-                     "gate_hidden_dim", "total_steps", "max_steps"):  # fmt: skip
+        for name in ("vocab_size", "d_model", "n_heads", "d_ff", "max_seq_len", "gate_hidden_dim",
+                     "total_steps", "max_steps"):  # fmt: skip
             self._check_int(name, minimum=1)
-        for name in ("n_decoder_layers", "n_prelude_layers"):
-            self._check_int(name, minimum=0)
+        for name, minimum in (("n_encoder_layers", 1), ("n_decoder_layers", 0), ("n_prelude_layers", 0)):
+            self._check_int(name, minimum, MAX_LAYERS)
         object.__setattr__(self, "suppress_tokens", tuple(self.suppress_tokens))
         outside = [t for t in self.suppress_tokens if not isinstance(t, int) or not 0 <= t < self.vocab_size]
         if outside:
@@ -74,10 +77,12 @@ class ModelConfig:
         if self.decoder_type == "transformer" and self.n_decoder_layers == 0:
             raise ValueError("n_decoder_layers is 0: want >= 1 with decoder_type 'transformer'")
 
-    def _check_int(self, name: str, minimum: int) -> None:
+    def _check_int(self, name: str, minimum: int, maximum: int | None = None) -> None:
         value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise ValueError(f"{name} is {value!r}: want a whole number >= {minimum}")
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not whole or value < minimum or (maximum is not None and value > maximum):
+            wanted = f">= {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+            raise ValueError(f"{name} is {value!r}: want a whole number {wanted}")
 
     def _check_number(self, name: str) -> None:
         value = getattr(self, name)

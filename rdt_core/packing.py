@@ -60,7 +60,7 @@ class Packing:
 
 def pack(sequences: Sequence[Tensor]) -> tuple[Tensor, Packing]:
     """`N` tensors `(L_i, ...)` -> one tensor `(T, ...)` and its layout."""
-    packing = Packing.of([len(sequence) for sequence in sequences], sequences[0].device)
+    packing = Packing.of([len(sequence) for sequence in sequences], sequences[0].device if sequences else None)
     return torch.cat(list(sequences)), packing
 
 

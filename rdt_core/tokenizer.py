@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer as WordPieceTokenizer
 
-MASK = re.compile(r"\[mask\]", re.IGNORECASE)
+MASK = re.compile(r"\[mask\]", re.IGNORECASE | re.ASCII)
 CONTINUATION = "##"
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 

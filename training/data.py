@@ -71,7 +71,7 @@ def read_paragraphs(path: Path) -> Iterator[str]:
 
 
 def is_local(name: str) -> bool:
-    return any(Path(part.strip()).exists() or part.strip().endswith(TEXT_SUFFIXES) for part in name.split(","))
+    return any(Path(part.strip()).is_file() or part.strip().endswith(TEXT_SUFFIXES) for part in name.split(","))
 
 
 def tokenise(paragraphs: Iterable[str], tokenizer: Tokenizer) -> Corpus:

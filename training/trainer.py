@@ -47,7 +47,10 @@ class Trainer:
         self.config, self.device = config, device
         self.directory = Path(config.output.checkpoint_dir)
         saved = checkpoints.read(resume) if resume is not None else None
-        self.tokenizer = load_tokenizer(config.data.tokenizer_name) if saved is None else Tokenizer(saved.tokenizer)
+        if saved is not None and resume is not None:
+            self.tokenizer = checkpoints.tokenizer_of(resume, saved)
+        else:
+            self.tokenizer = load_tokenizer(config.data.tokenizer_name)
         train, validation = load_corpora(config, self.tokenizer)
         self.batches = Batches(train, config, self.tokenizer, stable_seed(config.seed, TRAIN))
         self.validation_batches = Batches(validation, config, self.tokenizer, stable_seed(config.seed, VALIDATION))
@@ -78,7 +81,7 @@ class Trainer:
                     self._validate(writer, bar)
                 if self._due(self.config.training.save_every_n_steps, self.config.training.save_every_n_epochs):
                     self.save()
-                if stop:
+                if stop and self.step < self.n_steps:
                     self.save()
                     bar.write(f"stopped at step {self.step}; go on with --checkpoint {self.last_saved}")
                     return False

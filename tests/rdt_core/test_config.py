@@ -9,9 +9,10 @@ from rdt_core import PRESETS, RDT, ModelConfig
 
 WHOLE = "want a whole number >="
 BAD_FIELDS: list[tuple[str, Any, str]] = [
-    *((name, 0, f"{WHOLE} 1") for name in ("vocab_size", "d_model", "n_heads", "n_encoder_layers", "d_ff")),
+    *((name, 0, f"{WHOLE} 1") for name in ("vocab_size", "d_model", "n_heads", "d_ff")),
     *((name, -3, f"{WHOLE} 1") for name in ("max_seq_len", "gate_hidden_dim", "total_steps", "max_steps")),
-    *((name, -1, f"{WHOLE} 0") for name in ("n_decoder_layers", "n_prelude_layers")),
+    *((name, -1, "a whole number from 0 to 1000") for name in ("n_decoder_layers", "n_prelude_layers")),
+    *(("n_encoder_layers", value, "a whole number from 1 to 1000") for value in (0, 10**9)),
     ("max_steps", True, f"{WHOLE} 1"),
     ("d_model", 64.0, f"{WHOLE} 1"),
     ("d_model", 200, "multiple of 2 x n_heads = 16"),

@@ -181,3 +181,8 @@ def test_padding_and_truncation_of_the_json_are_switched_off(tiny_tokenizer: Tok
     tokenizer = Tokenizer(json.dumps(values))
     assert tokenizer.encode("the quick brown fox") == tiny_tokenizer.encode("the quick brown fox")
     assert len(tokenizer.encode_training(["the quick brown fox"])[0]) == 4
+
+
+@pytest.mark.parametrize("text", ["[ma\u017fk]", "[mas\u212a]"])
+def test_letters_that_only_fold_to_ascii_make_no_mask(tiny_tokenizer: Tokenizer, text: str) -> None:
+    assert not any(tiny_tokenizer.encode(text).masked)

@@ -81,6 +81,8 @@ class TrainingSection:
     gate_passes: int = 8
     """Passes of that deep run; what its last one predicts counts as final."""
     gate_sequences: int = 8
+    gate_steps: int = 0
+    """With `unroll`, the last so many steps of the run teach the gate alone, on the finished encoder."""
     gate_change_share: float = 0.02
     """Predictions count as settled once at most this share differs from the final ones."""
     init_from: str | None = None
@@ -230,7 +232,7 @@ def _check(config: TrainConfig) -> None:
         "output.eval_every_n_steps output.eval_batches",
         2: "training.gate_passes",
         3: "data.min_seq_length",
-        0: "seed training.one_pass_steps training.weight_decay training.loss_weight_recon "
+        0: "seed training.one_pass_steps training.gate_steps training.weight_decay training.loss_weight_recon "
         "training.loss_weight_gate data.num_workers",
     }
     for minimum, keys in at_least.items():

@@ -33,11 +33,17 @@ def make_optimizer(model: RDT, section: TrainingSection) -> AdamW:
 
 
 def learning_rate_factor(section: TrainingSection, n_steps: int) -> Callable[[int], float]:
-    """Step -> factor of `learning_rate`: linear warm-up, then the named schedule down to zero."""
+    """Step -> factor of `learning_rate`: linear warm-up, then the named schedule down to zero.
+
+    The last `gate_steps`, when the gate learns alone, have a linear schedule of their own.
+    """
+    n_steps -= section.gate_steps
     warmup = round(section.warmup_ratio * n_steps) if section.warmup_steps is None else section.warmup_steps
     decay = max(1, round(section.decay_ratio * n_steps))
 
     def factor(step: int) -> float:
+        if step >= n_steps and section.gate_steps:
+            return max(0.0, 1.0 - (step - n_steps) / section.gate_steps)
         if step < warmup:
             return (step + 1) / warmup
         if section.scheduler == "warmup_stable_decay":

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
@@ -56,6 +57,8 @@ class Trainer:
         self.validation_batches = Batches(validation, config, self.tokenizer, stable_seed(config.seed, VALIDATION))
         self.steps_an_epoch = max(1, len(self.batches) // config.training.gradient_accumulation_steps)
         self.n_steps = config.training.num_steps or config.training.num_epochs * self.steps_an_epoch
+        if config.training.gate_steps >= self.n_steps:
+            raise ConfigError(f"training.gate_steps is {config.training.gate_steps}: the run has {self.n_steps} steps")
 
         torch.manual_seed(stable_seed(config.seed))
         self.model = RDT(model_config(config, self.tokenizer)).to(device)
@@ -124,19 +127,27 @@ class Trainer:
 
     def _losses(self, batch: Batch) -> Losses:
         section = self.config.training
-        n_passes = 1 if self.step < section.one_pass_steps else int(torch.randint(section.max_chain_length, ()) + 1)
         packing = batch.packing(self.device)
         with autocast(self.config, self.device):
             if section.scheme == "chain":
-                return chain_losses(self.model, batch, packing, n_passes, section)
-            recon = unroll_losses(self.model, batch, packing, n_passes, section)
-            gate = recon.new_zeros(())
+                return chain_losses(self.model, batch, packing, self._draw_passes(), section)
+            none = torch.zeros((), device=self.device)
+            if self.step >= self.n_steps - section.gate_steps:
+                return Losses(none, self._gate_loss(batch, turn=self.step))
+            recon = unroll_losses(self.model, batch, packing, self._draw_passes(), section)
             taught = self.step - section.one_pass_steps
-            if taught >= 0 and taught % section.gate_every_n_steps == 0:
-                some = batch.first(section.gate_sequences)
-                turn = taught // section.gate_every_n_steps
-                gate = gate_losses(self.model, some, some.packing(self.device), section, settle=turn % 2 == 1)
-            return Losses(recon, gate)
+            if taught < 0 or taught % section.gate_every_n_steps != 0:
+                return Losses(recon, none)
+            return Losses(recon, self._gate_loss(batch, turn=taught // section.gate_every_n_steps))
+
+    def _draw_passes(self) -> int:
+        section = self.config.training
+        return 1 if self.step < section.one_pass_steps else int(torch.randint(section.max_chain_length, ()) + 1)
+
+    def _gate_loss(self, batch: Batch, turn: int) -> Tensor:
+        """Levels and token levels in turn: a deep run without settling, then one with."""
+        some = batch.first(self.config.training.gate_sequences)
+        return gate_losses(self.model, some, some.packing(self.device), self.config.training, settle=turn % 2 == 1)
 
     def _due(self, every_n_steps: int | None, every_n_epochs: int) -> bool:
         return self.step % (every_n_steps or every_n_epochs * self.steps_an_epoch) == 0 or self.step == self.n_steps

@@ -62,3 +62,10 @@ def test_a_scheduler_made_in_the_middle_is_where_the_schedule_is(tiny_config: Mo
     scheduler = make_scheduler(make_optimizer(RDT(tiny_config), section), section, n_steps=10, step=6)
     assert scheduler.get_last_lr() == [1.0, 1.0]
     assert scheduler.last_epoch == 6
+
+
+def test_the_gates_own_steps_follow_the_schedule_of_the_others() -> None:
+    section = TrainingSection(scheduler="linear", warmup_ratio=0.0, gate_steps=4)
+    factor = learning_rate_factor(section, 14)
+    assert [factor(step) for step in (0, 5, 9)] == pytest.approx([1.0, 0.5, 0.1])
+    assert [factor(step) for step in (10, 12, 14)] == pytest.approx([1.0, 0.5, 0.0])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from rdt_core import Packing, checkpoint, restore
 from rdt_core.checkpoint import Checkpoint, export_release
@@ -330,3 +331,18 @@ def test_the_first_steps_take_one_pass(
     assert set(taken[:5]) == {1}
     assert set(taken[5:]) == {1, 2, 3, 4}
     assert [step for step, gate in enumerate(gates) if gate != 0] == list(range(5, 40, 4))
+
+
+def test_the_last_steps_teach_the_gate_alone(train_settings: Settings) -> None:
+    trainer = Trainer(train_settings(**{"training.num_steps": 4, "training.gate_steps": 2}), torch.device("cpu"))
+    weights: list[dict[str, Tensor]] = []
+    for _ in trainer._steps():
+        weights.append({name: tensor.clone() for name, tensor in trainer.model.state_dict().items()})
+    changed = {name for name in weights[-1] if not torch.equal(weights[1][name], weights[-1][name])}
+    assert changed
+    assert all(name.startswith("gate.") for name in changed)
+
+
+def test_gate_steps_that_leave_nothing_for_the_encoder_are_refused(train_settings: Settings) -> None:
+    with pytest.raises(ConfigError, match="training.gate_steps is 4: the run has 4 steps"):
+        Trainer(train_settings(**{"training.num_steps": 4, "training.gate_steps": 4}), torch.device("cpu"))

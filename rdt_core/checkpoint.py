@@ -13,6 +13,7 @@ import hashlib
 import os
 import pickle
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,11 +128,23 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> LoadedModel:
     return LoadedModel(model.to(device).eval(), tokenizer, str(name), digest(path), checkpoint)
 
 
-def export_release(source: str | Path, target: str | Path, name: str, dtype: torch.dtype = torch.float16) -> None:
-    """Write the weights alone, in half precision: what is served, without what training needs."""
+def export_release(
+    source: str | Path,
+    target: str | Path,
+    *,
+    name: str | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> None:
+    """Write the weights alone, in half precision: what is served, without what training needs.
+
+    `defaults` replaces fields of the model's configuration (`halting`, `max_steps`, `threshold`).
+    Raises `CheckpointError` for the source, `ValueError` for a default out of range.
+    """
     checkpoint = read(source)
+    config = {**_without_places(checkpoint.config), "name": name or checkpoint.config.get("name")}
+    config["model"] = model_config(source, checkpoint).with_changes(**(defaults or {})).to_mapping()
     weights = {key: tensor.to(dtype) for key, tensor in checkpoint.model_state_dict.items()}
-    config = {**checkpoint.config, "name": name}
     save(target, Checkpoint(weights, config, checkpoint.tokenizer, checkpoint.epoch, checkpoint.step, checkpoint.loss))
 
 
@@ -177,6 +190,15 @@ def check_weights(path: str | Path, model: RDT, weights: Any) -> None:
             raise CheckpointError(path, f"{name} has shape {shapes}")
         if not weights[name].is_floating_point() or not torch.isfinite(weights[name]).all():
             raise CheckpointError(path, f"{name} holds values that are not finite numbers")
+
+
+def _without_places(value: Any) -> Any:
+    """The same settings with absolute paths cut to file names: where a run kept its files is nobody's business."""
+    if isinstance(value, dict):
+        return {key: _without_places(item) for key, item in value.items()}
+    if isinstance(value, str):
+        return ",".join(Path(part).name if Path(part).is_absolute() else part for part in value.split(","))
+    return value
 
 
 def _first_line(error: Exception) -> str:

@@ -253,3 +253,15 @@ def test_a_release_is_half_as_large_and_predicts_the_same(
     found = restore(half.model, tokens, masked, max_steps=4, threshold=0)
     assert found.probabilities == pytest.approx(expected.probabilities, rel=0.02)
     assert found.levels == pytest.approx(expected.levels, rel=0.02)
+
+
+def test_a_release_does_not_say_where_the_run_kept_its_files(values: Values, tmp_path: Path) -> None:
+    places = {
+        "data": {"dataset_name": "/home/me/a.txt,/mnt/b.txt.xz", "tokenizer_name": "bert-base-uncased"},
+        "seed": 3,
+    }
+    values["config"]["training"] = places
+    release = tmp_path / "release.pt"
+    checkpoint.export_release(write(tmp_path / "train.pt", values), release)
+    told = read(release).config["training"]
+    assert told == {"data": {"dataset_name": "a.txt,b.txt.xz", "tokenizer_name": "bert-base-uncased"}, "seed": 3}

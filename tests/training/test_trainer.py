@@ -344,5 +344,5 @@ def test_the_last_steps_teach_the_gate_alone(train_settings: Settings) -> None:
 
 
 def test_gate_steps_that_leave_nothing_for_the_encoder_are_refused(train_settings: Settings) -> None:
-    with pytest.raises(ConfigError, match="training.gate_steps is 4: the run has 4 steps"):
+    with pytest.raises(ConfigError, match=r"training\.gate_steps is 4: the run has 4 steps"):
         Trainer(train_settings(**{"training.num_steps": 4, "training.gate_steps": 4}), torch.device("cpu"))

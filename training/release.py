@@ -1,0 +1,45 @@
+"""`python -m training.release --checkpoint F --output F`: from a training checkpoint to the file that is served.
+
+Weights in half precision, no optimizer state, and the defaults requests are answered with: those that
+the evaluation supports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rdt_core import checkpoint
+from rdt_core.checkpoint import CheckpointError
+from rdt_core.config import HALTINGS
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="rdt-release", description="Write the weights alone, in half precision.")
+    parser.add_argument("--checkpoint", required=True, type=Path)
+    parser.add_argument("--output", required=True, type=Path)
+    parser.add_argument("--name", help="what the model is called (default: the run's name)")
+    parser.add_argument("--halting", choices=HALTINGS, help="default way of halting")
+    parser.add_argument("--max_steps", type=int, help="default ceiling of passes")
+    parser.add_argument("--threshold", type=float, help="default threshold of the level")
+    options = parser.parse_args(arguments)
+    defaults = {name: getattr(options, name) for name in ("halting", "max_steps", "threshold")}
+    try:
+        checkpoint.export_release(
+            options.checkpoint,
+            options.output,
+            name=options.name,
+            defaults={name: value for name, value in defaults.items() if value is not None},
+        )
+        released = checkpoint.load(options.output)
+    except (CheckpointError, ValueError) as error:
+        print(f"rdt-release: {error}", file=sys.stderr)
+        return 2
+    print(f"{options.output}: {released.name}@{released.digest[:12]}, {options.output.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

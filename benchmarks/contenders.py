@@ -1,0 +1,85 @@
+"""Four ways of serving the same requests with the same weights.
+
+`static` is ordinary dynamic batching at its best: padded to the longest, run to the deepest, and, unlike
+most, decoding masked rows only. Its padding is not even masked out of the attention, which makes its
+answers wrong and its passes cheaper than they could honestly be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from rdt_core import RDT, Packing, restore
+from rdt_core.flops import sequence_flops
+from service.engine.eager import EagerBackend
+from service.engine.scheduler import Scheduler, SchedulerLimits
+from service.engine.types import Job
+
+PAD_ID = 0
+STATIC_SIZES = (4, 8, 16, 32)
+
+
+def loop(model: RDT, jobs: Sequence[Job]) -> None:
+    """The reference, one request after another."""
+    for job in jobs:
+        restore(
+            model, torch.tensor(job.tokens), torch.tensor(job.masked),
+            max_steps=job.max_steps, threshold=job.threshold, halting=job.halting,
+        )  # fmt: skip
+
+
+@torch.inference_mode()
+def static(model: RDT, jobs: Sequence[Job], size: int) -> None:
+    """Batches of `size` in the given order."""
+    for batch in batches(jobs, size):
+        longest = max(len(job.tokens) for job in batch)
+        tokens = torch.full((len(batch), longest), PAD_ID)
+        masked = torch.zeros(len(batch), longest, dtype=torch.bool)
+        for row, job in enumerate(batch):
+            tokens[row, : len(job.tokens)] = torch.tensor(job.tokens)
+            masked[row, : len(job.masked)] = torch.tensor(job.masked)
+        packing = Packing.of([longest] * len(batch))
+        state = model.begin(tokens.flatten(), masked.flatten(), packing)
+        for _ in range(max(job.max_steps for job in batch)):
+            state = model(state, packing)
+        rows = masked.flatten().nonzero().squeeze(1)
+        model.decode(state.hidden, packing, rows).max(-1)
+
+
+def by_cost(jobs: Sequence[Job]) -> list[Job]:
+    """Sorted by depth (which the mask ratio tells), then by length: the order a sceptic would batch in."""
+    return sorted(jobs, key=lambda job: (job.max_steps, len(job.tokens)))
+
+
+def batches(jobs: Sequence[Job], size: int) -> list[Sequence[Job]]:
+    return [jobs[start : start + size] for start in range(0, len(jobs), size)]
+
+
+def ours(model: RDT, jobs: Sequence[Job], token_budget: int, max_live: int) -> None:
+    """The server's scheduler and backend, all requests waiting from the start."""
+    tokens = sum(len(job.tokens) for job in jobs)
+    scheduler = Scheduler(SchedulerLimits(token_budget, max_live, max_waiting=len(jobs), max_waiting_tokens=tokens))
+    backend = EagerBackend(model)
+    for job in jobs:
+        with scheduler.line.reserve() as place:
+            scheduler.submit(job, place, now=0.0)
+    while not scheduler.idle:
+        plan = scheduler.plan(now=0.0)
+        scheduler.commit(plan, backend.run(plan), now=0.0)
+
+
+def useful_flops(model: RDT, jobs: Sequence[Job]) -> int:
+    """What the answers need: every token its own sequence's passes, every masked row one decoding."""
+    return sum(sequence_flops(model.config, len(job.tokens), sum(job.masked), job.max_steps) for job in jobs)
+
+
+def static_flops(model: RDT, jobs: Sequence[Job], size: int) -> int:
+    """What padded batches spend: every row the longest, every pass the deepest."""
+    return sum(
+        sequence_flops(model.config, max(len(job.tokens) for job in batch), 0, max(job.max_steps for job in batch))
+        * len(batch)
+        + sum(sequence_flops(model.config, 1, sum(job.masked), 0) for job in batch)
+        for batch in batches(jobs, size)
+    )

@@ -7,7 +7,7 @@ CHECKPOINT ?= models/rdt-small/best_model.pt
 DATA ?= wikitext-2
 TEXT ?= $(DATA)
 
-.PHONY: help serve test lint format train evaluate clean
+.PHONY: help serve test lint format proto train evaluate clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/' | expand -t 12
@@ -26,6 +26,9 @@ lint: $(VENV)/all  ## style and types
 format: $(VENV)/all  ## bring the code into its style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+proto: $(VENV)/all  ## generate the gRPC code from proto/
+	$(BIN)/python proto/generate.py
 
 train: $(VENV)/all  ## train a small model: make train DATA=text.txt
 	$(BIN)/python -m training --config training/configs/small.yaml data.dataset_name=$(DATA) $(ARGS)

@@ -1,6 +1,6 @@
 """The server: one use case (`denoiser`), an engine behind it, transports in front of it.
 
-    rest -> schema -> denoiser -> text -> engine -> denoiser -> rest
+    rest | rpc -> schema -> denoiser -> text -> engine -> denoiser -> rest | rpc
 
 One direction, no calls back up. Transports only translate; nothing outside imports this package.
 """

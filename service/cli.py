@@ -35,7 +35,7 @@ def serve(arguments: Sequence[str] | None = None) -> int:
     try:
         return asyncio.run(runtime.serve(settings))
     except OSError as error:
-        return _complain("rdt-serve", f"cannot listen on {settings.host}:{settings.http_port}: {error}", 1)
+        return _complain("rdt-serve", error, 1)
 
 
 def denoise(arguments: Sequence[str] | None = None) -> int:

@@ -6,16 +6,19 @@ with Client("http://127.0.0.1:8000") as client:
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
 import httpx
 from pydantic import ValidationError
 
-from service.rest.problem import Problem
-from service.schema import DenoiseAnswer, ModelCard
+from service.rest.problem import BatchAnswer, BatchResult, Problem
+from service.schema import DenoiseAnswer, DenoisePass, ModelCard
 
 TIMEOUT_SECONDS = 60.0
+
+Item = str | Mapping[str, Any]
 
 
 class ProblemError(Exception):
@@ -44,6 +47,25 @@ class Client:
         """Restore one text; options are the fields of `DenoiseRequest`."""
         answer = self._http.post("/denoise", json={"text": text, **options})
         return DenoiseAnswer.model_validate_json(_checked(answer))
+
+    def denoise_batch(self, items: Iterable[Item], **options: Any) -> list[BatchResult]:
+        """Restore many texts: each item a text, or the fields of a `DenoiseRequest`; options are for all of them.
+
+        An item that failed is a result with a `problem`; only what is wrong with the whole is raised.
+        """
+        answer = self._http.post("/denoise/batch", json=_batch(items, options))
+        return BatchAnswer.model_validate_json(_checked(answer)).results
+
+    def denoise_stream(self, text: str, **options: Any) -> Iterator[DenoisePass | DenoiseAnswer]:
+        """Restore one text and see it after every pass; the answer comes last."""
+        with self._http.stream("POST", "/denoise/stream", json={"text": text, **options}) as response:
+            if not response.is_success:
+                response.read()
+                _checked(response)
+            events = _Events()
+            for line in response.iter_lines():
+                if (event := events.after(line)) is not None:
+                    yield event
 
     def model(self) -> ModelCard:
         return ModelCard.model_validate_json(_checked(self._http.get("/model")))
@@ -82,6 +104,22 @@ class AsyncClient:
         answer = await self._http.post("/denoise", json={"text": text, **options})
         return DenoiseAnswer.model_validate_json(_checked(answer))
 
+    async def denoise_batch(self, items: Iterable[Item], **options: Any) -> list[BatchResult]:
+        """See `Client.denoise_batch`."""
+        answer = await self._http.post("/denoise/batch", json=_batch(items, options))
+        return BatchAnswer.model_validate_json(_checked(answer)).results
+
+    async def denoise_stream(self, text: str, **options: Any) -> AsyncIterator[DenoisePass | DenoiseAnswer]:
+        """See `Client.denoise_stream`."""
+        async with self._http.stream("POST", "/denoise/stream", json={"text": text, **options}) as response:
+            if not response.is_success:
+                await response.aread()
+                _checked(response)
+            events = _Events()
+            async for line in response.aiter_lines():
+                if (event := events.after(line)) is not None:
+                    yield event
+
     async def model(self) -> ModelCard:
         return ModelCard.model_validate_json(_checked(await self._http.get("/model")))
 
@@ -98,6 +136,28 @@ class AsyncClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+
+class _Events:
+    """The server's events, put together from their lines: a name, then a document."""
+
+    def __init__(self) -> None:
+        self._name = ""
+
+    def after(self, line: str) -> DenoisePass | DenoiseAnswer | None:
+        """The event that the line completes. Raises `ProblemError` for one that says the stream has failed."""
+        field, _, value = line.partition(": ")
+        if field == "event":
+            self._name = value
+        if field != "data":
+            return None
+        if self._name == "problem":
+            raise ProblemError(Problem.model_validate_json(value))
+        return (DenoiseAnswer if self._name == "answer" else DenoisePass).model_validate_json(value)
+
+
+def _batch(items: Iterable[Item], options: Mapping[str, Any]) -> dict[str, Any]:
+    return {"items": [{"text": item} if isinstance(item, str) else dict(item) for item in items], **options}
 
 
 def _headers(api_key: str | None) -> dict[str, str]:

@@ -1,21 +1,41 @@
 """The use case: one request in, one answer out. Transports translate to it and from it, no more.
 
-read    plain values -> a valid request
-denoise a place in the queue -> tokens -> the engine -> text
+read            plain values -> a valid request
+denoise         a place in the queue -> tokens -> the engine -> text
+denoise_batch   many at once, each with an end of its own
+denoise_stream  one, with the text after every pass
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
 
 from rdt_core import Encoding, ModelConfig, Tokenizer
 from service.engine.engine import Engine
-from service.engine.types import Job, Result
+from service.engine.queue import Place
+from service.engine.types import Job, Reading, Result
+from service.errors import Internal, ServiceError
 from service.limits import Limits
 from service.metrics import Metrics, Transport
-from service.schema import DenoiseAnswer, DenoiseRequest, ModelCard, TimingMs, TracePoint, read_request
-from service.text import check_characters, encode, hide, write_back
+from service.schema import (
+    BatchItem,
+    DenoiseAnswer,
+    DenoisePass,
+    DenoiseRequest,
+    ModelCard,
+    TimingMs,
+    TracePoint,
+    read_batch,
+    read_request,
+)
+from service.text import Draft, check_characters, encode, hide, write_back
+
+log = logging.getLogger(__name__)
 
 
 class Denoiser:
@@ -46,17 +66,72 @@ class Denoiser:
         """Raises `InvalidArgument` naming every bad field."""
         return read_request(fields, self._limits)
 
-    async def denoise(self, request: DenoiseRequest, transport: Transport) -> DenoiseAnswer:
-        """Raises `TooLarge`, `InvalidArgument`, and whatever `Engine.reserve` and `Engine.submit` raise."""
-        with self._metrics.request(transport):
-            arrived = self._clock()
-            with self.engine.reserve() as place:
-                encoding = self._encode(request)
-                deadline = None if request.timeout_ms is None else arrived + request.timeout_ms / 1e3
-                job = build_job(request, encoding, self._config, self._limits, deadline)
-                result = await self.engine.submit(job, place)
-            self._metrics.answered(result, n_masked=sum(encoding.masked))
-            return self._answer(request, job, encoding, result, arrived)
+    def read_batch(self, fields: object) -> list[BatchItem]:
+        """Raises `InvalidArgument` for a batch that is none; a bad item is returned as its error."""
+        return read_batch(fields, self._limits)
+
+    async def denoise(
+        self, request: DenoiseRequest, transport: Transport, seconds_left: float | None = None
+    ) -> DenoiseAnswer:
+        """`seconds_left` is the caller's own deadline, if the transport knows of one.
+
+        Raises `TooLarge`, `InvalidArgument`, and whatever `Engine.reserve` and `Engine.submit` raise.
+        """
+        with self._metrics.request(transport), self.engine.reserve() as place:
+            work = self._prepare(request, seconds_left)
+            result = await self.engine.submit(work.job, place)
+            return self._answer(work, result)
+
+    async def denoise_batch(
+        self, items: Sequence[BatchItem], transport: Transport, seconds_left: float | None = None
+    ) -> list[DenoiseAnswer | ServiceError]:
+        """All items at once, each to the queue and the metrics a request of its own. An item's error is its result."""
+
+        async def end_of(index: int, item: BatchItem) -> DenoiseAnswer | ServiceError:
+            try:
+                if isinstance(item, DenoiseRequest):
+                    return await self.denoise(item, transport, seconds_left)
+                with self._metrics.failure(transport):
+                    raise item
+            except ServiceError as error:
+                return error if error is item else error.at(f"items[{index}]")
+            except Exception:
+                log.exception("an item of a batch failed")
+                return Internal("the server has logged what went wrong")
+
+        return await asyncio.gather(*(end_of(index, item) for index, item in enumerate(items)))
+
+    async def denoise_stream(
+        self, request: DenoiseRequest, transport: Transport, seconds_left: float | None = None
+    ) -> AsyncGenerator[DenoisePass | DenoiseAnswer, None]:
+        """Every pass as it is made, and the answer last. Raises as `denoise` does; closing it frees the engine."""
+        with self._metrics.request(transport), self.engine.reserve() as place:
+            work = self._prepare(request, seconds_left, stream=True)
+            draft = Draft(work.encoding, self._tokenizer, rewrite=work.job.decode_all)
+            async with aclosing(follow(self.engine, work.job, place)) as readings:
+                step = 0
+                async for reading in readings:
+                    if isinstance(reading, Result):
+                        answer = self._answer(work, reading)
+                        break
+                    step += 1
+                    yield DenoisePass(step=step, level=reading.level, text=draft.after(reading))
+        yield answer
+
+    def _prepare(self, request: DenoiseRequest, seconds_left: float | None, stream: bool = False) -> _Work:
+        arrived = self._clock()
+        encoding = self._encode(request)
+        waits = (seconds_left, None if request.timeout_ms is None else request.timeout_ms / 1e3)
+        wait = min((seconds for seconds in waits if seconds is not None), default=None)
+        job = build_job(
+            request,
+            encoding,
+            self._config,
+            self._limits,
+            deadline=None if wait is None else arrived + wait,
+            stream=stream,
+        )
+        return _Work(request, arrived, encoding, job)
 
     def _encode(self, request: DenoiseRequest) -> Encoding:
         check_characters(request.text, self._limits)
@@ -66,31 +141,60 @@ class Denoiser:
         hidden = hide(request.text, self._tokenizer, request.mask_ratio, request.seed or 0)
         return encode(hidden, self._tokenizer, self._limits)
 
-    def _answer(
-        self, request: DenoiseRequest, job: Job, encoding: Encoding, result: Result, arrived: float
-    ) -> DenoiseAnswer:
-        reading = write_back(encoding, result, self._tokenizer, rewrite=job.decode_all)
+    def _answer(self, work: _Work, result: Result) -> DenoiseAnswer:
+        self._metrics.answered(result, n_masked=sum(work.encoding.masked))
+        written = write_back(work.encoding, result, self._tokenizer, rewrite=work.job.decode_all)
         trace = [TracePoint(step=step, level=level) for step, level in enumerate(result.levels, start=1)]
         return DenoiseAnswer(
-            text=reading.text,
-            corrupted_text=None if request.mask_ratio is None else encoding.text,
+            text=written.text,
+            corrupted_text=None if work.request.mask_ratio is None else work.encoding.text,
             steps=result.steps,
             max_steps=result.max_steps,
             halt_reason=result.reason,
             level=result.levels[-1],
-            restored=reading.restored,
-            trace=trace if request.trace else None,
+            restored=written.restored,
+            trace=trace if work.request.trace else None,
             timing_ms=TimingMs(
                 queue=_milliseconds(result.queue_seconds),
                 compute=_milliseconds(result.compute_seconds),
-                total=_milliseconds(self._clock() - arrived),
+                total=_milliseconds(self._clock() - work.arrived),
             ),
             model=self.card.label,
         )
 
 
+@dataclass(frozen=True)
+class _Work:
+    """A request on its way through the engine."""
+
+    request: DenoiseRequest
+    arrived: float  # on the denoiser's clock, in seconds
+    encoding: Encoding
+    job: Job
+
+
+async def follow(engine: Engine, job: Job, place: Place) -> AsyncGenerator[Reading | Result, None]:
+    """What the engine reads in every pass, and the result last. Closing it takes the job out of the engine."""
+    readings: asyncio.Queue[Reading | None] = asyncio.Queue()  # as long as the passes of one job at the most
+    computing = asyncio.create_task(engine.submit(job, place, readings.put_nowait))
+    computing.add_done_callback(lambda _: readings.put_nowait(None))
+    try:
+        while (reading := await readings.get()) is not None:
+            yield reading
+        yield computing.result()
+    finally:
+        computing.cancel()
+        await asyncio.gather(computing, return_exceptions=True)  # it leaves before its place in the queue is freed
+
+
 def build_job(
-    request: DenoiseRequest, encoding: Encoding, config: ModelConfig, limits: Limits, deadline: float | None = None
+    request: DenoiseRequest,
+    encoding: Encoding,
+    config: ModelConfig,
+    limits: Limits,
+    *,
+    deadline: float | None = None,
+    stream: bool = False,
 ) -> Job:
     """The request's options, and the checkpoint's where it has none."""
     return Job(
@@ -102,6 +206,7 @@ def build_job(
         top_k=request.top_k,
         decode_all=request.restore == "all",
         deadline=deadline,
+        stream=stream,
     )
 
 

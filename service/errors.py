@@ -21,8 +21,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self, get_args
 
 Code = Literal[
     "invalid_argument",
@@ -41,6 +41,9 @@ RefusalReason = Literal["queue_requests", "queue_tokens", "loading", "draining",
 
 Printable = str | int | float | bool | None
 
+RETRY_SECONDS = 1
+"""When a refused caller is told to try again."""
+
 MAX_SHOWN_CHARACTERS = 80
 MAX_SHOWN_PROBLEMS = 20
 
@@ -54,6 +57,13 @@ class ServiceError(Exception):
         super().__init__(message)
         self.message = message
         self.problems = tuple(problems)
+
+    def at(self, path: str) -> Self:
+        """The same error in a part of a larger request: `max_steps` becomes `items[3].max_steps`."""
+        if not self.problems:
+            return self
+        problems = [replace(problem, field=f"{path}.{problem.field}") for problem in self.problems]
+        return type(self)(f"{path}: {self.message}", problems)
 
 
 class InvalidArgument(ServiceError):

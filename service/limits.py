@@ -14,6 +14,7 @@ English has about five; 32 leaves room for long words and wide gaps, and bounds 
 """
 
 MAX_TIMEOUT_MS = 3_600_000
+MAX_BATCH_ITEMS = 64
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,17 @@ class Limits:
     max_steps: int
     max_top_k: int
     max_timeout_ms: int = MAX_TIMEOUT_MS
+    max_batch_items: int = MAX_BATCH_ITEMS
 
     @property
     def max_characters(self) -> int:
         return CHARACTERS_PER_TOKEN * self.max_seq_len
+
+    @property
+    def shown(self) -> dict[str, int]:
+        """All of them, as callers are told."""
+        lengths = {"max_seq_len": self.max_seq_len, "max_characters": self.max_characters}
+        return {**lengths, "max_batch_items": self.max_batch_items, **self.ceilings}
 
     @property
     def ceilings(self) -> dict[str, int]:

@@ -120,4 +120,5 @@ class Metrics:
 def _outcome(error: BaseException) -> str:
     if isinstance(error, ServiceError):
         return error.code
-    return "cancelled" if isinstance(error, asyncio.CancelledError) else "internal"
+    left = isinstance(error, asyncio.CancelledError | GeneratorExit)  # GeneratorExit: left between two passes
+    return "cancelled" if left else "internal"

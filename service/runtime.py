@@ -1,6 +1,6 @@
-"""The composition root: settings -> checkpoint -> engine -> denoiser -> a listening server, and back down.
+"""The composition root: settings -> checkpoint -> engine -> denoiser -> two listening servers, and back down.
 
-The port is bound first and the checkpoint loaded behind it, so that probes get true answers from the
+The ports are bound first and the checkpoint loaded behind it, so that probes get true answers from the
 start. On SIGTERM or SIGINT new requests are refused, accepted ones finish within the grace period, and
 the process ends with 0. A checkpoint that cannot be loaded ends it with 1.
 """
@@ -30,6 +30,7 @@ from service.limits import Limits
 from service.loading import load_model
 from service.metrics import Metrics
 from service.rest.app import create_app
+from service.rpc.server import RpcServer
 from service.schema import ModelCard
 from service.settings import Settings
 
@@ -47,13 +48,10 @@ class Runtime:
         self.lifecycle = Lifecycle()
         self.engine: BatchingEngine | None = None
         self.metrics = Metrics(time.monotonic)
-        key = settings.api_key
-        self.app = create_app(
-            self.lifecycle,
-            self.metrics,
-            max_body_bytes=settings.max_body_bytes,
-            api_key=None if key is None else key.get_secret_value(),
-        )
+        api_key = None if settings.api_key is None else settings.api_key.get_secret_value()
+        parts, n_bytes = (self.lifecycle, self.metrics), settings.max_body_bytes
+        self.app = create_app(*parts, max_body_bytes=n_bytes, api_key=api_key)
+        self.rpc = RpcServer(*parts, max_message_bytes=n_bytes, api_key=api_key)
 
     async def load(self) -> None:
         """Load the checkpoint, warm the engine with one request, and open for more."""
@@ -84,7 +82,12 @@ def scheduler_limits(settings: Settings, config: ModelConfig) -> SchedulerLimits
 
 def build_denoiser(loaded: LoadedModel, engine: Engine, settings: Settings, metrics: Metrics) -> Denoiser:
     config = loaded.model.config
-    limits = Limits(config.max_seq_len, settings.max_steps_limit, min(settings.max_top_k, config.vocab_size))
+    limits = Limits(
+        config.max_seq_len,
+        settings.max_steps_limit,
+        min(settings.max_top_k, config.vocab_size),
+        max_batch_items=settings.max_batch_items,
+    )
     card = ModelCard(
         name=loaded.name,
         digest=loaded.digest,
@@ -92,16 +95,19 @@ def build_denoiser(loaded: LoadedModel, engine: Engine, settings: Settings, metr
         precision=settings.precision,
         n_parameters=sum(parameter.numel() for parameter in loaded.model.parameters()),
         configuration=config.to_mapping(),
-        limits={"max_seq_len": limits.max_seq_len, "max_characters": limits.max_characters, **limits.ceilings},
+        limits=limits.shown,
     )
     return Denoiser(card=card, config=config, tokenizer=loaded.tokenizer, engine=engine, limits=limits, metrics=metrics)
 
 
 async def serve(settings: Settings) -> int:
     """Run until a signal comes. Returns the exit status; raises `OSError` if the address cannot be had."""
+    stopped = _signalled()
     runtime = Runtime(settings)
     with listen(settings.host, settings.http_port) as listener:
+        await runtime.rpc.start(settings.host, settings.grpc_port)
         log.info("listening on http://%s:%d", *listener.getsockname()[:2])
+        log.info("listening on grpc://%s:%d", settings.host, runtime.rpc.port)
         server = _Server(
             uvicorn.Config(
                 runtime.app, log_config=None, access_log=settings.log_level == "debug", lifespan="off", ws="none",
@@ -109,24 +115,32 @@ async def serve(settings: Settings) -> int:
             )
         )  # fmt: skip
         answering = asyncio.create_task(server.serve(sockets=[listener]))
-        status = await _load_and_wait(runtime)
+        status = await _load_and_wait(runtime, stopped)
         await runtime.lifecycle.drain(settings.grace_seconds)
         server.should_exit = True
-        await answering
+        await asyncio.gather(answering, runtime.rpc.stop(FLUSH_SECONDS))
     return status
 
 
 def listen(host: str, port: int) -> socket.socket:
+    """Raises `OSError` naming the address."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=2048)
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise OSError(f"cannot listen on {host}:{port}: {error}") from error
 
 
-async def _load_and_wait(runtime: Runtime) -> int:
-    """Until a signal comes (0), loading fails or the engine gives up (1)."""
+def _signalled() -> asyncio.Event:
+    """Set once the process has been asked to end."""
     stopped = asyncio.Event()
-    loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopped.set)
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    return stopped
+
+
+async def _load_and_wait(runtime: Runtime, stopped: asyncio.Event) -> int:
+    """Until a signal comes (0), loading fails or the engine gives up (1)."""
     stopping = asyncio.create_task(stopped.wait())
     loading = asyncio.create_task(runtime.load())
     await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)

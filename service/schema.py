@@ -110,6 +110,14 @@ class DenoiseAnswer(BaseModel):
     model: str = Field(description="Name of the model and the first 12 digits of its checkpoint's SHA-256.")
 
 
+class DenoisePass(BaseModel):
+    """A restoration under way, after one pass."""
+
+    step: int
+    level: float
+    text: str = Field(description="What would be the answer's text if this pass were the last.")
+
+
 class ModelCard(BaseModel):
     """Which model is served, where it runs, and what it accepts."""
 
@@ -126,25 +134,83 @@ class ModelCard(BaseModel):
         return f"{self.name}@{self.digest[:12]}"
 
 
+BatchItem = DenoiseRequest | InvalidArgument
+"""An item of a batch: a request, or what is wrong with it. Items fail one by one."""
+
+OPTIONS = tuple(name for name in DenoiseRequest.model_fields if name != "text")
+"""What the items of a batch may share."""
+
+
 def read_request(fields: object, limits: Limits) -> DenoiseRequest:
     """Plain values, as decoded from JSON -> a request. Raises `InvalidArgument` naming every bad field."""
     if not isinstance(fields, Mapping):
         raise InvalidArgument(f"the request is {shown(fields)}: want an object with the field text")
+    return _validated(fields, limits)
+
+
+def read_batch(fields: object, limits: Limits) -> list[BatchItem]:
+    """`{"items": [...], ...}` -> requests; the fields beside `items` are options of every item that has not its own.
+
+    Raises `InvalidArgument` for what is wrong with the whole; what is wrong with an item stands in its place.
+    """
+    if not isinstance(fields, Mapping):
+        raise InvalidArgument(f"the request is {shown(fields)}: want an object with the field items")
+    shared = {name: fields[name] for name in OPTIONS if name in fields}
+    problems = [
+        FieldProblem.unknown(str(name), value, ("items", *OPTIONS))
+        for name, value in fields.items()
+        if name != "items" and name not in shared
+    ]
+    problems += _list_problems(fields, limits)
+    problems += _problems({"text": "-", **shared}, limits)
+    if problems:
+        raise InvalidArgument.of(problems)
+    return [_read_item(item, shared, f"items[{index}]", limits) for index, item in enumerate(fields["items"])]
+
+
+def _read_item(item: object, shared: Mapping[str, object], path: str, limits: Limits) -> BatchItem:
+    if not isinstance(item, Mapping):
+        return InvalidArgument.of([FieldProblem.of(path, item, "an object with the field text")])
+    try:
+        return _validated({**shared, **item}, limits)
+    except InvalidArgument as error:
+        return error.at(path)
+
+
+def _list_problems(fields: Mapping[str, object], limits: Limits) -> list[FieldProblem]:
+    """What is wrong with `items` as a list."""
+    wanted = f"an array of 1 to {limits.max_batch_items} objects with the field text"
+    if "items" not in fields:
+        return [FieldProblem.missing("items", wanted)]
+    items = fields["items"]
+    if not isinstance(items, list):
+        return [FieldProblem.of("items", items, wanted)]
+    if not 1 <= len(items) <= limits.max_batch_items:
+        return [FieldProblem("items", f"items is an array of {len(items)}: want {wanted}", len(items))]
+    return []
+
+
+def _validated(fields: Mapping[str, object], limits: Limits) -> DenoiseRequest:
+    if problems := _problems(fields, limits):
+        raise InvalidArgument.of(problems)
+    return DenoiseRequest.model_validate(fields)
+
+
+def _problems(fields: Mapping[str, object], limits: Limits) -> list[FieldProblem]:
+    """Everything that is wrong with the fields of a request."""
     known = {name: value for name, value in fields.items() if name in DenoiseRequest.model_fields}
     wanted = _wanted(limits)
     problems = [
         FieldProblem.unknown(str(name), value, DenoiseRequest.model_fields)
         for name, value in fields.items()
-        if name not in DenoiseRequest.model_fields
+        if name not in known
     ]
     problems += limits.above(known, wanted)
     try:
-        request = DenoiseRequest.model_validate(known)
+        DenoiseRequest.model_validate(known)
     except ValidationError as error:
         problems += _schema_problems(error, known, wanted)
-    if problems:
-        raise InvalidArgument.of(problems)
-    return request
+    return problems
 
 
 def _wanted(limits: Limits) -> dict[str, str]:

@@ -37,6 +37,7 @@ class Settings(BaseSettings):
     precision: Literal["fp32"] = Field("fp32", description="Number format of the computation.")
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on.")
     http_port: int = Field(8000, ge=0, le=65_535, description="Port of the REST interface; 0 picks a free one.")
+    grpc_port: int = Field(50_051, ge=0, le=65_535, description="Port of the gRPC interface; 0 picks a free one.")
     token_budget: int = Field(512, ge=1, description="Packed tokens of one tick; at least the model's max_seq_len.")
     max_live: int = Field(64, ge=1, description="Sequences of one tick.")
     max_waiting: int = Field(128, ge=1, description="Requests that may wait; more are refused.")
@@ -47,7 +48,8 @@ class Settings(BaseSettings):
     shed_min_steps: int = Field(2, ge=1, description="Passes that shedding leaves to every request.")
     max_steps_limit: int = Field(100, ge=1, description="Largest max_steps a request may ask for.")
     max_top_k: int = Field(20, ge=0, description="Largest top_k a request may ask for.")
-    max_body_bytes: int = Field(1_048_576, ge=1, description="Largest request body in bytes.")
+    max_batch_items: int = Field(64, ge=1, description="Most texts in one batch.")
+    max_body_bytes: int = Field(1_048_576, ge=1, description="Largest request body, or gRPC message, in bytes.")
     grace_seconds: float = Field(
         30.0, ge=0, allow_inf_nan=False, description="Seconds that accepted requests get to finish after SIGTERM."
     )

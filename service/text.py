@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from rdt_core.masking import mask_ranks, maskable_rows, masked_at
-from rdt_core.tokenizer import CONTINUATION, Encoding, Tokenizer, fill
-from service.engine.types import Result
+from rdt_core.tokenizer import CONTINUATION, Encoding, Fill, Tokenizer, fill
+from service.engine.types import Reading, Result
 from service.errors import FieldProblem, InvalidArgument, TooLarge
 from service.limits import Limits
 from service.schema import Candidate, Restored
@@ -51,25 +52,20 @@ def hide(text: str, tokenizer: Tokenizer, ratio: float, seed: int) -> str:
 
 
 @dataclass(frozen=True)
-class Reading:
+class Restoration:
     """The text with the model's tokens written in, and which characters they are."""
 
     text: str
     restored: list[Restored]
 
 
-def write_back(encoding: Encoding, result: Result, tokenizer: Tokenizer, *, rewrite: bool = False) -> Reading:
+def write_back(encoding: Encoding, result: Result, tokenizer: Tokenizer, *, rewrite: bool = False) -> Restoration:
     """Fill the masks, and leave every other character as it was sent.
 
     With `rewrite`, visible tokens that the model reads differently are written over too.
     """
     place = {row: index for index, row in enumerate(result.rows)}
-    pieces = {
-        row: tokenizer.piece(result.tokens[row])
-        for row in result.rows
-        if encoding.masked[row] or (rewrite and _is_reread(encoding, result, row))
-    }
-    text, fills = fill(encoding, pieces)
+    text, fills = _written(encoding, {row: result.tokens[row] for row in result.rows}, tokenizer, rewrite)
     restored = [
         Restored(
             start=written.start,
@@ -84,12 +80,40 @@ def write_back(encoding: Encoding, result: Result, tokenizer: Tokenizer, *, rewr
         )
         for written in fills
     ]
-    return Reading(text, restored)
+    return Restoration(text, restored)
 
 
-def _is_reread(encoding: Encoding, result: Result, row: int) -> bool:
+class Draft:
+    """A restoration in the making: what a pass has fixed stays, what it guessed gives way to the next."""
+
+    def __init__(self, encoding: Encoding, tokenizer: Tokenizer, *, rewrite: bool = False) -> None:
+        self._encoding = encoding
+        self._tokenizer = tokenizer
+        self._rewrite = rewrite
+        self._fixed: dict[int, int] = {}  # row -> token
+
+    def after(self, reading: Reading) -> str:
+        """The text as it stands after one more pass."""
+        self._fixed.update((choice.row, choice.token) for choice in reading.chosen)
+        guesses = {choice.row: choice.token for choice in reading.guesses}
+        return _written(self._encoding, guesses | self._fixed, self._tokenizer, self._rewrite)[0]
+
+
+def _written(
+    encoding: Encoding, tokens: Mapping[int, int], tokenizer: Tokenizer, rewrite: bool
+) -> tuple[str, list[Fill]]:
+    """The tokens of some rows written into the text, over masks and, with `rewrite`, over what is read differently."""
+    pieces = {
+        row: tokenizer.piece(token)
+        for row, token in tokens.items()
+        if encoding.masked[row] or (rewrite and _is_reread(encoding, row, token))
+    }
+    return fill(encoding, pieces)
+
+
+def _is_reread(encoding: Encoding, row: int, token: int) -> bool:
     start, end = encoding.spans[row]
-    return start < end and result.tokens[row] != encoding.ids[row]  # [CLS] and [SEP] stand on no characters
+    return start < end and token != encoding.ids[row]  # [CLS] and [SEP] stand on no characters
 
 
 def _too_large(text: str, length: str, wanted: str) -> TooLarge:

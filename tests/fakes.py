@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
+import grpc
 import httpx
 from fastapi import FastAPI
 
@@ -18,6 +20,7 @@ from service.lifecycle import Lifecycle
 from service.limits import Limits
 from service.metrics import Metrics
 from service.rest.app import create_app
+from service.rpc.server import RpcServer
 from service.schema import ModelCard
 
 MAX_BODY_BYTES = 4096
@@ -51,8 +54,17 @@ def fake_result(job: Job, token: int, steps: int = 2) -> Result:
     )
 
 
+def fake_reading(job: Job, token: int, step: int, steps: int) -> Reading:
+    """Guesses of the masked rows, and in the last pass the choices that `fake_result` lists."""
+    last = step == steps
+    rows = [row for row, masked in enumerate(job.masked) if masked or (last and job.decode_all)]
+    choices = [Choice(row, token, 0.5, []) for row in rows]
+    level = 1 / (step + 1)
+    return Reading(level, "gate", choices, []) if last else Reading(level, None, [], choices)
+
+
 class FakeEngine:
-    """Answers at once, or raises `error`. Remembers the jobs it was given."""
+    """Answers at once, raises `error`, or stands still while `held`. Remembers the jobs it was given."""
 
     def __init__(self, token: int, steps: int = 2) -> None:
         self.token = token
@@ -62,6 +74,9 @@ class FakeEngine:
         self.live = 0
         self.jobs: list[Job] = []
         self.error: Exception | None = None
+        self.error_after_pass = 0  # of a streamed job
+        self.held: asyncio.Event | None = None  # set it to let jobs go on after their first pass
+        self.n_left = 0  # jobs whose caller left
         self.full: ServiceError | None = None
         self.grace_seconds: float | None = None
 
@@ -76,11 +91,21 @@ class FakeEngine:
 
     async def submit(self, job: Job, place: Place, on_reading: OnReading | None = None) -> Result:
         assert place.held
-        for step in range(1, self.steps if on_reading else 0):
-            on_reading(Reading(1 / (step + 1), None, [], [Choice(0, self.token, 0.5, [])]))
         self.jobs.append(job)
-        if self.error is not None:
-            raise self.error
+        self.live += 1
+        try:
+            for step in range(1, self.steps + 1):
+                if self.error is not None and step > self.error_after_pass:
+                    raise self.error
+                if on_reading is not None:
+                    on_reading(fake_reading(job, self.token, step, self.steps))
+                if self.held is not None:
+                    await self.held.wait()
+        except asyncio.CancelledError:
+            self.n_left += 1
+            raise
+        finally:
+            self.live -= 1
         return fake_result(job, self.token, self.steps)
 
     async def drain(self, grace_seconds: float) -> None:
@@ -105,8 +130,10 @@ class Service:
                 configuration=config.to_mapping(), limits={},
             ),
             config=config, tokenizer=tokenizer, engine=self.engine,
-            limits=Limits(config.max_seq_len, max_steps=100, max_top_k=5), metrics=self.metrics, clock=self.clock,
+            limits=Limits(config.max_seq_len, max_steps=100, max_top_k=5, max_batch_items=4),
+            metrics=self.metrics, clock=self.clock,
         )  # fmt: skip
+        self.api_key = api_key
         self.app: FastAPI = create_app(self.lifecycle, self.metrics, max_body_bytes=MAX_BODY_BYTES, api_key=api_key)
 
     def open(self) -> Service:
@@ -118,6 +145,15 @@ class Service:
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://rdt") as client:
             yield client
+
+    @asynccontextmanager
+    async def channel(self) -> AsyncIterator[grpc.aio.Channel]:
+        """To a gRPC server over the same parts."""
+        server = RpcServer(self.lifecycle, self.metrics, max_message_bytes=MAX_BODY_BYTES, api_key=self.api_key)
+        await server.start("127.0.0.1", 0)
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            yield channel
+        await server.stop(0)
 
     def sample(self, name: str, **labels: str) -> float:
         """One value of the registry; 0 for a series nobody has touched."""

@@ -7,20 +7,23 @@ from importlib.metadata import PackageNotFoundError, version
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 
+from service.access import ApiKey
 from service.errors import ServiceError
 from service.lifecycle import Lifecycle
 from service.metrics import Metrics
-from service.rest import denoise, health, metrics, model, playground
+from service.rest import batch, denoise, health, metrics, model, playground, stream
 from service.rest.errors import on_crash, on_http_error, on_service_error
-from service.rest.middleware import ApiKey, BodyLimit, RequestId
+from service.rest.middleware import BodyLimit, Door, RequestId
 from service.rest.problem import Problem
+from service.schema import DenoisePass
 
 
 def create_app(lifecycle: Lifecycle, measures: Metrics, *, max_body_bytes: int, api_key: str | None = None) -> FastAPI:
-    """An ASGI application over a server's lifecycle. With `api_key`, only the health routes stay open."""
+    """An ASGI application over a server's lifecycle. With `api_key`, only health and the playground stay open."""
     # The bundled documentation pages load scripts from elsewhere; the schema itself stays at /openapi.json.
     app = FastAPI(title="RDT", version=_version(), docs_url=None, redoc_url=None)
-    app.include_router(denoise.routes(lifecycle, measures))
+    for room in (denoise, batch, stream):
+        app.include_router(room.routes(lifecycle, measures))
     app.include_router(health.routes(lifecycle))
     app.include_router(metrics.routes(measures))
     app.include_router(model.routes(lifecycle))
@@ -31,18 +34,20 @@ def create_app(lifecycle: Lifecycle, measures: Metrics, *, max_body_bytes: int, 
     app.add_exception_handler(Exception, on_crash)
     app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
     if api_key is not None:
-        app.add_middleware(ApiKey, key=api_key, open_paths=(health.LIVE_PATH, health.READY_PATH))
+        open_paths = (health.LIVE_PATH, health.READY_PATH, playground.PATH)
+        app.add_middleware(Door, key=ApiKey(api_key), open_paths=open_paths)
     app.add_middleware(RequestId)  # added last, runs first
-    _document_problems(app)
+    _document_components(app)
     return app
 
 
-def _document_problems(app: FastAPI) -> None:
-    """Put the problem document into the schema's components, where the routes refer to it."""
+def _document_components(app: FastAPI) -> None:
+    """Put into the schema's components what the routes refer to and FastAPI does not see."""
     components = app.openapi()["components"]["schemas"]  # built once and kept by FastAPI
-    problem = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
-    components.update(problem.pop("$defs"))
-    components["Problem"] = problem
+    for document in (Problem, DenoisePass):
+        schema = document.model_json_schema(ref_template="#/components/schemas/{model}")
+        components.update(schema.pop("$defs", {}))
+        components[document.__name__] = schema
 
 
 def _version() -> str:

@@ -11,6 +11,11 @@ from service.errors import Cancelled, Malformed, UnsupportedFormat
 JSON_TYPE = "application/json"
 
 
+def json_body(schema: dict[str, object], example: object) -> dict[str, object]:
+    """OpenAPI documentation of a route that reads its body itself."""
+    return {"requestBody": {"required": True, "content": {JSON_TYPE: {"schema": schema, "example": example}}}}
+
+
 async def read_json(request: Request) -> object:
     """The body as plain values. Raises `UnsupportedFormat`, `Malformed`, `TooLarge` or `Cancelled`."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()

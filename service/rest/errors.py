@@ -10,11 +10,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.errors import Code, FieldProblem, Internal, Refused, ServiceError, printable
+from service.errors import RETRY_SECONDS, Code, Internal, Refused, ServiceError, printable
 from service.rest.problem import BadField, Problem
 
 PROBLEM_JSON = "application/problem+json"
-RETRY_AFTER_SECONDS = 1
 
 STATUS: dict[Code, int] = {
     "invalid_argument": 422,
@@ -41,6 +40,9 @@ TITLE: dict[Code, str] = {
     "internal": "The server made a mistake",
 }
 
+DENOISE_CODES: tuple[Code, ...] = tuple(code for code in STATUS if code != "cancelled")
+"""What a caller who stays can be answered with."""
+
 
 def problem_responses(*codes: Code) -> dict[int | str, dict[str, object]]:
     """OpenAPI documentation of the errors a route can answer with."""
@@ -48,26 +50,29 @@ def problem_responses(*codes: Code) -> dict[int | str, dict[str, object]]:
     return {STATUS[code]: {"description": TITLE[code], "content": {PROBLEM_JSON: {"schema": schema}}} for code in codes}
 
 
-def service_problem(error: ServiceError, request_id: str) -> Response:
-    headers = {}
-    if isinstance(error, Refused):
-        headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
-    if error.code == "unauthenticated":
-        headers["WWW-Authenticate"] = "Bearer"
-    problem = Problem(
+def problem_of(error: ServiceError, request_id: str) -> Problem:
+    return Problem(
         type=f"urn:rdt:problem:{error.code}",
         title=TITLE[error.code],
         status=STATUS[error.code],
         detail=error.message,
-        errors=[_bad_field(problem) for problem in error.problems],
+        errors=[BadField(field=bad.field, message=bad.message, value=bad.value) for bad in error.problems],
         request_id=request_id,
     )
-    return _response(problem, headers)
+
+
+def problem_response(error: ServiceError, request_id: str) -> Response:
+    headers = {}
+    if isinstance(error, Refused):
+        headers["Retry-After"] = str(RETRY_SECONDS)
+    if error.code == "unauthenticated":
+        headers["WWW-Authenticate"] = "Bearer"
+    return _response(problem_of(error, request_id), headers)
 
 
 async def on_service_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServiceError)
-    return service_problem(error, request.state.request_id)
+    return problem_response(error, request.state.request_id)
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
@@ -87,11 +92,7 @@ async def on_http_error(request: Request, error: Exception) -> Response:
 
 async def on_crash(request: Request, _error: Exception) -> Response:
     """A bug of ours. The server logs the traceback; the caller gets an id to quote."""
-    return service_problem(Internal("the server has logged what went wrong"), request.state.request_id)
-
-
-def _bad_field(problem: FieldProblem) -> BadField:
-    return BadField(field=problem.field, message=problem.message, value=problem.value)
+    return problem_response(Internal("the server has logged what went wrong"), request.state.request_id)
 
 
 def _response(problem: Problem, headers: Mapping[str, str]) -> Response:

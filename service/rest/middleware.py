@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 import re
 import uuid
 from collections.abc import Collection
@@ -10,8 +9,9 @@ from collections.abc import Collection
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.access import ApiKey
 from service.errors import TooLarge, Unauthenticated
-from service.rest.errors import service_problem
+from service.rest.errors import problem_response
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -38,25 +38,24 @@ class RequestId:
         await self._app(scope, receive, send_with_id)
 
 
-class ApiKey:
+class Door:
     """Asks for the key on every path but the open ones. Runs inside `RequestId`."""
 
-    def __init__(self, app: ASGIApp, key: str, open_paths: Collection[str]) -> None:
+    def __init__(self, app: ASGIApp, key: ApiKey, open_paths: Collection[str]) -> None:
         self._app = app
-        self._key = key.encode()
+        self._key = key
         self._open_paths = open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in self._open_paths or self._is_known(Headers(scope=scope)):
-            await self._app(scope, receive, send)
-            return
-        error = Unauthenticated("send the API key as 'Authorization: Bearer KEY' or as 'X-API-Key: KEY'")
-        await service_problem(error, scope["state"]["request_id"])(scope, receive, send)
-
-    def _is_known(self, headers: Headers) -> bool:
-        scheme, _, token = headers.get("authorization", "").partition(" ")
-        presented = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-        return hmac.compare_digest(presented.encode("latin-1"), self._key)  # Starlette decodes headers as latin-1
+        if scope["type"] == "http" and scope["path"] not in self._open_paths:
+            headers = Headers(scope=scope)
+            presented = [headers.get(name, "").encode("latin-1") for name in ("authorization", "x-api-key")]
+            try:
+                self._key.check(*presented)
+            except Unauthenticated as error:
+                await problem_response(error, scope["state"]["request_id"])(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 class BodyLimit:

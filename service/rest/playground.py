@@ -1,4 +1,7 @@
-"""`GET /`: a page to try the model by hand. One file, nothing loaded from elsewhere."""
+"""`GET /`: a page to try the model by hand. One file, nothing loaded from elsewhere.
+
+It holds nothing secret and is open to everybody; the key, if one is needed, is typed into it.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from pathlib import Path
 from fastapi import APIRouter
 from starlette.responses import HTMLResponse
 
+PATH = "/"
 PAGE = Path(__file__).with_name("static") / "playground.html"
 
 
@@ -22,7 +26,7 @@ def routes() -> APIRouter:
         "X-Content-Type-Options": "nosniff",
     }
 
-    @router.get("/", include_in_schema=False)
+    @router.get(PATH, include_in_schema=False)
     async def playground() -> HTMLResponse:
         return HTMLResponse(page, headers=headers)
 

@@ -1,8 +1,10 @@
-"""The RFC 9457 problem document, as the server writes it and the client reads it."""
+"""The RFC 9457 problem document and the answer to a batch, as the server writes them and the client reads them."""
 
 from __future__ import annotations
 
 from pydantic import BaseModel, Field
+
+from service.schema import DenoiseAnswer
 
 
 class BadField(BaseModel):
@@ -22,3 +24,14 @@ class Problem(BaseModel):
     detail: str
     errors: list[BadField] = Field(default=[], description="One entry for each field that is to blame.")
     request_id: str = Field(default="", description="Also in the header X-Request-Id.")
+
+
+class BatchResult(BaseModel):
+    """What became of one item: an answer or a problem, never both."""
+
+    answer: DenoiseAnswer | None = None
+    problem: Problem | None = None
+
+
+class BatchAnswer(BaseModel):
+    results: list[BatchResult] = Field(description="As many as items, in their order.")

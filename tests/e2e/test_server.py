@@ -15,10 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import grpc
 import httpx
 import pytest
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from service.client import Client, ProblemError
+from service.rpc.pb import denoiser_pb2 as pb
+from service.rpc.pb.denoiser_pb2_grpc import DenoiserStub
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 30.0
@@ -41,7 +47,7 @@ def server(log: Path, *flags: str) -> Iterator[Server]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RDT_")}
     with log.open("w") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "service", "--http_port", "0", "--threads", "1", *flags],
+            [sys.executable, "-m", "service", "--http_port", "0", "--grpc_port", "0", "--threads", "1", *flags],
             cwd=ROOT, env={**environment, "OMP_NUM_THREADS": "1"}, stderr=file, stdout=file, text=True,
         )  # fmt: skip
     running = Server(process, log)
@@ -54,7 +60,7 @@ def server(log: Path, *flags: str) -> Iterator[Server]:
 
 def wait_for_url(running: Server) -> str:
     """The address the server says it listens on."""
-    return wait_for(running, lambda: _address(running.log.read_text()))
+    return wait_for(running, lambda: _found(r"listening on (http://\S+)", running.log.read_text()))
 
 
 def wait_until_ready(running: Server) -> Client:
@@ -91,6 +97,39 @@ def test_a_life_from_start_to_sigterm(tiny_checkpoint: Path, tmp_path: Path) -> 
         assert running.process.wait(timeout=10) == 0
 
 
+def test_grpc_beside_rest(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    flags = ("--checkpoint", str(tiny_checkpoint), "--max_steps_limit", "1000000000")
+    endless = pb.DenoiseRequest(text="[MASK]", max_steps=10**9, threshold=0)
+    with server(tmp_path / "log", *flags) as running, wait_until_ready(running) as client:
+        address = wait_for(running, lambda: _found(r"listening on grpc://(\S+)", running.log.read_text()))
+        with grpc.insecure_channel(address) as channel:
+            stub = DenoiserStub(channel)
+            health = HealthStub(channel).Check(HealthCheckRequest(), wait_for_ready=True)
+            assert health.status == HealthCheckResponse.SERVING
+            assert "rdt.v1.Denoiser" in ProtoReflectionDescriptorDatabase(channel).get_services()
+            text = "The Quick [MASK]  fox"
+            assert stub.Denoise(pb.DenoiseRequest(text=text)).text == client.denoise(text).text
+            assert stub.GetModel(pb.GetModelRequest()).digest == client.model().digest
+
+            answer = stub.Denoise(endless, timeout=1.5)
+            assert answer.halt_reason == "deadline", "the answer is there before the deadline is"
+
+            stream = stub.DenoiseStream(endless)
+            assert [next(stream).WhichOneof("event") for _ in range(2)] == ["pass", "pass"]
+            stream.cancel()
+            wait_for(running, lambda: "rdt_live_requests 0.0" in httpx.get(f"{running.url}/metrics").text or None)
+
+            slow = stub.Denoise.future(endless, timeout=3)
+            wait_for(running, lambda: "rdt_live_requests 1.0" in httpx.get(f"{running.url}/metrics").text or None)
+            running.process.send_signal(signal.SIGTERM)
+            wait_for(running, lambda: httpx.get(f"{running.url}/health/ready").json()["status"] == "draining" or None)
+            assert HealthStub(channel).Check(HealthCheckRequest()).status == HealthCheckResponse.NOT_SERVING
+            with pytest.raises(grpc.RpcError, match="UNAVAILABLE"):
+                stub.Denoise(pb.DenoiseRequest(text="a"))
+            assert slow.result().halt_reason == "deadline", "a call under way is answered"
+        assert running.process.wait(timeout=10) == 0
+
+
 def check_answers(client: Client) -> None:
     answer = client.denoise("The Quick [MASK]  fox", trace=True)
     assert re.fullmatch(r"The Quick \S+  fox", answer.text)
@@ -102,6 +141,6 @@ def check_answers(client: Client) -> None:
         client.denoise("a", max_steps=0)
 
 
-def _address(log: str) -> str | None:
-    found = re.search(r"listening on (http://\S+)", log)
+def _found(pattern: str, log: str) -> str | None:
+    found = re.search(pattern, log)
     return found[1] if found else None

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import json
+
 import httpx
 import pytest
 
 from service.client import AsyncClient, Client, ProblemError
+from service.errors import Internal
 from tests.fakes import Service
 
 
@@ -16,6 +19,40 @@ async def test_an_answer_and_a_problem(service: Service) -> None:
             await client.denoise("the [MASK]", max_steps=0)
     assert error.value.problem.status == 422
     assert [bad.field for bad in error.value.problem.errors] == ["max_steps"]
+
+
+async def test_a_batch_and_a_stream(service: Service) -> None:
+    async with AsyncClient("http://rdt", transport=httpx.ASGITransport(service.app)) as client:
+        first, second = await client.denoise_batch(["the [MASK]", {"text": "a", "max_steps": 0}], max_steps=3)
+        assert first.answer is not None
+        assert (first.answer.text, first.answer.max_steps, first.problem) == ("the fox", 3, None)
+        assert second.problem is not None
+        assert (second.answer, second.problem.errors[0].field) == (None, "items[1].max_steps")
+        *passes, answer = [event async for event in client.denoise_stream("the [MASK]")]
+        assert [event.text for event in (*passes, answer)] == ["the fox"] * 3
+        with pytest.raises(ProblemError, match="max_steps is 0"):
+            await anext(aiter(client.denoise_stream("a", max_steps=0)))
+        service.engine.error, service.engine.error_after_pass = Internal("broken"), 1
+        events = client.denoise_stream("a")
+        await anext(events)
+        with pytest.raises(ProblemError, match="500"):
+            await anext(events)
+
+
+def test_the_sync_clients_batch_and_stream() -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/denoise/batch":
+            assert json.loads(request.content) == {"items": [{"text": "a"}], "top_k": 1}
+            return httpx.Response(200, json={"results": []})
+        if b"bad" in request.content:
+            return httpx.Response(503, text="down")
+        return httpx.Response(200, text='event: pass\ndata: {"step":1,"level":0.5,"text":"b"}\n\n')
+
+    with Client("http://rdt", transport=httpx.MockTransport(answer)) as client:
+        assert client.denoise_batch(["a"], top_k=1) == []
+        assert [event.text for event in client.denoise_stream("a")] == ["b"]
+        with pytest.raises(ProblemError, match="503"):
+            next(client.denoise_stream("bad"))
 
 
 def test_the_sync_client_sends_its_key_and_reads_foreign_errors() -> None:

@@ -10,6 +10,7 @@ from tests.fakes import Service
 NAMES = {
     "rdt_requests", "rdt_request_duration_seconds", "rdt_queue_duration_seconds", "rdt_steps_taken", "rdt_halts",
     "rdt_passes", "rdt_tokens", "rdt_live_requests", "rdt_waiting_requests", "rdt_refused", "rdt_model_info",
+    "rdt_tick_duration_seconds", "rdt_tick_tokens", "rdt_decoded_rows",
 }  # fmt: skip
 
 

@@ -28,7 +28,7 @@ def _log_everything(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def settings_for(checkpoint: Path, **changes: object) -> Settings:
-    return Settings(checkpoint=checkpoint, device="cpu", http_port=0, threads=1, **changes)  # type: ignore[arg-type]
+    return Settings(checkpoint=checkpoint, device="cpu", http_port=0, grpc_port=0, threads=1, **changes)  # type: ignore[arg-type]
 
 
 @asynccontextmanager
@@ -91,7 +91,10 @@ def test_an_address_in_use_is_one_line(tiny_checkpoint: Path, capsys: pytest.Cap
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert cli.serve(["--checkpoint", str(tiny_checkpoint), "--http_port", str(port)]) == 1
-    assert re.fullmatch(rf"rdt-serve: cannot listen on 127.0.0.1:{port}: [^\n]+\n", capsys.readouterr().err)
+        assert cli.serve(["--checkpoint", str(tiny_checkpoint), "--http_port", "0", "--grpc_port", str(port)]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    complaints = [line for line in lines if line.startswith(f"rdt-serve: cannot listen on 127.0.0.1:{port}: ")]
+    assert len(complaints) == 2, lines
 
 
 @pytest.mark.parametrize("name", ["tpu", "cuda:4096", "meta", "cuda:-1"])

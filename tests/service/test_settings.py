@@ -23,6 +23,7 @@ def test_defaults() -> None:
         "auto",
         "fp32",
     )
+    assert (settings.grpc_port, settings.max_batch_items) == (50051, 64)
     assert settings.api_key is None
     assert settings.threads >= 1
 
@@ -48,6 +49,8 @@ def test_only_the_name_of_a_flag_is_rewritten() -> None:
     ("flags", "named"),
     [
         (["--http_port", "65536"], "http_port (RDT_HTTP_PORT)"),
+        (["--grpc_port", "65536"], "grpc_port (RDT_GRPC_PORT)"),
+        (["--max_batch_items", "0"], "max_batch_items"),
         (["--http_port", "http"], 'is "http"'),
         (["--device", "tpu"], "device"),
         (["--device", "cuda:x"], "device"),

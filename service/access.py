@@ -1,0 +1,19 @@
+"""The API key, presented as `Authorization: Bearer KEY` or `X-API-Key: KEY`, the same way on every transport."""
+
+from __future__ import annotations
+
+import hmac
+
+from service.errors import Unauthenticated
+
+
+class ApiKey:
+    def __init__(self, key: str) -> None:
+        self._key = key.encode()
+
+    def check(self, authorization: bytes, x_api_key: bytes) -> None:
+        """Raises `Unauthenticated` unless one of the headers, empty if it was not sent, holds the key."""
+        scheme, _, token = authorization.partition(b" ")
+        presented = token.strip() if scheme.lower() == b"bearer" else x_api_key
+        if not hmac.compare_digest(presented, self._key):
+            raise Unauthenticated("send the API key as 'Authorization: Bearer KEY' or as 'X-API-Key: KEY'")

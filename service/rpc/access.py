@@ -1,0 +1,45 @@
+"""Asks for the key on every call but those to the health service."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeAlias
+
+import grpc
+from grpc_health.v1 import health
+
+from service.access import ApiKey
+from service.errors import Unauthenticated
+from service.rpc.errors import Context, fail
+
+Details = grpc.HandlerCallDetails
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"  # a plain class, generic in its stubs only
+
+
+class Door(grpc.aio.ServerInterceptor):
+    def __init__(self, key: ApiKey) -> None:
+        self._key = key
+
+    async def intercept_service(
+        self, continuation: Callable[[Details], Awaitable[Handler]], handler_call_details: Details
+    ) -> Handler:
+        if handler_call_details.method.startswith(f"/{health.SERVICE_NAME}/"):
+            return await continuation(handler_call_details)
+        sent = dict(handler_call_details.invocation_metadata)
+        presented = [_bytes(sent.get(name, "")) for name in ("authorization", "x-api-key")]
+        try:
+            self._key.check(*presented)
+        except Unauthenticated as error:
+            return _refusal(error)
+        return await continuation(handler_call_details)
+
+
+def _refusal(error: Unauthenticated) -> Handler:
+    async def refuse(_message: bytes, context: Context) -> None:
+        await fail(context, error)
+
+    return grpc.unary_unary_rpc_method_handler(refuse)  # a stream that ends with a status at once looks the same
+
+
+def _bytes(value: str | bytes) -> bytes:
+    return value.encode() if isinstance(value, str) else value

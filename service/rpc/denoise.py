@@ -1,0 +1,81 @@
+"""The service `rdt.v1.Denoiser`.
+
+Bytes in, bytes out: messages are parsed here, so that one that cannot be read is its sender's fault.
+"""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+
+import grpc
+
+from service.lifecycle import Lifecycle
+from service.metrics import Metrics
+from service.rpc.convert import (
+    SERVICE,
+    batch_fields,
+    parse,
+    request_fields,
+    to_event,
+    to_model,
+    to_response,
+    to_result,
+)
+from service.rpc.errors import Context, mapped_errors
+from service.rpc.pb import denoiser_pb2 as pb
+
+MARGIN_SECONDS = 0.02
+"""How long before the call's deadline the answer should be ready: it still has to travel."""
+ROUNDING = 0.01
+"""Share by which gRPC may round a deadline up on its way here: its timeouts travel with two to three digits."""
+
+
+class DenoiserCalls:
+    def __init__(self, lifecycle: Lifecycle, metrics: Metrics) -> None:
+        self._lifecycle = lifecycle
+        self._metrics = metrics
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        unary, stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
+        calls: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
+            "Denoise": unary(self.denoise),
+            "DenoiseBatch": unary(self.denoise_batch),
+            "DenoiseStream": stream(self.denoise_stream),
+            "GetModel": unary(self.get_model),
+        }
+        return grpc.method_handlers_generic_handler(SERVICE, calls)
+
+    async def denoise(self, message: bytes, context: Context) -> bytes:
+        async with mapped_errors(context):
+            with self._metrics.failure("grpc"):
+                denoiser = self._lifecycle.denoiser
+                request = denoiser.read(request_fields(parse(pb.DenoiseRequest, message)))
+            answer = await denoiser.denoise(request, "grpc", seconds_left(context))
+            return to_response(answer).SerializeToString()
+
+    async def denoise_batch(self, message: bytes, context: Context) -> bytes:
+        async with mapped_errors(context):
+            with self._metrics.failure("grpc"):
+                denoiser = self._lifecycle.denoiser
+                items = denoiser.read_batch(batch_fields(parse(pb.DenoiseBatchRequest, message)))
+            ends = await denoiser.denoise_batch(items, "grpc", seconds_left(context))
+            return pb.DenoiseBatchResponse(results=map(to_result, ends)).SerializeToString()
+
+    async def denoise_stream(self, message: bytes, context: Context) -> None:
+        async with mapped_errors(context):
+            with self._metrics.failure("grpc"):
+                denoiser = self._lifecycle.denoiser
+                request = denoiser.read(request_fields(parse(pb.DenoiseRequest, message)))
+            async with aclosing(denoiser.denoise_stream(request, "grpc", seconds_left(context))) as events:
+                async for event in events:
+                    await context.write(to_event(event).SerializeToString())
+
+    async def get_model(self, _message: bytes, context: Context) -> bytes:
+        async with mapped_errors(context):
+            return to_model(self._lifecycle.denoiser.card).SerializeToString()
+
+
+def seconds_left(context: Context) -> float | None:
+    """Until the answer is wanted, by the call's own deadline; None if it has none."""
+    left = context.time_remaining()
+    return None if left is None else left - min(MARGIN_SECONDS + ROUNDING * left, left / 4)

@@ -1,0 +1,72 @@
+"""Errors as gRPC statuses, and the one map from neutral codes to status codes.
+
+Fields that are to blame travel as `google.rpc.BadRequest`, which clients in every language know how to
+read; it costs two small packages of generated code.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
+from grpc_status import rpc_status
+
+from service.errors import RETRY_SECONDS, Code, Internal, Refused, ServiceError
+from service.rpc.convert import SERVICE
+
+log = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[bytes, bytes]
+
+STATUS: dict[Code, grpc.StatusCode] = {
+    "invalid_argument": grpc.StatusCode.INVALID_ARGUMENT,
+    "malformed": grpc.StatusCode.INVALID_ARGUMENT,
+    "unsupported_format": grpc.StatusCode.INVALID_ARGUMENT,
+    "too_large": grpc.StatusCode.INVALID_ARGUMENT,  # RESOURCE_EXHAUSTED invites to send the same again
+    "unauthenticated": grpc.StatusCode.UNAUTHENTICATED,
+    "resource_exhausted": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "unavailable": grpc.StatusCode.UNAVAILABLE,
+    "deadline_exceeded": grpc.StatusCode.DEADLINE_EXCEEDED,
+    "cancelled": grpc.StatusCode.CANCELLED,
+    "internal": grpc.StatusCode.INTERNAL,
+}
+
+
+def status_of(error: ServiceError) -> grpc.Status:
+    """Code and message, with what a program may want to know beside them."""
+    details: list[Message] = [ErrorInfo(reason=error.code.upper(), domain=SERVICE)]
+    if error.problems:
+        violations = [
+            BadRequest.FieldViolation(field=problem.field, description=problem.message) for problem in error.problems
+        ]
+        details.append(BadRequest(field_violations=violations))
+    if isinstance(error, Refused):
+        details.append(RetryInfo(retry_delay=Duration(seconds=RETRY_SECONDS)))
+    status = Status(code=STATUS[error.code].value[0], message=error.message)
+    for detail in details:
+        status.details.add().Pack(detail)
+    return rpc_status.to_status(status)
+
+
+async def fail(context: Context, error: ServiceError) -> None:
+    """Ends the call with the error's status: raises, as `abort` does."""
+    status = status_of(error)
+    await context.abort(status.code, status.details, status.trailing_metadata)
+
+
+@asynccontextmanager
+async def mapped_errors(context: Context) -> AsyncIterator[None]:
+    """What the use case raises ends the call with its status; a bug of ours with INTERNAL, and is logged."""
+    try:
+        yield
+    except ServiceError as error:
+        await fail(context, error)
+    except Exception:
+        log.exception("a call failed")
+        await fail(context, Internal("the server has logged what went wrong"))

@@ -1,0 +1,51 @@
+"""The service `grpc.health.v1.Health`: SERVING while the lifecycle is ready, and at no other time.
+
+It looks the state up instead of being told, as `/health/ready` does, so that the two cannot disagree.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Literal
+
+import grpc
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthServicer
+
+from service.lifecycle import Lifecycle
+from service.rpc.convert import SERVICE
+
+NAMES = ("", SERVICE)  # the empty name is the whole server
+WATCH_SECONDS = 0.25
+"""How often a watched state is looked up."""
+
+Status = Literal[1, 2, 3]  # SERVING, NOT_SERVING, SERVICE_UNKNOWN
+WatchContext = grpc.aio.ServicerContext[HealthCheckRequest, HealthCheckResponse]
+
+
+class Health(HealthServicer):
+    def __init__(self, lifecycle: Lifecycle) -> None:
+        self._lifecycle = lifecycle
+
+    async def Check(self, request: HealthCheckRequest, context: WatchContext) -> HealthCheckResponse:
+        if request.service not in NAMES:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"want one of {', '.join(map(repr, NAMES))}")
+        return HealthCheckResponse(status=self._status(request.service))
+
+    async def Watch(self, request: HealthCheckRequest, context: WatchContext) -> None:
+        """Every change of state. Ends when the server begins to drain: it must not wait for its watchers."""
+        told: Status | None = None
+        while True:
+            status = self._status(request.service)
+            if status != told:
+                await context.write(HealthCheckResponse(status=status))
+                told = status
+            if self._lifecycle.state == "draining":
+                return
+            await asyncio.sleep(WATCH_SECONDS)
+
+    def _status(self, service: str) -> Status:
+        if service not in NAMES:
+            return HealthCheckResponse.SERVICE_UNKNOWN
+        ready = self._lifecycle.state == "ready"
+        return HealthCheckResponse.SERVING if ready else HealthCheckResponse.NOT_SERVING

@@ -1,0 +1,47 @@
+"""Puts the gRPC interface together: the denoiser, health and reflection on one port."""
+
+from __future__ import annotations
+
+import grpc
+from grpc_health.v1 import health
+from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
+from grpc_reflection.v1alpha import reflection
+
+from service.access import ApiKey
+from service.lifecycle import Lifecycle
+from service.metrics import Metrics
+from service.rpc.access import Door
+from service.rpc.convert import SERVICE
+from service.rpc.denoise import DenoiserCalls
+from service.rpc.health import Health
+
+
+class RpcServer:
+    """Belongs to the event loop it is made on. `port` is known once it has started."""
+
+    def __init__(
+        self, lifecycle: Lifecycle, metrics: Metrics, *, max_message_bytes: int, api_key: str | None = None
+    ) -> None:
+        self.port = 0
+        self._server = grpc.aio.server(
+            interceptors=[] if api_key is None else [Door(ApiKey(api_key))],
+            options=[
+                ("grpc.max_receive_message_length", max_message_bytes),
+                ("grpc.so_reuseport", 0),  # two servers on one port would each get some of the calls
+            ],
+        )
+        self._server.add_generic_rpc_handlers((DenoiserCalls(lifecycle, metrics).handler(),))
+        add_HealthServicer_to_server(Health(lifecycle), self._server)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+
+    async def start(self, host: str, port: int) -> None:
+        """Raises `OSError` if the address cannot be had."""
+        try:
+            self.port = self._server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {host}:{port}: {error}") from None
+        await self._server.start()
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Take no more calls; those under way get the grace period to be answered."""
+        await self._server.stop(grace_seconds)

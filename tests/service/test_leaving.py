@@ -1,0 +1,81 @@
+"""A caller who hangs up frees the engine, whichever route it waits on: over a real socket, and at the level of ASGI."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import uvicorn
+
+from service.runtime import _Server, listen
+from tests.fakes import Service
+
+ONE: dict[str, Any] = {"text": "a"}
+ROUTES = [("/denoise", ONE, 1), ("/denoise/batch", {"items": [ONE] * 3}, 3), ("/denoise/stream", ONE, 1)]
+
+
+@pytest.fixture
+async def port(service: Service) -> AsyncIterator[int]:
+    """A real server over a fake engine that stands still."""
+    service.engine.held = asyncio.Event()
+    with listen("127.0.0.1", 0) as listener:
+        server = _Server(uvicorn.Config(service.app, log_config=None, lifespan="off", ws="none"))
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        yield listener.getsockname()[1]
+        service.engine.held.set()
+        server.should_exit = True
+        await serving
+
+
+async def until(service: Service, live: int) -> None:
+    async with asyncio.timeout(5):
+        while service.sample("rdt_live_requests") != live:
+            await asyncio.sleep(0.005)
+
+
+@pytest.mark.parametrize(("path", "body", "n_jobs"), ROUTES)
+async def test_a_socket_that_closes(service: Service, port: int, path: str, body: Any, n_jobs: int) -> None:
+    _, writer = await asyncio.open_connection("127.0.0.1", port)
+    content = json.dumps(body)
+    writer.write(f"POST {path} HTTP/1.1\r\nHost: rdt\r\nContent-Type: application/json\r\n".encode())
+    writer.write(f"Content-Length: {len(content)}\r\n\r\n{content}".encode())
+    await until(service, live=n_jobs)
+    assert service.engine.n_left == 0
+    writer.close()
+    await until(service, live=0)
+    assert service.engine.n_left == n_jobs
+    assert service.sample("rdt_requests_total", transport="rest", outcome="cancelled") == n_jobs
+
+
+@pytest.mark.parametrize(("path", "body", "n_jobs"), ROUTES)
+async def test_a_disconnect(service: Service, path: str, body: Any, n_jobs: int) -> None:
+    service.engine.held = asyncio.Event()
+    sent: list[dict[str, Any]] = []
+    gone = asyncio.Event()
+    messages = [{"type": "http.request", "body": json.dumps(body).encode()}]
+
+    async def receive() -> dict[str, Any]:
+        if messages:
+            return messages.pop()
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+    }  # fmt: skip
+    answering = asyncio.create_task(service.app(scope, receive, send))  # type: ignore[arg-type] # plain dicts
+    await until(service, live=n_jobs)
+    async with asyncio.timeout(5):
+        while path == "/denoise/stream" and len(sent) < 2:  # in the middle of it
+            await asyncio.sleep(0.005)
+        gone.set()
+        await answering
+    assert service.engine.live == 0
+    assert service.engine.n_left == n_jobs

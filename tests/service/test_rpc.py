@@ -1,0 +1,206 @@
+"""The gRPC interface beside what the contract covers: health, reflection, the key, deadlines, leaving, bad bytes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from types import SimpleNamespace
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+
+from proto.generate import PB, generate
+from rdt_core import ModelConfig, Tokenizer
+from service.rpc.convert import SERVICE
+from service.rpc.denoise import DenoiserCalls, seconds_left
+from service.rpc.pb import denoiser_pb2 as pb
+from service.rpc.pb.denoiser_pb2_grpc import DenoiserStub
+from service.rpc.server import RpcServer
+from tests.fakes import MAX_BODY_BYTES, Service
+
+KEY = "s3cret"
+TEXT = pb.DenoiseRequest(text="a")
+
+
+@pytest.fixture
+async def channel(service: Service) -> AsyncIterator[grpc.aio.Channel]:
+    async with service.channel() as channel:
+        yield channel
+
+
+async def until(service: Service, live: int) -> None:
+    async with asyncio.timeout(5):
+        while service.engine.live != live:
+            await asyncio.sleep(0.005)
+
+
+def test_the_checked_in_code_is_what_proto_says(tmp_path: Any) -> None:
+    generate(tmp_path)
+    made = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert len(made) == 3
+    assert made == {path.name: path.read_text() for path in PB.glob("*_pb2*.py*") if path.suffix != ".pyc"}
+
+
+def test_every_method_is_served(service: Service) -> None:
+    handler = DenoiserCalls(service.lifecycle, service.metrics).handler()
+    for method in pb.DESCRIPTOR.services_by_name["Denoiser"].methods:
+        found = handler.service(SimpleNamespace(method=f"/{SERVICE}/{method.name}"))  # type: ignore[arg-type]
+        assert found is not None
+        assert found.response_streaming == method.server_streaming
+
+
+@pytest.mark.parametrize("message", [b"\xff\xff", b"\x0a\x01\xff", b"\x0a\x7f"])
+async def test_bytes_that_are_no_message(service: Service, channel: grpc.aio.Channel, message: bytes) -> None:
+    for method in ("Denoise", "DenoiseBatch"):
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await channel.unary_unary(f"/{SERVICE}/{method}")(message)
+        assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert service.sample("rdt_requests_total", transport="grpc", outcome="malformed") == 2
+
+
+async def test_a_message_over_the_limit(channel: grpc.aio.Channel) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await DenoiserStub(channel).Denoise(pb.DenoiseRequest(text="a" * MAX_BODY_BYTES))
+    assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED  # gRPC's own word for it
+
+
+async def test_the_longest_error_reaches_the_caller(channel: grpc.aio.Channel) -> None:
+    """Statuses travel as headers, and clients take no more than a few thousand bytes of these."""
+    long = "𝄞" * 200
+    request = pb.DenoiseRequest(
+        text=long + "\0", halting=long, restore=long, max_steps=-1, threshold=-1, top_k=-1, timeout_ms=-1,
+        mask_ratio=-1, seed=-1,
+    )  # fmt: skip
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await DenoiserStub(channel).Denoise(request)
+    assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_health_follows_the_lifecycle(tiny_tokenizer: Tokenizer, tiny_config: ModelConfig) -> None:
+    service = Service(tiny_tokenizer, tiny_config, api_key=KEY)  # health needs no key
+    async with service.channel() as channel:
+        stub = HealthStub(channel)
+        watched = stub.Watch(HealthCheckRequest(service=SERVICE))
+
+        async def check(name: str = "") -> int:
+            return (await stub.Check(HealthCheckRequest(service=name))).status  # type: ignore[no-any-return]
+
+        seen = [(await watched.read()).status]
+        assert await check() == HealthCheckResponse.NOT_SERVING
+        service.open()
+        assert await check() == await check(SERVICE) == HealthCheckResponse.SERVING
+        seen.append((await watched.read()).status)
+        service.engine.ready = False
+        assert await check() == HealthCheckResponse.NOT_SERVING
+        service.engine.ready = True
+        await service.lifecycle.drain(0)
+        assert await check() == HealthCheckResponse.NOT_SERVING
+        while (message := await watched.read()) is not grpc.aio.EOF:
+            seen.append(message.status)
+        assert seen[:2] == [HealthCheckResponse.NOT_SERVING, HealthCheckResponse.SERVING]
+        assert seen[-1] == HealthCheckResponse.NOT_SERVING, "and the watch has ended"
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await check("nobody")
+        assert error.value.code() == grpc.StatusCode.NOT_FOUND
+
+
+async def test_reflection_lists_the_service(service: Service) -> None:
+    server = RpcServer(service.lifecycle, service.metrics, max_message_bytes=MAX_BODY_BYTES)
+    await server.start("127.0.0.1", 0)
+
+    def reflected() -> tuple[set[str], str]:
+        with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            database = ProtoReflectionDescriptorDatabase(channel)
+            return set(database.get_services()), database.FindFileContainingSymbol(SERVICE).name
+
+    services, source = await asyncio.to_thread(reflected)
+    await server.stop(0)
+    assert services == {SERVICE, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
+    assert source == "rdt/v1/denoiser.proto"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "opens"),
+    [
+        ([("authorization", f"Bearer {KEY}")], True),
+        ([("authorization", f"bearer  {KEY}")], True),
+        ([("x-api-key", KEY)], True),
+        ([], False),
+        ([("authorization", "Bearer wrong")], False),
+        ([("authorization", f"Basic {KEY}")], False),
+        ([("x-api-key", KEY + "x")], False),
+    ],
+)
+async def test_the_key(
+    tiny_tokenizer: Tokenizer, tiny_config: ModelConfig, metadata: list[tuple[str, str]], opens: bool
+) -> None:
+    service = Service(tiny_tokenizer, tiny_config, api_key=KEY).open()
+
+    async def code_of(call: Any) -> grpc.StatusCode:
+        if isinstance(call, grpc.aio.UnaryStreamCall):
+            with suppress(grpc.aio.AioRpcError):
+                while await call.read() is not grpc.aio.EOF:
+                    pass
+        return await call.code()  # type: ignore[no-any-return]
+
+    async with service.channel() as channel:
+        stub = DenoiserStub(channel)
+        batch = pb.DenoiseBatchRequest(items=[TEXT])
+        codes = {
+            await code_of(call)
+            for call in (
+                stub.Denoise(TEXT, metadata=metadata),
+                stub.DenoiseStream(TEXT, metadata=metadata),
+                stub.DenoiseBatch(batch, metadata=metadata),
+                stub.GetModel(pb.GetModelRequest(), metadata=metadata),
+            )
+        }
+    assert codes == {grpc.StatusCode.OK if opens else grpc.StatusCode.UNAUTHENTICATED}
+    assert len(service.engine.jobs) == (3 if opens else 0)
+
+
+async def test_the_calls_deadline_is_the_jobs(service: Service, channel: grpc.aio.Channel) -> None:
+    stub = DenoiserStub(channel)
+    await stub.Denoise(TEXT, timeout=20)
+    await stub.Denoise(pb.DenoiseRequest(text="a", timeout_ms=1500), timeout=20)
+    await stub.Denoise(pb.DenoiseRequest(text="a", timeout_ms=60_000), timeout=20)
+    await stub.DenoiseBatch(pb.DenoiseBatchRequest(items=[TEXT]), timeout=20)
+    async for _ in stub.DenoiseStream(TEXT, timeout=20):
+        pass
+    await stub.Denoise(TEXT)
+    *deadlines, none = [job.deadline for job in service.engine.jobs]
+    left = [deadline - service.clock.now for deadline in deadlines if deadline is not None]
+    assert none is None
+    assert left.pop(1) == 1.5
+    assert len(left) == 4
+    assert all(10 < seconds < 20 for seconds in left), left
+
+
+@pytest.mark.parametrize(("left", "given"), [(None, None), (1.0, 0.97), (0.04, 0.03), (0.0, 0.0)])
+def test_the_margin_is_small(left: float | None, given: float | None) -> None:
+    assert seconds_left(SimpleNamespace(time_remaining=lambda: left)) == given  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", ["Denoise", "DenoiseBatch", "DenoiseStream"])
+@pytest.mark.parametrize("ended_by", ["cancel", "deadline"])
+async def test_a_caller_who_leaves_frees_the_engine(
+    service: Service, channel: grpc.aio.Channel, method: str, ended_by: str
+) -> None:
+    service.engine.held = asyncio.Event()
+    batch = method == "DenoiseBatch"
+    request = pb.DenoiseBatchRequest(items=[TEXT] * 3) if batch else TEXT
+    n_jobs = 3 if batch else 1
+    call = getattr(DenoiserStub(channel), method)(request, timeout=0.5 if ended_by == "deadline" else None)
+    await until(service, live=n_jobs)
+    if ended_by == "cancel":
+        call.cancel()
+    await until(service, live=0)
+    assert service.engine.n_left == n_jobs
+    async with asyncio.timeout(5):
+        while service.sample("rdt_requests_total", transport="grpc", outcome="cancelled") != n_jobs:
+            await asyncio.sleep(0.005)

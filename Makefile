@@ -7,7 +7,7 @@ CHECKPOINT ?= models/rdt-small/best_model.pt
 DATA ?= wikitext-2
 TEXT ?= $(DATA)
 
-.PHONY: help serve test lint format proto train evaluate clean
+.PHONY: help serve test lint format proto train evaluate bench clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/' | expand -t 12
@@ -35,6 +35,9 @@ train: $(VENV)/all  ## train a small model: make train DATA=text.txt
 
 evaluate: $(VENV)/all  ## evaluate a checkpoint: make evaluate TEXT=text.txt
 	$(BIN)/python -m training.evaluate --checkpoint $(CHECKPOINT) --text $(TEXT) $(ARGS)
+
+bench: $(VENV)/all  ## the engine against a plain loop and static batches: make bench ARGS="--model base"
+	$(BIN)/python -m benchmarks.engine $(ARGS)
 
 clean:  ## remove the environment, caches and runs
 	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -100,9 +100,9 @@ def _typed_lines() -> Iterator[str]:
 
 
 def _print_reading(text: str, reading: Reading) -> None:
-    print(f"Input:  {text}")
+    print(f"Input: {text}")
     print(f"Output: {reading.text}")
-    print(f"Steps:  {reading.steps}/{reading.max_steps}", flush=True)
+    print(f"Steps: {reading.steps}/{reading.max_steps}", flush=True)
 
 
 def _complain(program: str, problem: object, status: int) -> int:

@@ -8,7 +8,7 @@ import pytest
 
 from service.cli import denoise, serve
 
-OUTPUT = re.compile(r"Input:  (.*)\nOutput: (.*)\nSteps:  (\d+)/(\d+)\n")
+OUTPUT = re.compile(r"Input: (.*)\nOutput: (.*)\nSteps: (\d+)/(\d+)\n")
 
 
 @pytest.fixture

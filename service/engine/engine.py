@@ -114,6 +114,7 @@ class BatchingEngine:
         self._accepting = True
         self._idle.set()
         self._loop = asyncio.create_task(self._run(), name="engine")
+        self._loop.add_done_callback(self._loop_ended)
 
     def reserve(self) -> AbstractContextManager[Place]:
         self._check_ready()
@@ -163,13 +164,12 @@ class BatchingEngine:
                 continue
             try:
                 outcome = await self._tick(plan)
+                for ticket, reading in zip(plan.live, outcome.readings, strict=True):
+                    self._show(ticket, reading)
+                for ticket, result in self._scheduler.commit(plan, outcome, self._clock()):
+                    self._answer(ticket, result)
             except Exception as error:
                 await self._recover(error)
-                continue
-            for ticket, reading in zip(plan.live, outcome.readings, strict=True):
-                self._show(ticket, reading)
-            for ticket, result in self._scheduler.commit(plan, outcome, self._clock()):
-                self._answer(ticket, result)
 
     async def _tick(self, plan: Plan) -> Outcome:
         began = self._clock()
@@ -193,10 +193,20 @@ class BatchingEngine:
             log.exception("the backend cannot be restarted")
             gives_up = True
         if gives_up:
-            self._fail(self._scheduler.drop_all(), lambda: Unavailable("the engine has failed", "failed"))
-            self.failed.set()
+            self._give_up()
         else:
             self._broken = False
+
+    def _give_up(self) -> None:
+        self._broken = True
+        self._fail(self._scheduler.drop_all(), lambda: Unavailable("the engine has failed", "failed"))
+        self.failed.set()
+
+    def _loop_ended(self, loop: asyncio.Task[None]) -> None:
+        """The loop ends when it is cancelled. Any other end is a mistake of ours, and nobody may hang on it."""
+        if not loop.cancelled() and (error := loop.exception()) is not None:
+            log.critical("the engine's loop broke", exc_info=error)
+            self._give_up()
 
     def _show(self, ticket: Ticket, reading: Reading) -> None:
         caller = self._callers.get(ticket)

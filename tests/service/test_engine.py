@@ -35,6 +35,12 @@ async def submitted(engine: BatchingEngine, job: Job) -> asyncio.Task[Result]:
     return task
 
 
+async def until_ready(engine: BatchingEngine) -> None:
+    async with asyncio.timeout(5):
+        while not engine.ready:
+            await asyncio.sleep(0.001)
+
+
 @pytest.fixture
 def held() -> HeldBackend:
     return HeldBackend()
@@ -207,6 +213,27 @@ async def test_a_broken_tick_fails_its_jobs_and_no_others(
     assert not engine.failed.is_set()
 
 
+async def test_an_outcome_that_does_not_fit_the_plan_fails_its_jobs(engine: BatchingEngine, held: HeldBackend) -> None:
+    held.run = lambda plan: Outcome([], n_decoded=len(plan.live))  # type: ignore[method-assign]
+    with pytest.raises(Internal):
+        await asyncio.wait_for(submit(engine, scripted_job(4, depth=1)), timeout=5)
+    await until_ready(engine)
+    assert held.resets == 1
+
+
+async def test_nobody_hangs_when_the_loop_itself_breaks(
+    engine: BatchingEngine, held: HeldBackend, busy: asyncio.Task[Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting = await submitted(engine, scripted_job(20, depth=1))
+    monkeypatch.setattr(engine._scheduler, "plan", lambda *_: 1 / 0)
+    held.let_go()
+    await busy
+    with pytest.raises(Unavailable):
+        await asyncio.wait_for(waiting, timeout=5)
+    assert engine.failed.is_set()
+    assert not engine.ready
+
+
 async def test_the_engine_is_not_ready_while_its_backend_restarts() -> None:
     restarting = threading.Event()
 
@@ -224,9 +251,7 @@ async def test_the_engine_is_not_ready_while_its_backend_restarts() -> None:
     with pytest.raises(Unavailable):
         engine.reserve()
     restarting.set()
-    async with asyncio.timeout(5):
-        while not engine.ready:
-            await asyncio.sleep(0.001)
+    await until_ready(engine)
     await engine.stop()
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 
 import pytest
-import torch
 
-from rdt_core import RDT, restore
+from rdt_core import RDT
 from service.engine.eager import EagerBackend
+from service.engine.reference import run_reference
 from service.engine.scheduler import Scheduler, SchedulerLimits
 from service.engine.types import Admission, Job, Plan, Result, Ticket
 
@@ -58,16 +58,7 @@ def test_any_mix_of_lengths_depths_thresholds_and_arrivals_answers_as_the_refere
     rng = random.Random(seed)
     jobs = [random_job(rng, tiny_model.config.vocab_size) for _ in range(60)]
     for job, result in zip(jobs, run_all(EagerBackend(tiny_model), jobs, rng), strict=True):
-        alone = restore(
-            tiny_model,
-            torch.tensor(job.tokens),
-            torch.tensor(job.masked),
-            max_steps=job.max_steps,
-            threshold=job.threshold,
-            halting=job.halting,
-            top_k=job.top_k,
-            decode_all=job.decode_all,
-        )
+        alone = run_reference(tiny_model, job)
         assert result.tokens == alone.tokens
         assert (result.steps, result.reason) == (alone.steps, alone.reason)
         assert (result.rows, result.fixed_at) == (alone.rows, alone.fixed_at)

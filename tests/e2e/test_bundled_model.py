@@ -1,0 +1,82 @@
+"""The weights that come with the repository."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+
+from rdt_core import LoadedModel, Packing, checkpoint, masking, restore
+
+BUNDLED = Path(__file__).parents[2] / "models" / "rdt-small" / "best_model.pt"
+MAX_BYTES = 40_000_000
+TEXTS = (
+    "The river rises in the hills to the north of the town and flows into the sea near the old harbour .",
+    "In the second half of the season the team won seven of its games and finished in third place .",
+    "The album was recorded in the summer of the following year and released to positive reviews .",
+    "She was born in London , where her father worked as a teacher , and studied at the University of Oxford .",
+    "The church was built in the twelfth century , and the tower was added two hundred years later .",
+    "The ship was armed with four guns and had a crew of more than three hundred officers and men .",
+)
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def bundled() -> LoadedModel:
+    return checkpoint.load(BUNDLED)
+
+
+def masked_text(bundled: LoadedModel, text: str, ratio: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens as they are, tokens with masks, and which rows those are."""
+    tokens = torch.tensor(bundled.tokenizer.encode(text).ids)
+    maskable = masking.maskable_rows(tokens, bundled.tokenizer.special_ids)
+    masked = masking.masked_at(masking.mask_ranks(maskable, torch.Generator().manual_seed(0)), ratio)
+    return tokens, masking.corrupt(tokens, masked, bundled.tokenizer.mask_id), masked
+
+
+def test_it_is_small_enough_for_a_repository_and_says_nothing_of_where_it_was_made() -> None:
+    assert BUNDLED.stat().st_size <= MAX_BYTES
+    contents = checkpoint.read(BUNDLED)
+    assert contents.optimizer_state_dict is None
+    assert "/" not in str(contents.config["training"]["data"])
+
+
+def test_the_hidden_state_stays_bounded_for_64_passes(bundled: LoadedModel) -> None:
+    _, tokens, masked = masked_text(bundled, " ".join(TEXTS), 0.5)
+    packing = Packing.of([len(tokens)])
+    state = bundled.model.begin(tokens, masked, packing)
+    norms = []
+    for _ in range(64):
+        state = bundled.model(state, packing)
+        norms.append(state.hidden.norm(dim=-1).mean().item())
+    assert max(norms) < 2 * norms[0], norms
+
+
+def test_it_restores_far_more_than_the_most_frequent_word_would(bundled: LoadedModel) -> None:
+    hits = masks = 0
+    for text in TEXTS:
+        tokens, corrupted, masked = masked_text(bundled, text, 0.15)
+        restored = torch.tensor(restore(bundled.model, corrupted, masked).tokens)
+        hits += int((restored == tokens)[masked].sum())
+        masks += int(masked.sum())
+    assert hits / masks > 0.2, f"{hits} of {masks}"
+
+
+def test_many_passes_say_what_few_say(bundled: LoadedModel) -> None:
+    same = rows = 0
+    for text in TEXTS:
+        _, corrupted, masked = masked_text(bundled, text, 0.3)
+        few, many = (restore(bundled.model, corrupted, masked, max_steps=n, threshold=0.0) for n in (4, 16))
+        same += sum(a == b for a, b in zip(few.tokens, many.tokens, strict=True)) - int((~masked).sum())
+        rows += len(few.rows)
+    assert same / rows > 0.9, f"{same} of {rows}"
+
+
+def test_hard_texts_take_no_fewer_passes_than_easy_ones(bundled: LoadedModel) -> None:
+    def mean_steps(ratio: float) -> float:
+        return statistics.mean(restore(bundled.model, *masked_text(bundled, text, ratio)[1:]).steps for text in TEXTS)
+
+    assert mean_steps(0.8) >= mean_steps(0.1)

@@ -1,0 +1,56 @@
+"""What every benchmark ends with: one JSON line that says what was measured, where and when."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+"""What decides the rate of a matrix product, and of which number format."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--save NAME`: keep the JSON line as `results/NAME.json` too."""
+    parser.add_argument("--save", metavar="NAME", help="keep the JSON line as benchmarks/results/NAME.json")
+
+
+def finish(benchmark: str, options: argparse.Namespace, **figures: Any) -> None:
+    """Print the one JSON line, and keep it if `--save` asks for that."""
+    asked = {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items() if name != "save"}
+    line = {"benchmark": benchmark, "date": str(date.today()), "machine": machine(), "options": asked, **figures}
+    if options.save:
+        path = RESULTS / f"{options.save}.json"
+        path.write_text(json.dumps(line, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(line))
+
+
+def machine() -> dict[str, Any]:
+    """The processor as it names itself, usable cores, matrix instructions, and the versions that matter."""
+    processor, flags = _processor()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "processor": processor,
+        "cores": cores,
+        "instructions": [name for name in INSTRUCTIONS if name in flags],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _processor() -> tuple[str, set[str]]:
+    fields: dict[str, str] = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            fields.setdefault(name.strip(), value.strip())
+    except OSError:
+        pass
+    return fields.get("model name", platform.machine()), set(fields.get("flags", "").split())

@@ -16,7 +16,7 @@ import pytest
 from service import cli
 from service.client import AsyncClient, ProblemError
 from service.loading import pick_device
-from service.runtime import serve
+from service.runtime import listen, serve
 from service.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("_log_everything")
@@ -85,6 +85,13 @@ async def test_a_checkpoint_that_cannot_be_loaded_is_one_line(
     path = tmp_path / "missing.pt"
     assert await asyncio.wait_for(serve(settings_for(path)), timeout=10) == 1
     assert capsys.readouterr().err == f"rdt-serve: cannot start: {path}: no such file\n"
+
+
+def test_accepted_connections_send_at_once() -> None:
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_an_address_in_use_is_one_line(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,8 +65,10 @@ class RDT(nn.Module):
         self.decoder = nn.ModuleList(EncoderLayer(*layer) for _ in range(n_decoder_layers))
         self.decoder_norm = nn.LayerNorm(config.d_model)
         self.decoder_bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.projection: nn.Module | None = None  # onto the vocabulary, when it is not the plain tied one
         self.gate = Gate(config.d_model, config.gate_hidden_dim)
         self._initialise()
+        self.n_parameters = sum(parameter.numel() for parameter in self.parameters())
 
     def _initialise(self) -> None:
         for module in self.modules():
@@ -114,9 +116,16 @@ class RDT(nn.Module):
         hidden = self._layers(self.decoder, hidden, packing)
         if rows is not None:
             hidden = hidden[rows]
-        suppressed = torch.tensor(self.config.suppress_tokens, dtype=torch.int64, device=hidden.device)
-        bias = self.decoder_bias.index_fill(0, suppressed, -math.inf)
-        return F.linear(self.decoder_norm(hidden), self.embedding.weight, bias)
+        hidden = self.decoder_norm(hidden)
+        if self.projection is not None:
+            return self.projection(hidden)
+        return F.linear(hidden, self.embedding.weight, self.output_bias)
+
+    @property
+    def output_bias(self) -> Tensor:
+        """Of every token `(V,)`: minus infinity for those that are never an answer."""
+        suppressed = torch.tensor(self.config.suppress_tokens, dtype=torch.int64, device=self.device)
+        return self.decoder_bias.index_fill(0, suppressed, -math.inf)
 
     def settle(self, state: State, rows: Tensor, tokens: Tensor) -> State:
         """Rows `(M,)` are restored as `tokens` `(M,)`: the next pass sees them instead of `[MASK]`."""

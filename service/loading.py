@@ -7,11 +7,14 @@ from pathlib import Path
 import torch
 
 from rdt_core import LoadedModel, checkpoint
+from rdt_core.precision import Precision, prepare
 
 
-def load_model(path: Path, device_name: str) -> LoadedModel:
-    """Raises `CheckpointError` for the file and `ValueError` for the device."""
-    return checkpoint.load(path, pick_device(device_name))
+def load_model(path: Path, device_name: str, precision: Precision = "fp32") -> LoadedModel:
+    """Ready for inference. Raises `CheckpointError` for the file and `ValueError` for the device or the precision."""
+    loaded = checkpoint.load(path, pick_device(device_name))
+    prepare(loaded.model, precision)
+    return loaded
 
 
 def pick_device(name: str) -> torch.device:

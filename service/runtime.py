@@ -59,7 +59,7 @@ class Runtime:
         settings = self.settings
         began = time.monotonic()
         torch.set_num_threads(settings.threads)
-        loaded = await asyncio.to_thread(load_model, settings.checkpoint, settings.device)
+        loaded = await asyncio.to_thread(load_model, settings.checkpoint, settings.device, settings.precision)
         limits = scheduler_limits(settings, loaded.model.config)
         self.engine = engine = BatchingEngine(EagerBackend(loaded.model), limits, on_tick=self.metrics.ticked)
         await engine.start()
@@ -96,7 +96,7 @@ def build_denoiser(loaded: LoadedModel, engine: Engine, settings: Settings, metr
         digest=loaded.digest,
         device=str(loaded.model.device),
         precision=settings.precision,
-        n_parameters=sum(parameter.numel() for parameter in loaded.model.parameters()),
+        n_parameters=loaded.model.n_parameters,
         configuration=config.to_mapping(),
         limits=limits.shown,
     )

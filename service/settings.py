@@ -34,7 +34,9 @@ class Settings(BaseSettings):
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
         description="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one.",
     )
-    precision: Literal["fp32"] = Field("fp32", description="Number format of the computation.")
+    precision: Literal["fp32", "bf16", "int8"] = Field(
+        "fp32", description="Number format of the matrix products; fp32 is the reference, the others are faster."
+    )
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on.")
     http_port: int = Field(8000, ge=0, le=65_535, description="Port of the REST interface; 0 picks a free one.")
     grpc_port: int = Field(50_051, ge=0, le=65_535, description="Port of the gRPC interface; 0 picks a free one.")

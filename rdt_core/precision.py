@@ -1,0 +1,159 @@
+"""Number formats for inference: the same model, its matrix products made ready for the processor.
+
+R: rows   I: inputs of a layer   O: its outputs
+
+    fp32   weights laid out once in the order the processor's instructions read them; same arithmetic
+    bf16   products of bfloat16, summed in float32; the residual stream, norms and the gate stay float32
+    int8   weights rounded per output, inputs per row, sums exact in int32; the rest as in fp32
+
+Each row is rounded by itself, never with its neighbours, so an answer does not depend on what else is in
+the batch, in any format. (The usual dynamic quantisation takes one scale for the whole batch.)
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rdt_core.layers import FeedForward, SelfAttention, rotate_pairs
+from rdt_core.model import RDT
+
+Precision = Literal["fp32", "bf16", "int8"]
+PRECISIONS: tuple[str, ...] = get_args(Precision)
+
+INT8_MAX = 127
+
+
+def prepare(model: RDT, precision: Precision = "fp32") -> RDT:
+    """Make a model ready to serve. Changes it in place, for inference only: its weights cannot be saved afterwards.
+
+    Raises `ValueError` for a format that the model's device does not have.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}: want one of {', '.join(PRECISIONS)}")
+    if precision == "int8" and not (model.device.type == "cpu" and _has_onednn()):
+        raise ValueError(f"precision is int8: want a CPU with oneDNN, not {model.device}")
+    if precision == "fp32" and not (model.device.type == "cpu" and _has_onednn()):
+        return model
+    for module in (*model.prelude.modules(), *model.encoder.modules(), *model.decoder.modules()):
+        if isinstance(module, SelfAttention):
+            qkv = _ready(_pairs_together(module), precision, inner=True)
+            _replace(module, qkv=qkv, out=_ready(module.out, precision))
+            module.rotate = rotate_pairs
+        elif isinstance(module, FeedForward):
+            _replace(
+                module,
+                up=_ready(module.up, precision, inner=True, gelu=True),
+                activation=nn.Identity(),
+                down=_ready(module.down, precision),
+            )
+    _replace(model, inject=_ready(model.inject, precision), projection=_ready(_vocabulary(model), precision))
+    return model.requires_grad_(False).eval()
+
+
+def _replace(module: nn.Module, **parts: nn.Module) -> None:
+    for name, part in parts.items():
+        setattr(module, name, part)
+
+
+def _ready(linear: nn.Linear, precision: Precision, inner: bool = False, gelu: bool = False) -> nn.Module:
+    """`inner`: what comes out goes into another product and may keep its format; else it is float32."""
+    if precision == "int8":
+        return Int8Linear(linear, gelu)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return PackedLinear(linear, dtype, dtype if inner else torch.float32, gelu)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weights were reordered once for oneDNN's kernels; elsewhere an ordinary one.
+
+    Takes rows of any format; computes in `dtype`; gives `out_dtype`.
+    """
+
+    def __init__(
+        self, linear: nn.Linear, dtype: torch.dtype, out_dtype: torch.dtype = torch.float32, gelu: bool = False
+    ) -> None:
+        super().__init__()
+        self.dtype, self.out_dtype, self.gelu = dtype, out_dtype, gelu
+        self.packed = linear.weight.device.type == "cpu" and _has_onednn()
+        weight = linear.weight.detach().to(dtype)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None) if self.packed else weight
+        self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(R, I)` -> `(R, O)`"""
+        if self.packed:
+            after = "gelu" if self.gelu else "none"
+            y = torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.weight, self.bias, after, [], "none")
+        else:
+            y = F.linear(x.to(self.dtype), self.weight, self.bias)
+            y = F.gelu(y) if self.gelu else y
+        return y.to(self.out_dtype)
+
+
+class Int8Linear(nn.Module):
+    """A linear layer in whole numbers: `y = (x / s_x) (W / s_W)^T`, both rounded, times `s_x s_W`, plus the bias.
+
+    `s_x` is of each row, `s_W` of each output: the largest magnitude there over 127 (symmetric quantisation,
+    Jacob et al., 2018). The sums are exact, so the order of summation does not matter.
+    """
+
+    def __init__(self, linear: nn.Linear, gelu: bool = False) -> None:
+        super().__init__()
+        self.gelu = gelu
+        weight = linear.weight.detach().float()  # (O, I)
+        scale = _largest(weight) / INT8_MAX  # (O, 1)
+        rounded = (weight / scale).round().to(torch.int8)
+        self.weight = torch.ops.onednn.qlinear_prepack(rounded, None)
+        self.weight_scale = scale.squeeze(1)
+        self.weight_zero = torch.zeros(len(weight), dtype=torch.int32)
+        self.bias = torch.zeros(len(weight)) if linear.bias is None else linear.bias.detach().float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(R, I)` -> `(R, O)`"""
+        scale = _largest(x) / INT8_MAX  # (R, 1)
+        rounded = (x / scale).round_().to(torch.int8)
+        y = torch.ops.onednn.qlinear_pointwise(
+            rounded, 1.0, 0, self.weight, self.weight_scale, self.weight_zero, None,
+            1.0, 0, torch.float32, "none", [], "none",
+        )  # fmt: skip
+        y = torch.addcmul(self.bias, y, scale, out=y)
+        return F.gelu(y) if self.gelu else y
+
+
+def _largest(x: Tensor) -> Tensor:
+    """Largest magnitude of each row `(R, I)` -> `(R, 1)`, never 0."""
+    largest = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True))  # ten times faster than a norm
+    return largest.clamp_(min=torch.finfo(torch.float32).tiny)
+
+
+def _pairs_together(attention: SelfAttention) -> nn.Linear:
+    """The projection with queries and keys reordered for `rotate_pairs`; their products stay the same."""
+    qkv = attention.qkv
+
+    def reorder(x: Tensor) -> Tensor:
+        """`(3 H C, ...)`: the halves of each query and key are interleaved."""
+        split = x.detach().view(3, attention.n_heads, 2, -1, *x.shape[1:])  # (3, H, 2, C/2, ...)
+        together = torch.cat((split[:2].transpose(2, 3).reshape(2, -1), split[2].reshape(1, -1)))
+        return together.view_as(x)
+
+    return _linear(reorder(qkv.weight), reorder(qkv.bias))
+
+
+def _vocabulary(model: RDT) -> nn.Linear:
+    """The tied output projection as a layer of its own."""
+    return _linear(model.embedding.weight, model.output_bias)
+
+
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return layer
+
+
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")

@@ -1,0 +1,107 @@
+"""Prepared models against the plain one, and each row's independence of its neighbours."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from rdt_core import RDT, ModelConfig, Packing, State
+from rdt_core import precision as precision_module
+from rdt_core.precision import PRECISIONS, Int8Linear, PackedLinear, Precision, prepare
+
+CONFIGS = {
+    "plain": ModelConfig(vocab_size=90, d_model=32, n_heads=4, n_encoder_layers=2, d_ff=64, suppress_tokens=(0, 3)),
+    "everything": ModelConfig(
+        vocab_size=90, d_model=32, n_heads=2, n_encoder_layers=1, n_prelude_layers=1, d_ff=64, level_conditioning=True,
+        decoder_type="transformer", n_decoder_layers=1, suppress_tokens=(0, 3),
+    ),
+}  # fmt: skip
+TOLERANCE: dict[Precision, float] = {"fp32": 1e-5, "bf16": 0.03, "int8": 0.06}  # of the spread of the hidden state
+LENGTHS = (5, 9, 3, 9)
+
+
+@pytest.fixture(params=CONFIGS)
+def model(request: pytest.FixtureRequest) -> RDT:
+    torch.manual_seed(0)
+    model = RDT(CONFIGS[request.param]).eval().requires_grad_(False)
+    for parameter in model.parameters():  # no weight at its special initial value
+        parameter.add_(0.02 * torch.randn_like(parameter))
+    return model
+
+
+def passes(model: RDT, n: int) -> tuple[State, torch.Tensor]:
+    """State after `n` passes, and the logits of its masked rows."""
+    generator = torch.Generator().manual_seed(1)
+    packing = Packing.of(LENGTHS)
+    tokens = torch.randint(4, 90, (packing.n_tokens,), generator=generator)
+    masked = torch.rand(packing.n_tokens, generator=generator) < 0.5
+    with torch.inference_mode():
+        state = model.begin(tokens, masked, packing)
+        for _ in range(n):
+            state = model(state, packing)
+        return state, model.decode(state.hidden, packing, masked.nonzero().squeeze(1))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_prepared_model_computes_the_same(model: RDT, precision: Precision) -> None:
+    plain, plain_logits = passes(model, 4)
+    state, logits = passes(prepare(copy.deepcopy(model), precision), 4)
+    for got, wanted in ((state.hidden, plain.hidden), (state.gate.level, plain.gate.level)):
+        assert got.dtype == torch.float32
+        assert (got - wanted).abs().max() <= TOLERANCE[precision] * wanted.std(correction=0).clamp(min=0.1)
+    assert torch.equal(logits.isinf(), plain_logits.isinf())
+    assert logits.isinf().sum() == 2 * len(logits)
+    probabilities, wanted = logits.softmax(-1), plain_logits.softmax(-1)
+    assert (probabilities - wanted).abs().max() <= TOLERANCE[precision]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_rounding_shows(model: RDT, precision: Precision) -> None:
+    """Or the test above would compare a model with itself."""
+    assert not torch.equal(passes(model, 1)[0].hidden, passes(prepare(copy.deepcopy(model), precision), 1)[0].hidden)
+
+
+def test_int8_rows_do_not_see_each_other() -> None:
+    torch.manual_seed(0)
+    layer = Int8Linear(nn.Linear(64, 48))
+    rows = torch.randn(7, 64) * torch.tensor([[1e-3], [1.0], [50.0], [0.0], [1.0], [7.0], [1e4]])
+    together = layer(rows)
+    assert torch.equal(together, torch.cat([layer(row[None]) for row in rows]))
+    assert torch.isfinite(together).all()
+
+
+def test_int8_rounds_to_a_hundredth() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(256, 128)
+    rows = torch.randn(32, 256)
+    wanted = linear(rows).detach()
+    assert ((Int8Linear(linear)(rows) - wanted).square().mean().sqrt() / wanted.std()) < 0.015
+
+
+def test_gelu_may_be_part_of_a_layer() -> None:
+    torch.manual_seed(0)
+    linear, rows = nn.Linear(16, 24), torch.randn(5, 16)
+    for plain, active in (
+        (PackedLinear(linear, torch.float32), PackedLinear(linear, torch.float32, gelu=True)),
+        (Int8Linear(linear), Int8Linear(linear, gelu=True)),
+    ):
+        torch.testing.assert_close(active(rows), nn.functional.gelu(plain(rows)))
+
+
+def test_without_onednn(model: RDT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other processors: fp32 stays as it is, bf16 works, int8 says why not."""
+    monkeypatch.setattr(precision_module, "_has_onednn", lambda: False)
+    plain = passes(model, 2)[0].hidden
+    assert torch.equal(passes(prepare(copy.deepcopy(model), "fp32"), 2)[0].hidden, plain)
+    bf16 = passes(prepare(copy.deepcopy(model), "bf16"), 2)[0].hidden
+    assert (bf16 - plain).abs().max() <= TOLERANCE["bf16"] * plain.std()
+    with pytest.raises(ValueError, match="precision is int8: want a CPU with oneDNN"):
+        prepare(model, "int8")
+
+
+def test_an_unknown_precision_is_named(model: RDT) -> None:
+    with pytest.raises(ValueError, match="precision is 'fp4': want one of fp32, bf16, int8"):
+        prepare(model, "fp4")  # type: ignore[arg-type]

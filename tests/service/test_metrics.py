@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from prometheus_client.parser import text_string_to_metric_families
 
+from rdt_core import RDT
+from service.engine.eager import EagerBackend
+from service.engine.engine import BatchingEngine
+from service.engine.scheduler import SchedulerLimits
 from service.errors import CODES
 from tests.fakes import Service
 
@@ -56,3 +62,37 @@ async def test_failures_outside_the_use_case_are_counted_too(service: Service) -
         service.sample("rdt_requests_total", transport="rest", outcome=o) for o in ("malformed", "unsupported_format")
     ]
     assert counted == [1, 1]
+
+
+async def test_the_numbers_after_a_known_load(service: Service, tiny_model: RDT) -> None:
+    """The real engine and the real backend: what was asked for is what is counted."""
+    limits = SchedulerLimits(token_budget=64, max_live=8, max_waiting=16, max_waiting_tokens=400)
+    engine = BatchingEngine(EagerBackend(tiny_model), limits, on_tick=service.metrics.ticked)
+    await engine.start()
+    service.denoiser.engine = engine
+    service.metrics.watch(engine)
+    texts = {"a [MASK]": 3, "the fox [MASK] [MASK]": 5, "[MASK] [MASK] [MASK] a": 1}  # passes
+    n_masks, n_tokens = 6, (4, 6, 6)  # [CLS] and [SEP] included
+    async with service.client() as client:
+        bodies = [{"text": text, "max_steps": steps, "threshold": 0.0} for text, steps in texts.items()]
+        answers = await asyncio.gather(*(client.post("/denoise", json=body) for body in bodies))
+        scrape = (await client.get("/metrics")).text
+    await engine.stop()
+    assert [answer.json()["steps"] for answer in answers] == list(texts.values())
+    samples = {
+        (sample.name, *sorted(sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(scrape)
+        for sample in family.samples
+    }
+    assert samples["rdt_requests_total", "ok", "rest"] == 3
+    assert samples["rdt_passes_total",] == samples["rdt_steps_taken_sum",] == 9
+    assert samples["rdt_halts_total", "max_steps"] == 3
+    assert (samples["rdt_tokens_total", "masked"], samples["rdt_tokens_total", "visible"]) == (6, 10)
+    assert samples["rdt_decoded_rows_total",] == n_masks
+    assert samples["rdt_tick_tokens_sum",] == sum(n * steps for n, steps in zip(n_tokens, texts.values(), strict=True))
+    assert samples["rdt_tick_tokens_count",] == samples["rdt_tick_duration_seconds_count",] >= 5
+    for histogram in ("rdt_request_duration_seconds", "rdt_queue_duration_seconds", "rdt_steps_taken"):
+        assert samples[f"{histogram}_count",] == 3
+    compute = samples["rdt_request_duration_seconds_sum",] - samples["rdt_queue_duration_seconds_sum",]
+    assert compute >= 0
+    assert samples["rdt_live_requests",] == samples["rdt_waiting_requests",] == 0

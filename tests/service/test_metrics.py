@@ -93,6 +93,4 @@ async def test_the_numbers_after_a_known_load(service: Service, tiny_model: RDT)
     assert samples["rdt_tick_tokens_count",] == samples["rdt_tick_duration_seconds_count",] >= 5
     for histogram in ("rdt_request_duration_seconds", "rdt_queue_duration_seconds", "rdt_steps_taken"):
         assert samples[f"{histogram}_count",] == 3
-    compute = samples["rdt_request_duration_seconds_sum",] - samples["rdt_queue_duration_seconds_sum",]
-    assert compute >= 0
     assert samples["rdt_live_requests",] == samples["rdt_waiting_requests",] == 0

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
 
 from rdt_core import RDT
+from rdt_core.precision import Precision, prepare
 from service.engine.eager import EagerBackend
 from service.engine.reference import run_reference
 from service.engine.scheduler import Scheduler, SchedulerLimits
@@ -51,13 +53,15 @@ def run_all(backend: EagerBackend, jobs: list[Job], rng: random.Random) -> list[
     return [results[ticket] for ticket in tickets]
 
 
+@pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("seed", range(3))
 def test_any_mix_of_lengths_depths_thresholds_and_arrivals_answers_as_the_reference_does(
-    tiny_model: RDT, seed: int
+    tiny_model: RDT, seed: int, prepared: bool
 ) -> None:
     rng = random.Random(seed)
     jobs = [random_job(rng, tiny_model.config.vocab_size) for _ in range(60)]
-    for job, result in zip(jobs, run_all(EagerBackend(tiny_model), jobs, rng), strict=True):
+    served = prepare(copy.deepcopy(tiny_model)) if prepared else tiny_model
+    for job, result in zip(jobs, run_all(EagerBackend(served), jobs, rng), strict=True):
         alone = run_reference(tiny_model, job)
         assert result.tokens == alone.tokens
         assert (result.steps, result.reason) == (alone.steps, alone.reason)
@@ -67,6 +71,16 @@ def test_any_mix_of_lengths_depths_thresholds_and_arrivals_answers_as_the_refere
         for ours, theirs in zip(result.candidates, alone.candidates, strict=True):
             assert [token for token, _ in ours] == [token for token, _ in theirs]
             assert [share for _, share in ours] == pytest.approx([share for _, share in theirs], abs=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_rounded_formats_answer_alone_as_in_a_crowd(tiny_model: RDT, precision: Precision) -> None:
+    rng = random.Random(0)
+    jobs = [random_job(rng, tiny_model.config.vocab_size) for _ in range(60)]
+    served = prepare(copy.deepcopy(tiny_model), precision)
+    alone = [run_reference(served, job) for job in jobs]
+    together = run_all(EagerBackend(served), jobs, rng)
+    assert [(r.tokens, r.steps, r.reason) for r in together] == [(r.tokens, r.steps, r.reason) for r in alone]
 
 
 def plan_of(*jobs: Job, overdue: tuple[int, ...] = (), dropped: tuple[int, ...] = (), known: int = 0) -> Plan:

@@ -41,9 +41,13 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
     """Attention inside each sequence: three `(T, H, C)` -> `(T, H, C)`.
 
+    Rows after the last sequence's are dead: they stay what their query was, and nobody looks at them.
     Equal lengths need one batched call. On CUDA in half precision the variable-length kernel takes
     any lengths in one call. Otherwise one call a sequence, which on a CPU costs nothing measurable.
     """
+    if len(query) > packing.n_tokens:
+        live, dead = slice(packing.n_tokens), slice(packing.n_tokens, None)
+        return torch.cat((packed_attention(query[live], key[live], value[live], packing), query[dead]))
     if packing.equal_lengths:
         shape = (packing.n_sequences, packing.lengths[0], *query.shape[1:])
         q, k, v = (x.view(shape).transpose(1, 2) for x in (query, key, value))  # (N, H, L, C)

@@ -66,6 +66,7 @@ class RDT(nn.Module):
         self.decoder_norm = nn.LayerNorm(config.d_model)
         self.decoder_bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.projection: nn.Module | None = None  # onto the vocabulary, when it is not the plain tied one
+        self.row_multiple = 1  # layers run on a multiple of so many rows
         self.gate = Gate(config.d_model, config.gate_hidden_dim)
         self._initialise()
         self.n_parameters = sum(parameter.numel() for parameter in self.parameters())
@@ -159,7 +160,18 @@ class RDT(nn.Module):
     def _layers(self, layers: nn.ModuleList, x: Tensor, packing: Packing, condition: Tensor | None = None) -> Tensor:
         if len(layers) == 0:
             return x
-        rotary = rotary_angles(packing.positions, self.config.d_model // self.config.n_heads)
+        rotary = rotary_angles(
+            rounded_up(packing.positions, self.row_multiple), self.config.d_model // self.config.n_heads
+        )
+        x = rounded_up(x, self.row_multiple)
+        if condition is not None:
+            condition = rounded_up(condition, self.row_multiple)
         for layer in layers:
             x = layer(x, packing, rotary, condition)
-        return x
+        return x[: packing.n_tokens]
+
+
+def rounded_up(rows: Tensor, multiple: int) -> Tensor:
+    """`(R, ...)` with dead rows of zeros after it, up to a multiple."""
+    n_dead = -len(rows) % multiple
+    return rows if n_dead == 0 else torch.cat((rows, rows.new_zeros(n_dead, *rows.shape[1:])))

@@ -19,12 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rdt_core.layers import FeedForward, SelfAttention, rotate_pairs
-from rdt_core.model import RDT
+from rdt_core.model import RDT, rounded_up
 
 Precision = Literal["fp32", "bf16", "int8"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 INT8_MAX = 127
+ROW_MULTIPLE = 32
+"""oneDNN compiles a kernel for every number of rows it meets, which takes as long as a pass: let it meet few."""
 
 
 def prepare(model: RDT, precision: Precision = "fp32") -> RDT:
@@ -50,6 +52,7 @@ def prepare(model: RDT, precision: Precision = "fp32") -> RDT:
                 activation=nn.Identity(),
                 down=_ready(module.down, precision),
             )
+    model.row_multiple = ROW_MULTIPLE if _has_onednn() and model.device.type == "cpu" else 1
     _replace(model, inject=_ready(model.inject, precision), projection=_ready(_vocabulary(model), precision))
     return model.requires_grad_(False).eval()
 
@@ -85,13 +88,14 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(R, I)` -> `(R, O)`"""
+        n_rows, x = len(x), x.to(self.dtype)
         if self.packed:
-            after = "gelu" if self.gelu else "none"
-            y = torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.weight, self.bias, after, [], "none")
+            x, after = rounded_up(x, ROW_MULTIPLE), "gelu" if self.gelu else "none"
+            y = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, after, [], "none")
         else:
-            y = F.linear(x.to(self.dtype), self.weight, self.bias)
+            y = F.linear(x, self.weight, self.bias)
             y = F.gelu(y) if self.gelu else y
-        return y.to(self.out_dtype)
+        return y[:n_rows].to(self.out_dtype)
 
 
 class Int8Linear(nn.Module):
@@ -114,13 +118,14 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(R, I)` -> `(R, O)`"""
+        n_rows, x = len(x), rounded_up(x, ROW_MULTIPLE)
         scale = _largest(x) / INT8_MAX  # (R, 1)
         rounded = (x / scale).round_().to(torch.int8)
         y = torch.ops.onednn.qlinear_pointwise(
             rounded, 1.0, 0, self.weight, self.weight_scale, self.weight_zero, None,
             1.0, 0, torch.float32, "none", [], "none",
         )  # fmt: skip
-        y = torch.addcmul(self.bias, y, scale, out=y)
+        y = torch.addcmul(self.bias, y, scale, out=y)[:n_rows]
         return F.gelu(y) if self.gelu else y
 
 

@@ -37,6 +37,9 @@ from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
+WARM_TICKS, WARM_TOKENS = 16, 2048
+"""So many sizes of tick are run before the first request, up to this one at the most."""
+
 FLUSH_SECONDS = 5
 """How long slow callers may take to read their answers once the engine has finished."""
 
@@ -61,9 +64,11 @@ class Runtime:
         torch.set_num_threads(settings.threads)
         loaded = await asyncio.to_thread(load_model, settings.checkpoint, settings.device, settings.precision)
         limits = scheduler_limits(settings, loaded.model.config)
-        self.engine = engine = BatchingEngine(EagerBackend(loaded.model), limits, on_tick=self.metrics.ticked)
+        self.engine = engine = BatchingEngine(
+            EagerBackend(loaded.model), limits, on_tick=self.metrics.ticked, worker_nice=settings.compute_nice
+        )
         await engine.start()
-        await _warm(engine, loaded.tokenizer)
+        await _warm(engine, loaded.tokenizer, min(settings.token_budget, WARM_TOKENS))
         gc.collect()
         gc.freeze()  # what is here now stays: a full collection over it would hold every request up for 0.2 s
         self.lifecycle.open(build_denoiser(loaded, engine, settings, self.metrics))
@@ -171,11 +176,13 @@ async def _load_and_wait(runtime: Runtime, stopped: asyncio.Event) -> int:
     return 0
 
 
-async def _warm(engine: Engine, tokenizer: Tokenizer) -> None:
-    """The first pass of a process is slow; no caller should meet it."""
-    tokens = [tokenizer.cls_id, tokenizer.mask_id, tokenizer.sep_id]
-    with engine.reserve() as place:
-        await engine.submit(Job(tokens, [False, True, False], max_steps=1, threshold=0.0, halting="gate"), place)
+async def _warm(engine: Engine, tokenizer: Tokenizer, max_tokens: int) -> None:
+    """The first pass of a process is slow, and so is the first of each size; no caller should meet one."""
+    for n_tokens in range(max_tokens, 2, -max(1, max_tokens // WARM_TICKS)):
+        masked = [row % 8 == 1 for row in range(n_tokens)]
+        tokens = [tokenizer.mask_id if hidden else tokenizer.cls_id for hidden in masked]
+        with engine.reserve() as place:
+            await engine.submit(Job(tokens, masked, max_steps=1, threshold=0.0, halting="gate"), place)
 
 
 class _Server(uvicorn.Server):

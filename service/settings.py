@@ -59,6 +59,7 @@ class Settings(BaseSettings):
         None, min_length=1, description="Key that callers must send; better set in the environment than as a flag."
     )
     threads: int = Field(_spare_cores(), ge=1, le=1024, description="Compute threads of one operation on a CPU.")
+    compute_nice: int = Field(0, ge=0, le=19, description="How far compute threads give way to the event loop.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity to log.")
 
 

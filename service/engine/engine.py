@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -81,14 +84,19 @@ class BatchingEngine:
     """Sequences of any depth share every pass. Lives on the event loop that called `start`."""
 
     def __init__(
-        self, backend: Backend, limits: SchedulerLimits, clock: Clock = time.monotonic, on_tick: OnTick | None = None
+        self,
+        backend: Backend,
+        limits: SchedulerLimits,
+        clock: Clock = time.monotonic,
+        on_tick: OnTick | None = None,
+        worker_nice: int = 0,
     ) -> None:
         self._backend = backend
         self._scheduler = Scheduler(limits)
         self._clock = clock
         self._on_tick = on_tick
         self._callers: dict[Ticket, _Caller] = {}
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self._worker = ThreadPoolExecutor(1, "engine", _give_way, (worker_nice,))
         self._work = asyncio.Event()  # something to plan
         self._idle = asyncio.Event()  # nothing waiting, nothing live
         self._accepting = self._broken = False
@@ -237,6 +245,12 @@ class BatchingEngine:
             raise Unavailable("the engine has failed and is restarting", "failed")
         if not self._accepting:
             raise Unavailable("the server is shutting down and takes no new work", "draining")
+
+
+def _give_way(nice: int) -> None:
+    """Lower the calling thread's priority, and that of the threads it will start; Linux counts it by thread."""
+    if nice and sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
 
 
 def _too_late() -> DeadlineExceeded:

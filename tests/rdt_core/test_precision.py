@@ -105,3 +105,22 @@ def test_without_onednn(model: RDT, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_unknown_precision_is_named(model: RDT) -> None:
     with pytest.raises(ValueError, match="precision is 'fp4': want one of fp32, bf16, int8"):
         prepare(model, "fp4")  # type: ignore[arg-type]
+
+
+def test_few_row_counts_reach_the_kernels(model: RDT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel is compiled for each; a server that met every number of packed tokens would compile for ever."""
+    seen: set[int] = set()
+    original = torch.ops.mkldnn._linear_pointwise
+
+    def linear(x: torch.Tensor, *rest: object) -> torch.Tensor:
+        seen.add(len(x))
+        return original(x, *rest)
+
+    prepared = prepare(copy.deepcopy(model))
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", linear)
+    with torch.inference_mode():
+        for length in range(1, 70):
+            packing = Packing.of([length])
+            state = prepared.begin(torch.full((length,), 5), torch.ones(length, dtype=torch.bool), packing)
+            prepared.decode(prepared(state, packing).hidden, packing, torch.arange(length))
+    assert seen == {32, 64, 96}

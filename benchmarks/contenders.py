@@ -1,51 +1,48 @@
 """Four ways of serving the same requests with the same weights.
 
-`static` is ordinary dynamic batching at its best: padded to the longest, run to the deepest, and, unlike
-most, decoding masked rows only. Its padding is not even masked out of the attention, which makes its
-answers wrong and its passes cheaper than they could honestly be.
+`static` is ordinary dynamic batching at its best, as `benchmarks.peer_servers` run it behind other servers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
-from rdt_core import RDT, Packing, restore
+from benchmarks.peer_servers import batched
+from rdt_core import RDT, restore
 from rdt_core.flops import sequence_flops
+from rdt_core.inference import Restoration
 from service.engine.eager import EagerBackend
 from service.engine.scheduler import Scheduler, SchedulerLimits
 from service.engine.types import Job
 
-PAD_ID = 0
 STATIC_SIZES = (4, 8, 16, 32)
 
 
 def loop(model: RDT, jobs: Sequence[Job]) -> None:
     """The reference, one request after another."""
     for job in jobs:
-        restore(
-            model, torch.tensor(job.tokens), torch.tensor(job.masked),
-            max_steps=job.max_steps, threshold=job.threshold, halting=job.halting,
-        )  # fmt: skip
+        _restore(model, job)
 
 
-@torch.inference_mode()
+def _restore(model: RDT, job: Job) -> Restoration:
+    return restore(
+        model, torch.tensor(job.tokens), torch.tensor(job.masked),
+        max_steps=job.max_steps, threshold=job.threshold, halting=job.halting,
+    )  # fmt: skip
+
+
 def static(model: RDT, jobs: Sequence[Job], size: int) -> None:
-    """Batches of `size` in the given order."""
+    """Padded batches of `size` in the given order."""
     for batch in batches(jobs, size):
-        longest = max(len(job.tokens) for job in batch)
-        tokens = torch.full((len(batch), longest), PAD_ID)
-        masked = torch.zeros(len(batch), longest, dtype=torch.bool)
-        for row, job in enumerate(batch):
-            tokens[row, : len(job.tokens)] = torch.tensor(job.tokens)
-            masked[row, : len(job.masked)] = torch.tensor(job.masked)
-        packing = Packing.of([longest] * len(batch))
-        state = model.begin(tokens.flatten(), masked.flatten(), packing)
-        for _ in range(max(job.max_steps for job in batch)):
-            state = model(state, packing)
-        rows = masked.flatten().nonzero().squeeze(1)
-        model.decode(state.hidden, packing, rows).max(-1)
+        batched.restore(model, batch)
+
+
+def with_depths(model: RDT, jobs: Sequence[Job]) -> list[Job]:
+    """The same jobs, told beforehand after how many passes their gate halts them."""
+    return [replace(job, max_steps=_restore(model, job).steps, threshold=0.0) for job in jobs]
 
 
 def by_cost(jobs: Sequence[Job]) -> list[Job]:

@@ -1,41 +1,75 @@
 """`python -m benchmarks.engine`: requests a second of the engine and of its rivals, offline, same weights.
 
 Each workload runs all contenders in turn, several rounds, and reports medians, so that a machine that
-drifts drifts for all. Useful FLOP/s counts what the answers need; the matrix peak is measured in the
-same run with products of the model's own shape.
+drifts drifts for all; of the batch sizes only the best goes on after the first round. Useful FLOP/s counts
+what the answers need; the matrix peak is measured in the same run with products of the model's own shape.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
+import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from datetime import date
+from dataclasses import dataclass
 from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks import contenders
-from benchmarks.workloads import WORKLOADS, make_jobs
-from rdt_core import PRESETS, RDT, checkpoint
+from benchmarks import contenders, record
+from benchmarks.workloads import WORKLOADS, gate_jobs, make_jobs
+from rdt_core import PRESETS, RDT, Tokenizer, checkpoint
+from rdt_core.precision import PRECISIONS, Precision, prepare
 from service.engine.types import Job
+from training.data import read_paragraphs
 
 PEAK_ROWS, PEAK_REPEATS = 512, 20
+GATE_PARAGRAPHS = 1000
+
+Run = Callable[[], None]
 
 
 def load(name: str) -> RDT:
-    """A preset with random weights, or a checkpoint."""
+    """A preset with random weights, or a checkpoint's."""
     if name not in PRESETS:
         return checkpoint.load(name).model
     torch.manual_seed(0)
     return RDT(PRESETS[name]).eval().requires_grad_(False)
 
 
+@dataclass(frozen=True)
+class Weights:
+    """One set of weights, ready in several number formats. The rivals run in the first of them."""
+
+    models: dict[str, RDT]
+    tokenizer: Tokenizer | None
+
+    @classmethod
+    def load(cls, name: str, precisions: Sequence[Precision]) -> Weights:
+        model, tokenizer = load(name), None if name in PRESETS else checkpoint.load(name).tokenizer
+        return cls({precision: prepare(copy.deepcopy(model), precision) for precision in precisions}, tokenizer)
+
+    @property
+    def model(self) -> RDT:
+        return next(iter(self.models.values()))
+
+    def jobs(self, workload: str, options: argparse.Namespace) -> list[Job]:
+        config = self.model.config
+        if workload != "gate":
+            return make_jobs(workload, options.requests, config.vocab_size)
+        if self.tokenizer is None or options.text is None:
+            raise SystemExit("the gate workload needs a checkpoint (--model FILE) and a text (--text FILE)")
+        paragraphs = list(islice(read_paragraphs(options.text), GATE_PARAGRAPHS))
+        tokens = [token for paragraph in self.tokenizer.encode_training(paragraphs) for token in paragraph]
+        return gate_jobs(tokens, options.requests, config.threshold, config.max_steps)
+
+
 def matrix_peak(model: RDT) -> float:
-    """FLOP/s of the feed-forward product over 512 rows: what a pass could reach."""
+    """FLOP/s of the feed-forward product over 512 rows in float32: what a pass could reach."""
     d_model, d_ff = model.config.d_model, model.config.d_ff
     rows, weight = torch.randn(PEAK_ROWS, d_model), torch.randn(d_ff, d_model)
     torch.nn.functional.linear(rows, weight)
@@ -45,72 +79,95 @@ def matrix_peak(model: RDT) -> float:
     return 2 * PEAK_ROWS * d_model * d_ff * PEAK_REPEATS / (time.perf_counter() - began)
 
 
-def seconds(run: Callable[[], None]) -> float:
+def runs_of(weights: Weights, jobs: Sequence[Job], known: Sequence[Job], options: argparse.Namespace) -> dict[str, Run]:
+    """Every contender. `known` are the jobs with their depths given away, which static batches are told."""
+    runs: dict[str, Run] = {"loop": partial(contenders.loop, weights.model, jobs)}
+    for size in contenders.STATIC_SIZES:
+        runs[f"static {size}"] = partial(contenders.static, weights.model, known, size)
+        runs[f"sorted {size}"] = partial(contenders.static, weights.model, contenders.by_cost(known), size)
+    for precision, model in weights.models.items():
+        name = "ours" if model is weights.model else f"ours {precision}"
+        runs[name] = partial(contenders.ours, model, jobs, options.token_budget, options.max_live)
+    return runs
+
+
+def measure(weights: Weights, workload: str, options: argparse.Namespace) -> dict[str, Any]:
+    """All contenders on one workload: medians over rounds, ratios within a round."""
+    jobs = weights.jobs(workload, options)
+    known = contenders.with_depths(weights.model, jobs) if workload == "gate" else jobs
+    runs = runs_of(weights, jobs, known, options)
+    for model in weights.models.values():
+        contenders.ours(model, jobs[:8], options.token_budget, options.max_live)
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    peaks = []
+    for _ in range(options.rounds):
+        peaks.append(matrix_peak(weights.model))
+        for name, run in runs.items():
+            taken[name].append(seconds(run))
+        runs = {name: run for name, run in runs.items() if name in finalists(taken)}
+    return figures(weights.model, workload, known, taken, peaks)
+
+
+def finalists(taken: dict[str, list[float]]) -> set[str]:
+    """Every contender, of static and sorted batches those of the size that was fastest in the first round."""
+    best = {kind: _best(kind, taken) for kind in ("static", "sorted")}
+    return {name for name in taken if name.split()[0] not in best or name in best.values()}
+
+
+def figures(
+    model: RDT, workload: str, known: Sequence[Job], taken: dict[str, list[float]], peaks: list[float]
+) -> dict[str, Any]:
+    static, by_cost = _best("static", taken), _best("sorted", taken)
+    names = ["loop", static, by_cost, *(name for name in taken if name.startswith("ours"))]
+    ratio = {
+        name: statistics.median(theirs / ours for theirs, ours in zip(taken[name], taken["ours"], strict=True))
+        for name in names
+    }
+    useful = contenders.useful_flops(model, known)
+    gain = contenders.static_flops(model, known, int(static.split()[1])) / useful
+    return {
+        "workload": workload,
+        "mean_depth": round(statistics.mean(job.max_steps for job in known), 2),
+        "requests_per_second": {name: round(len(known) / statistics.median(taken[name]), 2) for name in names},
+        "first_round": {name: round(len(known) / times[0], 2) for name, times in taken.items()},
+        "ours_over": {name: round(value, 3) for name, value in ratio.items() if name != "ours"},
+        "useful_share_of_peak": round(useful / statistics.median(taken["ours"]) / statistics.median(peaks), 3),
+        "peak_gflops": round(statistics.median(peaks) / 1e9, 1),
+        "theoretical_over_static": round(gain, 3),
+        "realised_over_theoretical": round(ratio[static] / gain, 3),
+    }
+
+
+def seconds(run: Run) -> float:
     began = time.perf_counter()
     run()
     return time.perf_counter() - began
 
 
-def runs_of(model: RDT, jobs: Sequence[Job], options: argparse.Namespace) -> dict[str, Callable[[], None]]:
-    runs: dict[str, Callable[[], None]] = {"loop": partial(contenders.loop, model, jobs)}
-    for size in contenders.STATIC_SIZES:
-        runs[f"static {size}"] = partial(contenders.static, model, jobs, size)
-        runs[f"sorted {size}"] = partial(contenders.static, model, contenders.by_cost(jobs), size)
-    runs["ours"] = partial(contenders.ours, model, jobs, options.token_budget, options.max_live)
-    return runs
-
-
-def measure(model: RDT, workload: str, options: argparse.Namespace) -> dict[str, object]:
-    """All contenders on one workload: medians over rounds, ratios within a round."""
-    jobs = make_jobs(workload, options.requests, model.config.vocab_size)
-    runs = runs_of(model, jobs, options)
-    runs["ours"]()
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    peaks = []
-    for _ in range(options.rounds):
-        peaks.append(matrix_peak(model))
-        for name, run in runs.items():
-            taken[name].append(seconds(run))
-    median = {name: statistics.median(times) for name, times in taken.items()}
-    best = {
-        kind: min((n for n in median if n.startswith(kind)), key=median.__getitem__) for kind in ("static", "sorted")
-    }
-    useful = contenders.useful_flops(model, jobs)
-    size = int(best["static"].split()[1])
-    rivals = {"loop": "loop", **best}
-    ratios = {
-        kind: statistics.median(t / o for t, o in zip(taken[name], taken["ours"], strict=True))
-        for kind, name in rivals.items()
-    }
-    return {
-        "workload": workload,
-        "requests_per_second": {name: round(len(jobs) / median[name], 2) for name in ("loop", *best.values(), "ours")},
-        "ours_over": {kind: round(ratio, 2) for kind, ratio in ratios.items()},
-        "useful_share_of_peak": round(useful / median["ours"] / statistics.median(peaks), 3),
-        "realised_over_theoretical": round(ratios["static"] / (contenders.static_flops(model, jobs, size) / useful), 3),
-    }
+def _best(kind: str, taken: dict[str, list[float]]) -> str:
+    return min((name for name in taken if name.startswith(kind)), key=lambda name: taken[name][0])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="base", help=f"a checkpoint, or random weights of {', '.join(PRESETS)}")
-    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--workloads", nargs="+", choices=(*WORKLOADS, "gate"), default=list(WORKLOADS))
+    parser.add_argument("--text", type=Path, help="a .txt or .txt.xz file, for the gate workload")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["fp32", "bf16", "int8"])
     parser.add_argument("--requests", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--token-budget", type=int, default=512)
     parser.add_argument("--max-live", type=int, default=64)
+    record.add_arguments(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model = load(options.model)
+    weights = Weights.load(options.model, options.precisions)
     results = []
     for workload in options.workloads:
-        results.append(measure(model, workload, options))
+        results.append(measure(weights, workload, options))
         print(results[-1], flush=True)
-    machine = {"processor": platform.processor() or platform.machine(), "threads": options.threads}
-    print(json.dumps({"benchmark": "engine", "date": str(date.today()), "model": options.model, "machine": machine,
-                      "torch": torch.__version__, "requests": options.requests, "rounds": options.rounds,
-                      "results": results}))  # fmt: skip
+    record.finish("engine", options, results=results)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,9 @@ import json
 import os
 import platform
 from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 RESULTS = Path(__file__).parent / "results"
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
@@ -24,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def finish(benchmark: str, options: argparse.Namespace, **figures: Any) -> None:
     """Print the one JSON line, and keep it if `--save` asks for that."""
-    asked = {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items() if name != "save"}
+    asked = {name: v.name if isinstance(v, Path) else v for name, v in vars(options).items() if name != "save"}
     line = {"benchmark": benchmark, "date": str(date.today()), "machine": machine(), "options": asked, **figures}
     if options.save:
         path = RESULTS / f"{options.save}.json"
@@ -41,8 +40,16 @@ def machine() -> dict[str, Any]:
         "cores": cores,
         "instructions": [name for name in INSTRUCTIONS if name in flags],
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": _torch_version(),
     }
+
+
+def _torch_version() -> str | None:
+    """Asked of the installed package: importing it takes seconds, and a simulation does without."""
+    try:
+        return version("torch")
+    except PackageNotFoundError:
+        return None
 
 
 def _processor() -> tuple[str, set[str]]:

@@ -1,0 +1,71 @@
+"""Our own server as a process of its own, and the weights to serve."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.engine import load
+from rdt_core import PRESETS, Checkpoint, checkpoint
+
+BUNDLED = Path("models/rdt-small/best_model.pt")
+START_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server and where it listens."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    rpc_address: str
+
+    def resident_mb(self) -> float:
+        """Megabytes of memory it occupies, as Linux counts them."""
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text(encoding="ascii").split()[1])
+        return round(pages * resource.getpagesize() / 1e6, 1)
+
+
+@contextmanager
+def serving(weights: Path, *flags: str) -> Iterator[Server]:
+    """`python -m service` on free ports, ready; killed at the end, whatever happens."""
+    command = [sys.executable, "-m", "service", f"--checkpoint={weights}", "--http_port=0", "--grpc_port=0", *flags]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RDT_")}
+    with tempfile.NamedTemporaryFile() as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        try:
+            url, rpc_address = wait_until_ready(process, Path(log.name))
+            yield Server(process, url, rpc_address)
+        finally:
+            process.kill()
+            process.wait()
+
+
+def wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> tuple[str, str]:
+    """URL and gRPC address, as the server says them. Raises `RuntimeError` with its log if it does not get ready."""
+    give_up = time.monotonic() + START_SECONDS
+    while process.poll() is None and time.monotonic() < give_up:
+        said = log.read_text(encoding="utf-8")
+        if "ready after" in said:
+            return re.findall(r"listening on (http://\S+)", said)[0], re.findall(r"listening on grpc://(\S+)", said)[0]
+        time.sleep(0.05)
+    raise RuntimeError(f"the server did not start:\n{log.read_text(encoding='utf-8')}")
+
+
+def weights_of(name: str, folder: str) -> Path:
+    """The checkpoint to serve: a file, or a preset with random weights and the bundled model's tokenizer."""
+    if name not in PRESETS:
+        return Path(name)
+    path, model = Path(folder) / name / "best_model.pt", load(name)
+    contents = Checkpoint(model.state_dict(), {"model": model.config.to_mapping()}, checkpoint.read(BUNDLED).tokenizer)
+    checkpoint.save(path, contents)
+    return path

@@ -89,7 +89,7 @@ class Bench:
 async def front_end(bench: Bench, model: RDT, tokenizer: Tokenizer) -> dict[str, dict[str, float]]:
     """One request after another, over each transport and to an engine in this process, taking turns."""
     limits = SchedulerLimits(bench.options.token_budget, bench.options.max_live, 1, bench.options.token_budget)
-    engine = BatchingEngine(EagerBackend(model), limits)
+    engine = BatchingEngine([EagerBackend(model)], limits)
     jobs = {request: job_of(request, tokenizer) for request in bench.requests}
 
     async def compute(request: Request) -> None:

@@ -1,7 +1,7 @@
 """`python -m benchmarks.threads`: how the compute threads and the event loop share few cores best.
 
-The same server with more or fewer threads, other priorities and other ways of waiting, and as two processes
-of one thread each, side by side in rounds: capacity, latency with nothing else in flight, and p50 and p99 at
+The same server with more or fewer threads and replicas, other ways of waiting, and as two processes
+of one replica each, side by side in rounds: capacity, latency with nothing else in flight, and p50 and p99 at
 one Poisson rate for all, 60 % of what the first variant could serve.
 """
 
@@ -41,11 +41,14 @@ class Variant:
 
 
 VARIANTS = {
-    "1 thread": Variant(("--threads=1",)),
-    "2 threads": Variant(("--threads=2",)),
-    "2 threads, sleeping waits": Variant(("--threads=2",), {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}),
-    "2 threads, nice 5": Variant(("--threads=2", "--compute_nice=5")),
-    "2 servers of 1 thread": Variant(("--threads=1",), servers=2),
+    "1 thread": Variant(("--threads=1", "--replicas=1")),
+    "2 threads": Variant(("--threads=2", "--replicas=1")),
+    "2 threads, sleeping waits": Variant(
+        ("--threads=2", "--replicas=1"), {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+    ),
+    "2 replicas": Variant(("--threads=1", "--replicas=2")),
+    "2 replicas of 2 threads": Variant(("--threads=2", "--replicas=2")),
+    "2 servers": Variant(("--threads=1", "--replicas=1"), servers=2),
 }
 
 

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import os
 import signal
 import socket
 import sys
@@ -64,15 +65,25 @@ class Runtime:
         torch.set_num_threads(settings.threads)
         loaded = await asyncio.to_thread(load_model, settings.checkpoint, settings.device, settings.precision)
         limits = scheduler_limits(settings, loaded.model.config)
+        n_replicas = settings.replicas or usable_cores(loaded.model.device)
         self.engine = engine = BatchingEngine(
-            EagerBackend(loaded.model), limits, on_tick=self.metrics.ticked, worker_nice=settings.compute_nice
+            [EagerBackend(loaded.model) for _ in range(n_replicas)], limits, on_tick=self.metrics.ticked
         )
         await engine.start()
-        await _warm(engine, loaded.tokenizer, min(settings.token_budget, WARM_TOKENS))
+        await _warm(engine, n_replicas, loaded.tokenizer, min(settings.token_budget, WARM_TOKENS))
         gc.collect()
         gc.freeze()  # what is here now stays: a full collection over it would hold every request up for 0.2 s
         self.lifecycle.open(build_denoiser(loaded, engine, settings, self.metrics))
         log.info("ready after %.1f s: %s on %s", time.monotonic() - began, loaded.name, loaded.model.device)
+
+
+def usable_cores(device: torch.device) -> int:
+    """One batch a core, each in one thread: several threads to a batch wait for one another at every operation,
+    and for the event loop when it takes one of their cores. A GPU takes one batch at a time.
+    """
+    if device.type != "cpu":
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def scheduler_limits(settings: Settings, config: ModelConfig) -> SchedulerLimits:
@@ -176,13 +187,18 @@ async def _load_and_wait(runtime: Runtime, stopped: asyncio.Event) -> int:
     return 0
 
 
-async def _warm(engine: Engine, tokenizer: Tokenizer, max_tokens: int) -> None:
-    """The first pass of a process is slow, and so is the first of each size; no caller should meet one."""
+async def _warm(engine: Engine, n_replicas: int, tokenizer: Tokenizer, max_tokens: int) -> None:
+    """The first pass of a thread is slow, and so is the first of each size; no caller should meet one."""
+
+    async def compute(job: Job) -> None:
+        with engine.reserve() as place:
+            await engine.submit(job, place)
+
     for n_tokens in range(max_tokens, 2, -max(1, max_tokens // WARM_TICKS)):
         masked = [row % 8 == 1 for row in range(n_tokens)]
         tokens = [tokenizer.mask_id if hidden else tokenizer.cls_id for hidden in masked]
-        with engine.reserve() as place:
-            await engine.submit(Job(tokens, masked, max_steps=1, threshold=0.0, halting="gate"), place)
+        job = Job(tokens, masked, max_steps=1, threshold=0.0, halting="gate")
+        await asyncio.gather(*(compute(job) for _ in range(n_replicas)))
 
 
 class _Server(uvicorn.Server):

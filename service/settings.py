@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -15,12 +14,6 @@ from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 from service.errors import printable
 
 PREFIX = "RDT_"
-
-
-def _spare_cores() -> int:
-    """Compute threads that share a core with the event loop lose most of their speed: leave it one."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, allowed - 1)
 
 
 class Settings(BaseSettings):
@@ -58,8 +51,10 @@ class Settings(BaseSettings):
     api_key: SecretStr | None = Field(
         None, min_length=1, description="Key that callers must send; better set in the environment than as a flag."
     )
-    threads: int = Field(_spare_cores(), ge=1, le=1024, description="Compute threads of one operation on a CPU.")
-    compute_nice: int = Field(0, ge=0, le=19, description="How far compute threads give way to the event loop.")
+    replicas: int = Field(
+        0, ge=0, le=1024, description="Batches computed side by side; 0: one for each core of a CPU, one on CUDA."
+    )
+    threads: int = Field(1, ge=1, le=1024, description="Compute threads of each replica on a CPU.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity to log.")
 
 

@@ -2,26 +2,24 @@
 
     submit -> Scheduler -> plan -> Backend.run (worker thread) -> commit -> the caller's future
 
-All bookkeeping lives on one event loop, so there are no locks; the worker thread sees plans and gives
-outcomes. A tick is one pass of everything live.
+All bookkeeping lives on one event loop, so there are no locks; the worker threads see plans and give
+outcomes. A tick is one pass of everything live in one replica; replicas tick on their own and admit from
+one line, each no more than its share.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Protocol
 
 from service.engine.backend import Backend
 from service.engine.queue import Place
-from service.engine.scheduler import Scheduler, SchedulerLimits
+from service.engine.scheduler import Line, Scheduler, SchedulerLimits
 from service.engine.types import Job, Outcome, Plan, Reading, Result, Ticket
 from service.errors import DeadlineExceeded, Internal, ServiceError, Unavailable
 
@@ -80,29 +78,39 @@ class _Caller:
             self.answer.set_exception(error)
 
 
+class _Replica:
+    """A backend, the thread it computes in, and who is live there."""
+
+    def __init__(self, backend: Backend, scheduler: Scheduler) -> None:
+        self.backend = backend
+        self.scheduler = scheduler
+        self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self.work = asyncio.Event()  # something to plan
+        self.tick_seconds = 0.0  # of the last tick: a guess at the next
+
+
 class BatchingEngine:
-    """Sequences of any depth share every pass. Lives on the event loop that called `start`."""
+    """Sequences of any depth share every pass. Lives on the event loop that called `start`.
+
+    `limits` bound the one line and the batch of each backend.
+    """
 
     def __init__(
         self,
-        backend: Backend,
+        backends: Sequence[Backend],
         limits: SchedulerLimits,
         clock: Clock = time.monotonic,
         on_tick: OnTick | None = None,
-        worker_nice: int = 0,
     ) -> None:
-        self._backend = backend
-        self._scheduler = Scheduler(limits)
+        self._line = Line(limits)
+        self._replicas = [_Replica(backend, Scheduler(limits, self._line)) for backend in backends]
         self._clock = clock
         self._on_tick = on_tick
         self._callers: dict[Ticket, _Caller] = {}
-        self._worker = ThreadPoolExecutor(1, "engine", _give_way, (worker_nice,))
-        self._work = asyncio.Event()  # something to plan
         self._idle = asyncio.Event()  # nothing waiting, nothing live
         self._accepting = self._broken = False
         self._broke_at = float("-inf")
-        self._tick_seconds = 0.0  # of the last tick: a guess at the next
-        self._loop: asyncio.Task[None] | None = None
+        self._loops: list[asyncio.Task[None]] = []
         self.failed = asyncio.Event()
         """Set when the engine gave up: the process should end."""
 
@@ -112,37 +120,39 @@ class BatchingEngine:
 
     @property
     def waiting(self) -> int:
-        return len(self._scheduler.line)
+        return len(self._line)
 
     @property
     def live(self) -> int:
-        return self._scheduler.n_live
+        return sum(replica.scheduler.n_live for replica in self._replicas)
 
     async def start(self) -> None:
         self._accepting = True
         self._idle.set()
-        self._loop = asyncio.create_task(self._run(), name="engine")
-        self._loop.add_done_callback(self._loop_ended)
+        self._loops = [asyncio.create_task(self._run(replica), name="engine") for replica in self._replicas]
+        for loop in self._loops:
+            loop.add_done_callback(self._loop_ended)
 
     def reserve(self) -> AbstractContextManager[Place]:
         self._check_ready()
-        return self._scheduler.line.reserve()
+        return self._line.reserve()
 
     async def submit(self, job: Job, place: Place, on_reading: OnReading | None = None) -> Result:
         self._check_ready()
-        ticket = self._scheduler.submit(job, place, self._clock())
+        ticket = self._replicas[0].scheduler.submit(job, place, self._clock())
         caller = self._callers[ticket] = _Caller(on_reading)
         timer = None if job.deadline is None else self._at(job.deadline, self._expire, ticket)
         self._idle.clear()
-        self._work.set()
+        self._wake()
         try:
             return await caller.answer
         finally:
             if timer is not None:
                 timer.cancel()
             if self._callers.pop(ticket, None) is not None:  # left before the end
-                self._scheduler.cancel(ticket)
-                self._work.set()
+                for replica in self._replicas:
+                    replica.scheduler.cancel(ticket)
+                self._wake()
 
     async def drain(self, grace_seconds: float) -> None:
         self._accepting = False
@@ -150,53 +160,69 @@ class BatchingEngine:
             await asyncio.wait_for(self._idle.wait(), grace_seconds)
         except TimeoutError:
             log.warning("grace period of %g s is over: %d live, %d waiting", grace_seconds, self.live, self.waiting)
-            self._fail(self._scheduler.drop_all(), _shut_down)
+            self._drop_all(_shut_down)
 
     async def stop(self) -> None:
         """Fail whatever is left and end the worker."""
         self._accepting = False
-        self._fail(self._scheduler.drop_all(), _shut_down)
-        if self._loop is not None:
-            self._loop.cancel()
-        await asyncio.to_thread(self._worker.shutdown)  # at most one pass
+        self._drop_all(_shut_down)
+        for loop in self._loops:
+            loop.cancel()
+        for replica in self._replicas:
+            await asyncio.to_thread(replica.worker.shutdown)  # at most one pass
 
-    async def _run(self) -> None:
+    async def _run(self, replica: _Replica) -> None:
         """The engine: plan, run, commit, for ever."""
         while True:
-            plan = self._scheduler.plan(self._clock(), self._tick_seconds)
+            plan = replica.scheduler.plan(self._clock(), replica.tick_seconds, self._share)
             self._fail(plan.expired, _too_late)
             if plan.empty:
-                self._idle.set()
-                await self._work.wait()
-                self._work.clear()
+                if self.live == 0 and self._line.n_queued == 0:
+                    self._idle.set()
+                await replica.work.wait()
+                replica.work.clear()
                 continue
             try:
-                outcome = await self._tick(plan)
+                outcome = await self._tick(replica, plan)
                 for ticket, reading in zip(plan.live, outcome.readings, strict=True):
                     self._show(ticket, reading)
-                for ticket, result in self._scheduler.commit(plan, outcome, self._clock()):
+                for ticket, result in replica.scheduler.commit(plan, outcome, self._clock()):
                     self._answer(ticket, result)
             except Exception as error:
-                await self._recover(error)
+                await self._recover(replica, error)
 
-    async def _tick(self, plan: Plan) -> Outcome:
+    async def _tick(self, replica: _Replica, plan: Plan) -> Outcome:
         began = self._clock()
-        outcome = await asyncio.get_running_loop().run_in_executor(self._worker, self._backend.run, plan)
-        self._tick_seconds = self._clock() - began
+        outcome = await asyncio.get_running_loop().run_in_executor(replica.worker, replica.backend.run, plan)
+        replica.tick_seconds = self._clock() - began
         if self._on_tick is not None:
-            self._on_tick(self._tick_seconds, plan, outcome)
+            self._on_tick(replica.tick_seconds, plan, outcome)
         return outcome
 
-    async def _recover(self, error: Exception) -> None:
+    @property
+    def _share(self) -> float:
+        """Packed tokens of each replica if all there are were spread evenly."""
+        live = sum(replica.scheduler.live_tokens for replica in self._replicas)
+        return (live + self._line.n_tokens) / len(self._replicas)
+
+    def _wake(self) -> None:
+        for replica in self._replicas:
+            replica.work.set()
+
+    def _drop_all(self, make_error: Callable[[], ServiceError]) -> None:
+        for replica in self._replicas:
+            self._fail(replica.scheduler.drop_all(), make_error)
+
+    async def _recover(self, replica: _Replica, error: Exception) -> None:
         """A tick broke: its jobs fail, the backend starts afresh. Twice in a minute, and the engine gives up."""
-        log.error("a tick failed with %d sequences live", self.live, exc_info=error)
+        log.error("a tick failed with %d sequences live", replica.scheduler.n_live, exc_info=error)
         self._broken = True
         message = "the model failed while this request was live; the server has logged why"
-        self._fail(self._scheduler.lose_live(), lambda: Internal(message))
+        self._fail(replica.scheduler.lose_live(), lambda: Internal(message))
         now = self._clock()
         gives_up, self._broke_at = now - self._broke_at < FATAL_WINDOW_SECONDS, now
         try:
-            await asyncio.get_running_loop().run_in_executor(self._worker, self._backend.reset)
+            await asyncio.get_running_loop().run_in_executor(replica.worker, replica.backend.reset)
         except Exception:
             log.exception("the backend cannot be restarted")
             gives_up = True
@@ -207,7 +233,7 @@ class BatchingEngine:
 
     def _give_up(self) -> None:
         self._broken = True
-        self._fail(self._scheduler.drop_all(), lambda: Unavailable("the engine has failed", "failed"))
+        self._drop_all(lambda: Unavailable("the engine has failed", "failed"))
         self.failed.set()
 
     def _loop_ended(self, loop: asyncio.Task[None]) -> None:
@@ -234,7 +260,7 @@ class BatchingEngine:
 
     def _expire(self, ticket: Ticket) -> None:
         """The deadline came. In the line it ends the job now; a live job is answered at the end of its pass."""
-        if self._scheduler.withdraw(ticket):
+        if self._line.withdraw(ticket):
             self._fail([ticket], _too_late)
 
     def _at(self, deadline: float, call: Callable[[Ticket], None], ticket: Ticket) -> asyncio.TimerHandle:
@@ -245,12 +271,6 @@ class BatchingEngine:
             raise Unavailable("the engine has failed and is restarting", "failed")
         if not self._accepting:
             raise Unavailable("the server is shutting down and takes no new work", "draining")
-
-
-def _give_way(nice: int) -> None:
-    """Lower the calling thread's priority, and that of the threads it will start; Linux counts it by thread."""
-    if nice and sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
 
 
 def _too_late() -> DeadlineExceeded:

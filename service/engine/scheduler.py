@@ -9,7 +9,9 @@ that fits may pass the head of the line that does not, but only so often, so tha
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from itertools import count
 
 from service.engine.queue import BoundedQueue, Place
 from service.engine.types import Admission, Choice, HaltReason, Job, Outcome, Plan, Result, Ticket
@@ -48,16 +50,35 @@ class Entry:
         return self.job.deadline is not None and now >= self.job.deadline
 
 
-class Scheduler:
+class Line(BoundedQueue[Entry]):
+    """Who waits, in order of arrival. Several schedulers may admit from one line; tickets are unique in it."""
+
     def __init__(self, limits: SchedulerLimits) -> None:
+        super().__init__(limits.max_waiting, limits.max_waiting_tokens)
+        self._tickets = count(1)
+
+    def join(self, job: Job, place: Place, now: float) -> Ticket:
+        """Raises `ResourceExhausted` when the job's tokens do not fit."""
+        entry = Entry(next(self._tickets), job, submitted=now)
+        self.put(entry, place)
+        return entry.ticket
+
+    def withdraw(self, ticket: Ticket) -> bool:
+        """Take a job out of the line; false if it is not there."""
+        return any(self.remove(entry) for entry in self if entry.ticket == ticket)
+
+
+class Scheduler:
+    """Who is live in one batch. Admits from a line of its own, or from one that others admit from too."""
+
+    def __init__(self, limits: SchedulerLimits, line: Line | None = None) -> None:
         self._limits = limits
-        self._line: BoundedQueue[Entry] = BoundedQueue(limits.max_waiting, limits.max_waiting_tokens)
+        self._line = Line(limits) if line is None else line
         self._live: dict[Ticket, Entry] = {}  # in order of admission, which is the backend's order
         self._left: set[Ticket] = set()  # live sequences whose caller is gone
-        self._tickets = 0
 
     @property
-    def line(self) -> BoundedQueue[Entry]:
+    def line(self) -> Line:
         return self._line
 
     @property
@@ -79,26 +100,21 @@ class Scheduler:
         if len(job.tokens) > self._limits.token_budget:
             budget = self._limits.token_budget
             raise ValueError(f"the job has {len(job.tokens)} tokens: want at most token_budget = {budget}")
-        self._tickets += 1
-        self._line.put(Entry(self._tickets, job, submitted=now), place)
-        return self._tickets
+        return self._line.join(job, place, now)
 
     def cancel(self, ticket: Ticket) -> None:
         """The caller left: out of the line at once, out of the live batch with the next plan."""
         if ticket in self._live:
             self._left.add(ticket)
         else:
-            self.withdraw(ticket)
+            self._line.withdraw(ticket)
 
-    def withdraw(self, ticket: Ticket) -> bool:
-        """Take a job out of the line; false if it is not there."""
-        return any(self._line.remove(entry) for entry in self._line if entry.ticket == ticket)
-
-    def plan(self, now: float, tick_seconds: float = 0.0) -> Plan:
+    def plan(self, now: float, tick_seconds: float = 0.0, share: float = math.inf) -> Plan:
         """What the next tick does. Everything in it is decided here; the backend only executes.
 
         `tick_seconds` is how long a tick takes: a sequence that could not finish another one in time stops
-        after this one, so that its answer is there before its deadline.
+        after this one, so that its answer is there before its deadline. `share` is how many packed tokens
+        are enough for this batch while others can take what is left in the line.
         """
         dropped = tuple(self._left)
         for ticket in dropped:
@@ -107,7 +123,7 @@ class Scheduler:
         expired = [entry for entry in self._line if entry.is_overdue(now)]
         for entry in expired:
             self._line.remove(entry)
-        admitted = self._admit(now)
+        admitted = self._admit(now, share)
         return Plan(
             admitted=tuple(Admission(entry.ticket, entry.job, entry.ceiling) for entry in admitted),
             dropped=dropped,
@@ -146,12 +162,12 @@ class Scheduler:
             dropped.append(entry.ticket)
         return tuple(dropped)
 
-    def _admit(self, now: float) -> list[Entry]:
+    def _admit(self, now: float, share: float) -> list[Entry]:
         admitted: list[Entry] = []
         used = self.live_tokens
         head: Entry | None = None  # the first that did not fit
         for entry in self._line:
-            if len(self._live) >= self._limits.max_live:
+            if len(self._live) >= self._limits.max_live or used >= share:
                 break
             if used + entry.n_tokens > self._limits.token_budget:
                 head = head or entry

@@ -48,7 +48,7 @@ def held() -> HeldBackend:
 
 @pytest.fixture
 async def engine(held: HeldBackend) -> AsyncIterator[BatchingEngine]:
-    engine = BatchingEngine(held, LIMITS)
+    engine = BatchingEngine([held], LIMITS)
     await engine.start()
     yield engine
     held.let_go(100)
@@ -167,7 +167,7 @@ async def test_the_answer_is_there_before_the_deadline_when_ticks_are_long() -> 
             clock.now += 1.0
             return super().run(plan)
 
-    engine = BatchingEngine(SlowBackend(), LIMITS, clock)
+    engine = BatchingEngine([SlowBackend()], LIMITS, clock)
     await engine.start()
     began = clock.now
     result = await submit(engine, scripted_job(4, depth=50, deadline=began + 5.5))
@@ -225,7 +225,7 @@ async def test_nobody_hangs_when_the_loop_itself_breaks(
     engine: BatchingEngine, held: HeldBackend, busy: asyncio.Task[Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waiting = await submitted(engine, scripted_job(20, depth=1))
-    monkeypatch.setattr(engine._scheduler, "plan", lambda *_: 1 / 0)
+    monkeypatch.setattr(engine._replicas[0].scheduler, "plan", lambda *_: 1 / 0)
     held.let_go()
     await busy
     with pytest.raises(Unavailable):
@@ -243,7 +243,7 @@ async def test_the_engine_is_not_ready_while_its_backend_restarts() -> None:
 
     backend = SlowReset()
     backend.errors.append(RuntimeError("broken"))
-    engine = BatchingEngine(backend, LIMITS)
+    engine = BatchingEngine([backend], LIMITS)
     await engine.start()
     with pytest.raises(Internal):
         await submit(engine, scripted_job(1, depth=1))
@@ -259,7 +259,7 @@ async def test_the_engine_is_not_ready_while_its_backend_restarts() -> None:
 async def test_two_broken_ticks_within_a_minute_end_the_engine(seconds_between: float, gives_up: bool) -> None:
     clock, backend = FakeClock(), ScriptedBackend()
     backend.errors += [RuntimeError("one"), RuntimeError("two")]
-    engine = BatchingEngine(backend, LIMITS, clock)
+    engine = BatchingEngine([backend], LIMITS, clock)
     await engine.start()
     for _ in range(2):
         with pytest.raises(Internal):
@@ -301,7 +301,7 @@ async def test_draining_an_idle_engine_is_instant(engine: BatchingEngine) -> Non
 
 
 async def test_stopping_ends_the_worker_thread() -> None:
-    engine = BatchingEngine(ScriptedBackend(), LIMITS)
+    engine = BatchingEngine([ScriptedBackend()], LIMITS)
     await engine.start()
     await submit(engine, scripted_job(1, depth=1))
     await engine.stop()
@@ -309,7 +309,7 @@ async def test_stopping_ends_the_worker_thread() -> None:
 
 
 async def test_every_job_ends_once_under_a_mix_of_everything() -> None:
-    engine = BatchingEngine(ScriptedBackend(), replace(LIMITS, max_waiting=20, max_waiting_tokens=60))
+    engine = BatchingEngine([ScriptedBackend()], replace(LIMITS, max_waiting=20, max_waiting_tokens=60))
     await engine.start()
 
     async def one(number: int) -> str:

@@ -67,7 +67,7 @@ async def test_failures_outside_the_use_case_are_counted_too(service: Service) -
 async def test_the_numbers_after_a_known_load(service: Service, tiny_model: RDT) -> None:
     """The real engine and the real backend: what was asked for is what is counted."""
     limits = SchedulerLimits(token_budget=64, max_live=8, max_waiting=16, max_waiting_tokens=400)
-    engine = BatchingEngine(EagerBackend(tiny_model), limits, on_tick=service.metrics.ticked)
+    engine = BatchingEngine([EagerBackend(tiny_model)], limits, on_tick=service.metrics.ticked)
     await engine.start()
     service.denoiser.engine = engine
     service.metrics.watch(engine)

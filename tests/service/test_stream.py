@@ -99,7 +99,7 @@ async def test_a_stream_that_is_closed_between_passes_is_cancelled(service: Serv
 @pytest.mark.parametrize("restore", ["masked", "all"])
 @pytest.mark.parametrize("halting", ["gate", "settle"])
 async def test_the_text_grows_into_the_answer(service: Service, tiny_model: RDT, halting: str, restore: str) -> None:
-    engine = BatchingEngine(EagerBackend(tiny_model), SchedulerLimits(64, 4, 4, 64))
+    engine = BatchingEngine([EagerBackend(tiny_model)], SchedulerLimits(64, 4, 4, 64))
     await engine.start()
     service.denoiser.engine = engine
     text = "The [MASK][MASK] fox [MASK] over!"

@@ -1,0 +1,136 @@
+"""Several batches side by side, fed from one line."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import pytest
+
+from rdt_core import RDT
+from service.engine.eager import EagerBackend
+from service.engine.engine import BatchingEngine
+from service.engine.reference import run_reference
+from service.engine.scheduler import Line, Scheduler, SchedulerLimits
+from service.engine.types import Job, Result
+from service.errors import ResourceExhausted
+from tests.service.scripted import HeldBackend, ScriptedBackend, scripted_job
+from tests.service.test_eager import random_job
+
+LIMITS = SchedulerLimits(token_budget=40, max_live=4, max_waiting=60, max_waiting_tokens=1000)
+
+
+async def submit(engine: BatchingEngine, job: Job) -> Result:
+    with engine.reserve() as place:
+        return await engine.submit(job, place)
+
+
+@pytest.fixture
+def held() -> list[HeldBackend]:
+    return [HeldBackend(), HeldBackend()]
+
+
+@pytest.fixture
+async def engine(held: list[HeldBackend]) -> AsyncIterator[BatchingEngine]:
+    engine = BatchingEngine(held, LIMITS)
+    await engine.start()
+    yield engine
+    for backend in held:
+        backend.let_go(100)
+    await engine.stop()
+
+
+async def start(engine: BatchingEngine, held: list[HeldBackend], *jobs: Job) -> list[asyncio.Task[Result]]:
+    """All submitted at once, and the first tick of every replica under way."""
+    tasks = [asyncio.create_task(submit(engine, job)) for job in jobs]
+    for backend in held:
+        await asyncio.to_thread(backend.wait_until_started)
+    return tasks
+
+
+async def test_requests_are_spread_before_they_are_batched(engine: BatchingEngine, held: list[HeldBackend]) -> None:
+    tasks = await start(engine, held, *(scripted_job(4, depth=1) for _ in range(4)))
+    assert (engine.live, engine.waiting) == (4, 0)
+    for backend in held:
+        backend.let_go()
+    assert [result.steps for result in await asyncio.gather(*tasks)] == [1] * 4
+    assert [len(backend.ticks[0].live) for backend in held] == [2, 2]
+
+
+async def test_who_leaves_is_dropped_wherever_it_is_live(engine: BatchingEngine, held: list[HeldBackend]) -> None:
+    tasks = await start(engine, held, scripted_job(4, depth=50), scripted_job(4, depth=50))
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    for backend in held:
+        backend.let_go(2)
+    async with asyncio.timeout(5):
+        while engine.live:
+            await asyncio.sleep(0.001)
+    assert [len(backend.ticks) for backend in held] == [2, 2]
+
+
+async def test_a_broken_replica_fails_its_own_jobs(engine: BatchingEngine, held: list[HeldBackend]) -> None:
+    tasks = await start(engine, held, scripted_job(4, depth=1), scripted_job(4, depth=1))
+    held[0].errors.append(RuntimeError("a broken kernel"))
+    for backend in held:
+        backend.let_go()
+    ends = await asyncio.gather(*tasks, return_exceptions=True)
+    assert sorted(type(end).__name__ for end in ends) == ["Internal", "Result"]
+    async with asyncio.timeout(5):
+        while not engine.ready:
+            await asyncio.sleep(0.001)
+    assert [backend.resets for backend in held] == [1, 0]
+
+
+async def test_draining_waits_for_every_replica(engine: BatchingEngine, held: list[HeldBackend]) -> None:
+    tasks = await start(engine, held, scripted_job(4, depth=1), scripted_job(4, depth=3))
+    draining = asyncio.create_task(engine.drain(grace_seconds=10))
+    held[0].let_go(3)
+    await asyncio.sleep(0.05)
+    assert not draining.done()
+    held[1].let_go(3)
+    await asyncio.wait_for(draining, timeout=5)
+    assert all(task.done() for task in tasks)
+
+
+async def test_every_job_ends_once() -> None:
+    engine = BatchingEngine([ScriptedBackend() for _ in range(3)], replace(LIMITS, max_waiting=30))
+    await engine.start()
+
+    async def one(number: int) -> str:
+        try:
+            return f"{(await submit(engine, scripted_job(1 + number % 4, depth=1 + number % 3))).steps} passes"
+        except ResourceExhausted:
+            return "refused"
+
+    ends = await asyncio.gather(*(one(number) for number in range(80)))
+    assert ends[:30] == [f"{1 + number % 3} passes" for number in range(30)]
+    assert set(ends[30:]) <= {"refused", "1 passes", "2 passes", "3 passes"}
+    assert (engine.live, engine.waiting) == (0, 0)
+    await engine.stop()
+
+
+async def test_company_and_replica_do_not_change_an_answer(tiny_model: RDT) -> None:
+    rng = random.Random(5)
+    jobs = [random_job(rng, tiny_model.config.vocab_size) for _ in range(40)]
+    engine = BatchingEngine([EagerBackend(tiny_model) for _ in range(2)], LIMITS)
+    await engine.start()
+    results = await asyncio.gather(*(submit(engine, job) for job in jobs))
+    await engine.stop()
+    for job, result in zip(jobs, results, strict=True):
+        alone = run_reference(tiny_model, job)
+        assert (result.tokens, result.steps, result.reason) == (alone.tokens, alone.steps, alone.reason)
+
+
+def test_a_scheduler_takes_its_share_and_leaves_the_rest_in_the_line() -> None:
+    line = Line(LIMITS)
+    first, second = (Scheduler(LIMITS, line) for _ in range(2))
+    for _ in range(3):
+        with line.reserve() as place:
+            first.submit(scripted_job(4, depth=1), place, now=0.0)
+    assert first.plan(now=0.0, share=6.0).live == (1, 2)  # the job that reaches the share is still taken
+    assert second.plan(now=0.0, share=6.0).live == (3,)
+    assert len(line) == 0

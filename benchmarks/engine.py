@@ -138,6 +138,28 @@ def figures(
     }
 
 
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """The figures as Markdown: requests a second, and ours over each rival within a round."""
+    columns = ("workload", "ours, req/s", "over loop", "over static", "over sorted", "share of peak", "of theory")
+    lines = ["| " + " | ".join(columns) + " | bf16 | int8 |", "|---" * (len(columns) + 2) + "|"]
+    for row in results:
+        over = {name.split()[0]: value for name, value in row["ours_over"].items() if not name.startswith("ours")}
+        sizes = {name.split()[0]: name.split()[1] for name in row["ours_over"] if " " in name}
+        faster = {name.split()[1]: 1 / value for name, value in row["ours_over"].items() if name.startswith("ours")}
+        cells = [
+            row["workload"],
+            f"{row['requests_per_second']['ours']:.1f}",
+            f"{over['loop']:.2f}",
+            f"{over['static']:.2f} (of {sizes['static']})",
+            f"{over['sorted']:.2f} (of {sizes['sorted']})",
+            f"{row['useful_share_of_peak']:.0%}",
+            f"{row['realised_over_theoretical']:.2f}",
+            *(f"{faster[name]:.2f}x" if name in faster else "" for name in ("bf16", "int8")),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def seconds(run: Run) -> float:
     began = time.perf_counter()
     run()
@@ -167,6 +189,7 @@ def main() -> None:
     for workload in options.workloads:
         results.append(measure(weights, workload, options))
         print(results[-1], flush=True)
+    print(table(results))
     record.finish("engine", options, results=results)
 
 

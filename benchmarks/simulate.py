@@ -3,9 +3,9 @@
 A day of traffic takes seconds: time jumps from tick to tick, and what a tick costs is a formula, fitted to
 ticks of the real engine on this machine (`--model`) or given (`--cost`, which needs no torch).
 
-(no mode)             traffic at a rate, or over a day, on any number of replicas
+(no mode)             traffic at a rate, or over a day, on any number of servers (of one replica each)
 --choose              the token budget and the queue's bounds that suit a machine
---plan R --p99 S      how many replicas answer R requests a second, 99 of 100 within S seconds
+--plan R --p99 S      how many servers answer R requests a second, 99 of 100 within S seconds
 --check RESULT        a saved result of benchmarks.serve, measured beside simulated
 
 Flags that are not listed here are the server's (`--token-budget 1024`, `--max-waiting 256`, `--shed depth`).
@@ -79,7 +79,7 @@ def traffic(cost: TickCost, settings: Settings, options: argparse.Namespace) -> 
     else:
         times = steady(options.rate, options.seconds or HOUR_SECONDS, options.seed)
     arrivals = draw(options.workload, times, options.seed)
-    report = simulate(arrivals, cost, limits_of(settings), options.replicas, options.routing)
+    report = simulate(arrivals, cost, limits_of(settings), options.servers, options.routing)
     show(report.figures())
     return {"report": report.figures()}
 
@@ -113,9 +113,9 @@ def plan(cost: TickCost, settings: Settings, options: argparse.Namespace) -> Fig
         return draw(options.workload, times, options.seed)
 
     replicas, report = sizing.plan_fleet(arrivals, options.p99, cost, limits_of(settings), options.routing)
-    print(f"{replicas} replicas answer {options.plan:g} requests/s, 99 of 100 within {options.p99:g} s")
+    print(f"{replicas} servers answer {options.plan:g} requests/s, 99 of 100 within {options.p99:g} s")
     show(report.figures())
-    return {"replicas": replicas, "report": report.figures()}
+    return {"servers": replicas, "report": report.figures()}
 
 
 def check(cost: TickCost, settings: Settings, options: argparse.Namespace) -> Figures:
@@ -162,7 +162,7 @@ def parse() -> argparse.Namespace:
     load.add_argument("--rate", type=float, default=10.0, help="requests a second")
     load.add_argument("--day", type=float, nargs=2, metavar=("TROUGH", "PEAK"), help="rates at midnight and at noon")
     load.add_argument("--seconds", type=float, help="default: an hour, a day with --day, five minutes with --plan")
-    load.add_argument("--replicas", type=int, default=1)
+    load.add_argument("--servers", type=int, default=1, help="of one replica each, every one with its own queue")
     load.add_argument(
         "--routing", choices=ROUTINGS, default="turns", help="in turns, or to the least loaded of two or all"
     )

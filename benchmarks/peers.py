@@ -44,11 +44,16 @@ from rdt_core import PRESETS, checkpoint
 PEERS = ("litserve", "ray", "mosec")
 OURS = "ours"
 SERVER_FLAGS = ("threads", "token_budget", "max_live")
-KNOBS: tuple[tuple[dict[str, Any], ...], ...] = (
-    ({}, {"threads": 2}, {"threads": 2, "spin": 0}, {"workers": 2}),
-    tuple({"batch_size": size} for size in (1, 2, 4, 8, 16, 32)),
-    tuple({"batch_timeout": seconds} for seconds in (0.01, 0.05)),
+Knob = tuple[dict[str, Any], ...]
+LAYOUTS: Knob = (
+    {"threads": 2, "workers": 1, "spin": 1},
+    {"threads": 2, "workers": 1, "spin": 0},
+    {"threads": 1, "workers": 2, "spin": 1},
 )
+SIZES: Knob = tuple({"batch_size": size} for size in (1, 2, 4, 8, 16, 32))
+TIMEOUTS: Knob = tuple({"batch_timeout": seconds} for seconds in (0.01, 0.05))
+KNOBS = (LAYOUTS, SIZES, LAYOUTS, SIZES, TIMEOUTS)
+"""Turned one after another, the first two once more: which layout is best depends on the size, and the reverse."""
 
 Start = Callable[[], AbstractContextManager[str]]
 """Starts a server; the value is its URL."""

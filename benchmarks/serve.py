@@ -223,7 +223,7 @@ def main() -> None:
     parser.add_argument("--transports", nargs="+", choices=SENDERS, default=list(SENDERS))
     parser.add_argument("--workload", choices=WORKLOADS, default="mixed")
     parser.add_argument("--requests", type=int, default=200, help="per level")
-    parser.add_argument("--levels", nargs="+", type=float, default=[0.3, 0.6, 0.8, 0.95], help="shares of capacity")
+    parser.add_argument("--levels", nargs="*", type=float, default=[0.3, 0.6, 0.8, 0.95], help="shares of capacity")
     parser.add_argument("--bound", type=float, help=f"seconds for goodput (default: {BOUND_FACTOR} x unloaded p50)")
     parser.add_argument("--overload-seconds", type=float, default=60.0, help="0 to skip")
     parser.add_argument("--threads", type=int, default=1)

@@ -33,7 +33,9 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on.")
     http_port: int = Field(8000, ge=0, le=65_535, description="Port of the REST interface; 0 picks a free one.")
     grpc_port: int = Field(50_051, ge=0, le=65_535, description="Port of the gRPC interface; 0 picks a free one.")
-    token_budget: int = Field(512, ge=1, description="Packed tokens of one tick of a replica; at least the model's max_seq_len.")
+    token_budget: int = Field(
+        512, ge=1, description="Packed tokens of a replica's tick; at least the model's max_seq_len."
+    )
     max_live: int = Field(64, ge=1, description="Sequences of one tick of a replica.")
     # Six and ten seconds of work for the bundled model on two cores, as `benchmarks.simulate --choose` sees it.
     max_waiting: int = Field(256, ge=1, description="Requests that may wait; more are refused.")

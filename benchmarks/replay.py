@@ -21,7 +21,6 @@ from benchmarks.tick_cost import TickCost
 from benchmarks.traffic import Arrival
 from benchmarks.workloads import make_jobs
 from service.engine.scheduler import SchedulerLimits
-from service.settings import Settings
 
 TOLERANCE = 0.15
 JUDGED = ("pace", "answered_per_second", "p99_ms")
@@ -93,14 +92,3 @@ def _compare_level(where: str, level: Mapping[str, Any], pace: float, report: Re
     yield Comparison(where, "p50_ms", level["p50_ms"], report.latency_ms["p50"])
     yield Comparison(where, "p99_ms", level["p99_ms"], report.latency_ms["p99"])
     yield Comparison(where, "mean_tick_tokens", level["mean_tick_tokens"], report.mean_tick_tokens)
-
-
-def limits_of(settings: Settings) -> SchedulerLimits:
-    """The scheduler's bounds as the server sets them."""
-    return SchedulerLimits(
-        token_budget=settings.token_budget,
-        max_live=settings.max_live,
-        max_waiting=settings.max_waiting,
-        max_waiting_tokens=settings.max_waiting_tokens,
-        shed_min_steps=settings.shed_min_steps if settings.shed == "depth" else None,
-    )

@@ -36,9 +36,10 @@ def prepare(model: RDT, precision: Precision = "fp32") -> RDT:
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}: want one of {', '.join(PRECISIONS)}")
-    if precision == "int8" and not (model.device.type == "cpu" and _has_onednn()):
+    packs = model.device.type == "cpu" and _has_onednn()
+    if precision == "int8" and not packs:
         raise ValueError(f"precision is int8: want a CPU with oneDNN, not {model.device}")
-    if precision == "fp32" and not (model.device.type == "cpu" and _has_onednn()):
+    if precision == "fp32" and not packs:
         return model
     for module in (*model.prelude.modules(), *model.encoder.modules(), *model.decoder.modules()):
         if isinstance(module, SelfAttention):
@@ -52,7 +53,7 @@ def prepare(model: RDT, precision: Precision = "fp32") -> RDT:
                 activation=nn.Identity(),
                 down=_ready(module.down, precision),
             )
-    model.row_multiple = ROW_MULTIPLE if _has_onednn() and model.device.type == "cpu" else 1
+    model.row_multiple = ROW_MULTIPLE if packs else 1
     _replace(model, inject=_ready(model.inject, precision), projection=_ready(_vocabulary(model), precision))
     return model.requires_grad_(False).eval()
 

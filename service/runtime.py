@@ -69,8 +69,8 @@ class Runtime:
         self.engine = engine = BatchingEngine(
             [EagerBackend(loaded.model) for _ in range(n_replicas)], limits, on_tick=self.metrics.ticked
         )
+        await engine.warm(warm_jobs(loaded.tokenizer, min(settings.token_budget, WARM_TOKENS)))
         await engine.start()
-        await _warm(engine, n_replicas, loaded.tokenizer, min(settings.token_budget, WARM_TOKENS))
         gc.collect()
         gc.freeze()  # what is here now stays: a full collection over it would hold every request up for 0.2 s
         self.lifecycle.open(build_denoiser(loaded, engine, settings, self.metrics))
@@ -90,13 +90,7 @@ def scheduler_limits(settings: Settings, config: ModelConfig) -> SchedulerLimits
     """Raises `ValueError` for a tick that could not hold the longest text the model takes."""
     if settings.token_budget < config.max_seq_len:
         raise ValueError(f"token_budget is {settings.token_budget}: want at least max_seq_len = {config.max_seq_len}")
-    return SchedulerLimits(
-        token_budget=settings.token_budget,
-        max_live=settings.max_live,
-        max_waiting=settings.max_waiting,
-        max_waiting_tokens=settings.max_waiting_tokens,
-        shed_min_steps=settings.shed_min_steps if settings.shed == "depth" else None,
-    )
+    return settings.scheduler_limits
 
 
 def build_denoiser(loaded: LoadedModel, engine: Engine, settings: Settings, metrics: Metrics) -> Denoiser:
@@ -187,18 +181,14 @@ async def _load_and_wait(runtime: Runtime, stopped: asyncio.Event) -> int:
     return 0
 
 
-async def _warm(engine: Engine, n_replicas: int, tokenizer: Tokenizer, max_tokens: int) -> None:
+def warm_jobs(tokenizer: Tokenizer, max_tokens: int) -> list[Job]:
     """The first pass of a thread is slow, and so is the first of each size; no caller should meet one."""
-
-    async def compute(job: Job) -> None:
-        with engine.reserve() as place:
-            await engine.submit(job, place)
-
+    jobs = []
     for n_tokens in range(max_tokens, 2, -max(1, max_tokens // WARM_TICKS)):
         masked = [row % 8 == 1 for row in range(n_tokens)]
         tokens = [tokenizer.mask_id if hidden else tokenizer.cls_id for hidden in masked]
-        job = Job(tokens, masked, max_steps=1, threshold=0.0, halting="gate")
-        await asyncio.gather(*(compute(job) for _ in range(n_replicas)))
+        jobs.append(Job(tokens, masked, max_steps=1, threshold=0.0, halting="gate"))
+    return jobs
 
 
 class _Server(uvicorn.Server):

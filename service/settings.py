@@ -11,6 +11,7 @@ from pydantic import Field, SecretStr, ValidationError
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 
+from service.engine.scheduler import SchedulerLimits
 from service.errors import printable
 
 PREFIX = "RDT_"
@@ -59,6 +60,16 @@ class Settings(BaseSettings):
     )
     threads: int = Field(1, ge=1, le=1024, description="Compute threads of each replica on a CPU.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity to log.")
+
+    @property
+    def scheduler_limits(self) -> SchedulerLimits:
+        return SchedulerLimits(
+            token_budget=self.token_budget,
+            max_live=self.max_live,
+            max_waiting=self.max_waiting,
+            max_waiting_tokens=self.max_waiting_tokens,
+            shed_min_steps=self.shed_min_steps if self.shed == "depth" else None,
+        )
 
 
 class SettingsError(ValueError):

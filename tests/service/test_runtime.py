@@ -87,6 +87,14 @@ async def test_a_checkpoint_that_cannot_be_loaded_is_one_line(
     assert capsys.readouterr().err == f"rdt-serve: cannot start: {path}: no such file\n"
 
 
+async def test_warming_is_no_load(tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A line that holds one request starts with any number of replicas, and no tick of the warm-up is counted."""
+    settings = settings_for(tiny_checkpoint, replicas=3, max_waiting=1, max_waiting_tokens=1)
+    async with running(settings, caplog) as (client, _):
+        await client.denoise("a [MASK]", max_steps=1)
+        assert "rdt_tick_tokens_count 1.0" in (await client._http.get("/metrics")).text
+
+
 def test_accepted_connections_send_at_once() -> None:
     with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
         accepted, _ = listener.accept()

@@ -11,6 +11,7 @@ import torch
 
 from rdt_core.checkpoint import CheckpointError
 from training.config import ConfigError, load_config
+from training.processes import meet
 from training.trainer import Trainer, TrainingDiverged
 
 
@@ -27,7 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         device = _device(options.device)
         config = load_config(options.config, options.override, options.assignments)
-        finished = Trainer(config, device, options.checkpoint).fit()
+        processes = meet(device)
+        finished = Trainer(config, processes.device(device), options.checkpoint, processes).fit()
+        processes.close()
     except (ConfigError, CheckpointError, TrainingDiverged) as error:
         print(f"rdt-train: {error}", file=sys.stderr)
         return 2

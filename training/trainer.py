@@ -1,7 +1,8 @@
 """The training loop: batch -> losses -> step, with logs, validation, checkpoints and exact resume.
 
-Whatever is random at step `k` is seeded by the run's seed and `k`, so weights, optimizer state and the
-step number are all that a resumed run needs to continue bit for bit.
+Whatever is random in batch `k` is seeded by the run's seed and `k`, so weights, optimizer state and the
+step number are all that a resumed run needs to continue bit for bit. A step is the same with any number
+of processes, but for the order in which its gradients are added up.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from training.config import ConfigError, TrainConfig
 from training.data import Batch, Batches, load_corpora, load_tokenizer, stable_seed
 from training.losses import Losses, chain_losses, gate_losses, unroll_losses
 from training.optimise import gate_parameters, make_optimizer, make_scheduler, trunk_parameters
+from training.processes import OneProcess, Processes, add_up_gradients, share
 from training.validation import Validation, validate
 from training.warm_start import warm_start
 
@@ -44,8 +46,20 @@ class TrainingDiverged(RuntimeError):
 class Trainer:
     """Raises `ConfigError` for settings that do not fit the text, the tokenizer or the checkpoint."""
 
-    def __init__(self, config: TrainConfig, device: torch.device, resume: Path | None = None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        device: torch.device,
+        resume: Path | None = None,
+        processes: Processes | None = None,
+    ) -> None:
         self.config, self.device = config, device
+        self.processes = processes or OneProcess()
+        if config.training.gradient_accumulation_steps < self.processes.count:
+            raise ConfigError(
+                f"training.gradient_accumulation_steps is {config.training.gradient_accumulation_steps}: a step's "
+                f"batches are shared out, want at least one for each of the {self.processes.count} processes"
+            )
         self.directory = Path(config.output.checkpoint_dir)
         saved = checkpoints.read(resume) if resume is not None else None
         if saved is not None and resume is not None:
@@ -66,6 +80,8 @@ class Trainer:
             warm_start(self.model, config.training.init_from, self.tokenizer)
         self.optimizer = make_optimizer(self.model, config.training)
         self.scheduler = make_scheduler(self.optimizer, config.training, self.n_steps)
+        self._signals: list[int] = []  # those that came to this process
+        self._stopping = False  # one had come to some process by the last step
         self.step = 0
         self.best_loss = math.inf
         self.last_saved = resume
@@ -74,9 +90,10 @@ class Trainer:
 
     def fit(self) -> bool:
         """Train to the last step; False if a signal ended the run early (its state is saved)."""
-        writer = SummaryWriter(self.config.output.log_dir)
-        bar: tqdm[Any] = tqdm(total=self.n_steps, initial=self.step, desc="training", unit="step")
-        with writer, bar, _stop_signal() as stop:
+        quiet = not self.processes.first
+        writer = None if quiet else SummaryWriter(self.config.output.log_dir)
+        bar: tqdm[Any] = tqdm(total=self.n_steps, initial=self.step, desc="training", unit="step", disable=quiet)
+        with writer or nullcontext(), bar, _stop_signal() as self._signals:
             for losses in self._steps():
                 bar.update()
                 self._log(writer, bar, losses)
@@ -84,36 +101,43 @@ class Trainer:
                     self._validate(writer, bar)
                 if self._due(self.config.training.save_every_n_steps, self.config.training.save_every_n_epochs):
                     self.save()
-                if stop and self.step < self.n_steps:
+                if self._must_stop and self.step < self.n_steps:
                     self.save()
                     bar.write(f"stopped at step {self.step}; go on with --checkpoint {self.last_saved}")
                     return False
         return True
+
+    @property
+    def _must_stop(self) -> bool:
+        """Alone at once; among several when all know of it."""
+        return bool(self._signals) if self.processes.count == 1 else self._stopping
 
     def _steps(self) -> Iterator[Losses]:
         accumulate = self.config.training.gradient_accumulation_steps
         loader = DataLoader(
             self.batches,
             batch_size=None,
-            sampler=range(self.step * accumulate, self.n_steps * accumulate),
+            sampler=share(range(self.step, self.n_steps), accumulate, self.processes),
             num_workers=self.config.data.num_workers,
             pin_memory=self.config.data.pin_memory and self.device.type == "cuda",
         )
         batches = iter(loader)
         while self.step < self.n_steps:
-            yield self._train_step([next(batches).to(self.device) for _ in range(accumulate)])
+            own = share(range(self.step, self.step + 1), accumulate, self.processes)
+            yield self._train_step([(k, next(batches).to(self.device)) for k in own])
 
-    def _train_step(self, batches: list[Batch]) -> Losses:
-        """One optimizer step; `self.step` counts it."""
-        torch.manual_seed(stable_seed(self.config.seed, UNROLL, self.step))
+    def _train_step(self, batches: list[tuple[int, Batch]]) -> Losses:
+        """One optimizer step on this process's batches, each with its number; `self.step` counts it."""
         self.model.train()
         section = self.config.training
         recon = gate = torch.zeros((), device=self.device)
-        for batch in batches:
+        for number, batch in batches:
+            torch.manual_seed(stable_seed(self.config.seed, UNROLL, number))
             losses = self._losses(batch)
             total = section.loss_weight_recon * losses.recon + section.loss_weight_gate * losses.gate
-            (total / len(batches)).backward()
-            recon, gate = recon + losses.recon.detach() / len(batches), gate + losses.gate.detach() / len(batches)
+            (total / section.gradient_accumulation_steps).backward()
+            recon, gate = recon + losses.recon.detach(), gate + losses.gate.detach()
+        recon, gate = self._add_up(recon, gate)
         if not torch.isfinite(recon + gate):
             good = self.last_saved or "none was saved yet"
             raise TrainingDiverged(f"the loss is not a number at step {self.step + 1}; last good checkpoint: {good}")
@@ -124,6 +148,15 @@ class Trainer:
         self.scheduler.step()
         self.step += 1
         return Losses(recon, gate)
+
+    def _add_up(self, recon: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+        """The losses of the whole step, its gradients in place, and whether any process was told to stop."""
+        told = torch.tensor(float(bool(self._signals)), device=self.device)
+        sums = torch.stack((recon, gate, told))
+        recon, gate, told = add_up_gradients(list(self.model.parameters()), sums, self.processes)
+        self._stopping = bool(told)
+        n_batches = self.config.training.gradient_accumulation_steps
+        return recon / n_batches, gate / n_batches
 
     def _losses(self, batch: Batch) -> Losses:
         section = self.config.training
@@ -152,8 +185,8 @@ class Trainer:
     def _due(self, every_n_steps: int | None, every_n_epochs: int) -> bool:
         return self.step % (every_n_steps or every_n_epochs * self.steps_an_epoch) == 0 or self.step == self.n_steps
 
-    def _log(self, writer: SummaryWriter, bar: tqdm[Any], losses: Losses) -> None:
-        if self.step % self.config.output.log_every_n_steps != 0:
+    def _log(self, writer: SummaryWriter | None, bar: tqdm[Any], losses: Losses) -> None:
+        if writer is None or self.step % self.config.output.log_every_n_steps != 0:
             return
         section = self.config.training
         recon, gate = losses.recon.item(), losses.gate.item()
@@ -163,23 +196,28 @@ class Trainer:
             writer.add_scalar(f"train/{name}", value, self.step)
         bar.set_postfix(recon=f"{recon:.3f}", gate=f"{gate:.3f}")
 
-    def _validate(self, writer: SummaryWriter, bar: tqdm[Any]) -> Validation:
+    def _validate(self, writer: SummaryWriter | None, bar: tqdm[Any]) -> Validation:
         with autocast(self.config, self.device):
-            result = validate(self.model, self.validation_batches, self.config, self.device)
-        for name, value in result._asdict().items():
-            writer.add_scalar(f"val/{name}", value, self.step)
-        bar.write(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in result._asdict().items()))
+            result = validate(self.model, self.validation_batches, self.config, self.device, self.processes)
+        if writer is not None:
+            for name, value in result._asdict().items():
+                writer.add_scalar(f"val/{name}", value, self.step)
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in result._asdict().items())
+            bar.write(f"step {self.step}: {shown}")
         if result.total_loss < self.best_loss:
             self.best_loss = result.total_loss
-            checkpoints.save(self.directory / "best_model.pt", self._checkpoint(result.total_loss))
+            if self.processes.first:
+                checkpoints.save(self.directory / "best_model.pt", self._checkpoint(result.total_loss))
         return result
 
     def save(self) -> Path:
         """Write a checkpoint to resume from, and drop all but the last few."""
         epoch = self.step // self.steps_an_epoch
         path = self.directory / f"checkpoint_epoch_{epoch}_step_{self.step}.pt"
-        checkpoints.save(path, self._checkpoint(self.best_loss if math.isfinite(self.best_loss) else None))
         self.last_saved = path
+        if not self.processes.first:
+            return path
+        checkpoints.save(path, self._checkpoint(self.best_loss if math.isfinite(self.best_loss) else None))
         kept = sorted(self.directory.glob("checkpoint_epoch_*_step_*.pt"), key=_step_of)
         for old in kept[: -self.config.training.keep_last_n_checkpoints]:
             old.unlink()

@@ -10,6 +10,7 @@ from rdt_core.model import RDT
 from training.config import TrainConfig
 from training.data import Batches
 from training.losses import gate_losses, reconstruction
+from training.processes import OneProcess, Processes, share
 
 
 class Validation(NamedTuple):
@@ -23,11 +24,15 @@ class Validation(NamedTuple):
 
 
 @torch.no_grad()
-def validate(model: RDT, batches: Batches, config: TrainConfig, device: torch.device) -> Validation:
+def validate(
+    model: RDT, batches: Batches, config: TrainConfig, device: torch.device, processes: Processes | None = None
+) -> Validation:
+    """The same with any number of processes: each takes its share of the batches."""
+    processes = processes or OneProcess()
     model.eval()
     section = config.training
     sums = torch.zeros(4, dtype=torch.float64)
-    for index in range(config.output.eval_batches):
+    for index in share(range(1), config.output.eval_batches, processes):
         batch = batches[index].to(device)
         packing = batch.packing(device)
         rows = batch.masked.nonzero().squeeze(1)
@@ -43,6 +48,7 @@ def validate(model: RDT, batches: Batches, config: TrainConfig, device: torch.de
                 ),
             ]
         )
+    sums = processes.add_up(sums.to(device))
     recon, gate, exact, exact_one = (sums / config.output.eval_batches).tolist()
     total = section.loss_weight_recon * recon + section.loss_weight_gate * gate
     return Validation(total, recon, gate, exact, exact_one)

@@ -103,14 +103,13 @@ def gradient_of(config: TrainConfig, batches: list[Batch]) -> dict[str, torch.Te
 
     trainer.optimizer.step = step  # type: ignore[method-assign, assignment]
     trainer.scheduler.step = lambda: None  # type: ignore[method-assign, assignment, misc]
-    trainer._train_step(batches)
+    trainer._train_step(list(enumerate(batches)))
     return seen
 
 
 def test_accumulated_batches_of_as_many_masks_are_one_large_batch(train_settings: Settings) -> None:
-    config = train_settings(
-        **{"training.max_chain_length": 1, "training.loss_weight_gate": 0.0, "training.max_grad_norm": 1e9}
-    )
+    changes = {"training.max_chain_length": 1, "training.loss_weight_gate": 0.0, "training.max_grad_norm": 1e9}
+    one, two = train_settings(**changes), train_settings(**changes, **{"training.gradient_accumulation_steps": 2})
     generator = torch.Generator().manual_seed(0)
     masked = torch.arange(32) % 16 < 5
     halves = []
@@ -118,7 +117,7 @@ def test_accumulated_batches_of_as_many_masks_are_one_large_batch(train_settings
         targets = torch.randint(5, 100, (32,), generator=generator)
         halves.append(Batch(targets, targets.masked_fill(masked, 4), masked, masked.long(), torch.ones(2), 16))
     large = Batch(*(torch.cat(parts) for parts in zip(*(half[:5] for half in halves), strict=True)), 16)
-    together, apart = gradient_of(config, [large]), gradient_of(config, halves)
+    together, apart = gradient_of(one, [large]), gradient_of(two, halves)
     assert together.keys() == apart.keys()
     for name, gradient in together.items():
         torch.testing.assert_close(apart[name], gradient, atol=1e-5, rtol=0)
@@ -135,7 +134,7 @@ def test_gate_and_trunk_are_clipped_apart(train_settings: Settings, cpu: torch.d
 
     trainer.optimizer.step = step  # type: ignore[method-assign, assignment]
     trainer.scheduler.step = lambda: None  # type: ignore[method-assign, assignment, misc]
-    trainer._train_step([trainer.batches[0]])
+    trainer._train_step([(0, trainer.batches[0])])
     assert norms == pytest.approx([1e-3, 1e-3], rel=0.01)
 
 

@@ -1,0 +1,106 @@
+"""One process or many: the share of each in a step, and how they agree.
+
+    torchrun --nproc_per_node=2 -m training --config ...
+
+Whatever the number of processes, a step is the same batches and the same randomness: process `r` of `P`
+takes those numbered `r`, `r + P`, ... of it, and the gradients are added up. A run may therefore be
+resumed by another number of processes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from training.config import ConfigError
+
+
+class Processes(Protocol):
+    rank: int
+    count: int
+
+    @property
+    def first(self) -> bool:
+        """Logs and writes files."""
+
+    def device(self, wanted: torch.device) -> torch.device:
+        """This process's own: with several GPUs each takes one."""
+
+    def add_up(self, values: Tensor) -> Tensor:
+        """The sum over all processes, the same in each."""
+
+    def close(self) -> None:
+        """No process is needed by the others any more."""
+
+
+class OneProcess:
+    rank, count, first = 0, 1, True
+
+    def device(self, wanted: torch.device) -> torch.device:
+        return wanted
+
+    def add_up(self, values: Tensor) -> Tensor:
+        return values
+
+    def close(self) -> None:
+        pass
+
+
+class ManyProcesses:
+    """Those that torchrun started, met through `accelerate`: NCCL between GPUs, gloo between CPUs."""
+
+    def __init__(self, on_cpu: bool) -> None:
+        try:
+            from accelerate import PartialState  # noqa: PLC0415 - one process does without it
+        except ImportError as error:
+            raise ConfigError("several processes need the package accelerate: pip install 'rdt[training]'") from error
+        self._state = PartialState(cpu=on_cpu)
+        self.rank, self.count = self._state.process_index, self._state.num_processes
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def device(self, wanted: torch.device) -> torch.device:
+        return wanted if wanted.type == "cpu" else self._state.device
+
+    def add_up(self, values: Tensor) -> Tensor:
+        torch.distributed.all_reduce(values)
+        return values
+
+    def close(self) -> None:
+        self._state.wait_for_everyone()
+        self._state.destroy_process_group()
+
+
+def meet(wanted: torch.device) -> Processes:
+    """The processes of this run, by the environment that torchrun sets. Raises `ConfigError`."""
+    return ManyProcesses(wanted.type == "cpu") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else OneProcess()
+
+
+def share(n_steps: range, a_step: int, processes: Processes) -> list[int]:
+    """The batches of these steps, `a_step` in each, that this process takes."""
+    return [step * a_step + i for step in n_steps for i in range(processes.rank, a_step, processes.count)]
+
+
+def add_up_gradients(parameters: Sequence[nn.Parameter], others: Tensor, processes: Processes) -> Tensor:
+    """Add up every gradient over all processes, and the numbers `others` `(K,)`, whose sum is returned.
+
+    One message for all of them. A parameter without a gradient anywhere stays without one: the optimizer
+    leaves it alone, weight decay included.
+    """
+    if processes.count == 1:
+        return others
+    given = torch.tensor([p.grad is not None for p in parameters], device=others.device, dtype=torch.float32)
+    flat = [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters]
+    total = processes.add_up(torch.cat([others.float(), given, *flat]))
+    others, given, gradients = total.split([len(others), len(given), len(total) - len(others) - len(given)])
+    present = given.tolist()
+    pieces = gradients.split([p.numel() for p in parameters])
+    for parameter, piece, n_given in zip(parameters, pieces, present, strict=True):
+        parameter.grad = piece.view_as(parameter).clone() if n_given else None
+    return others

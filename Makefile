@@ -7,7 +7,7 @@ CHECKPOINT ?= models/rdt-small/best_model.pt
 DATA ?= wikitext-2
 TEXT ?= $(DATA)
 
-.PHONY: help serve test lint format proto train evaluate bench clean
+.PHONY: help serve test lint format proto docs train evaluate bench up clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/' | expand -t 12
@@ -30,6 +30,9 @@ format: $(VENV)/all  ## bring the code into its style
 proto: $(VENV)/all  ## generate the gRPC code from proto/
 	$(BIN)/python proto/generate.py
 
+docs: $(VENV)/all  ## generate the tables of docs/operations.md
+	PYTHONPATH=. $(BIN)/python docs/generate.py
+
 train: $(VENV)/all  ## train a small model: make train DATA=text.txt
 	$(BIN)/python -m training --config training/configs/small.yaml data.dataset_name=$(DATA) $(ARGS)
 
@@ -38,6 +41,9 @@ evaluate: $(VENV)/all  ## evaluate a checkpoint: make evaluate TEXT=text.txt
 
 bench: $(VENV)/all  ## the engine against a plain loop and static batches: make bench ARGS="--model base"
 	$(BIN)/python -m benchmarks.engine $(ARGS)
+
+up:  ## the server, Prometheus and Grafana in containers
+	docker compose up --build --detach --wait
 
 clean:  ## remove the environment, caches and runs
 	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -53,5 +59,5 @@ $(VENV)/service: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	touch $@
 
 $(VENV)/all: pyproject.toml constraints.txt | $(VENV)/bin/pip
-	$(PIP) -e '.[service,training,dev]'
+	$(PIP) -e '.[service,otel,ray,training,dev]'
 	touch $@ $(VENV)/service

@@ -111,7 +111,10 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> LoadedModel:
 
     Raises `CheckpointError` when the file, its configuration, weights and vocabulary do not fit together.
     """
+    read_digest = digest(path) if Path(path).is_file() else ""
     checkpoint = read(path)
+    if digest(path) != read_digest:
+        raise CheckpointError(path, "was replaced while it was being read: try again")
     config = model_config(path, checkpoint)
     tokenizer = tokenizer_of(path, checkpoint)
     if tokenizer.vocab_size != config.vocab_size:
@@ -125,7 +128,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> LoadedModel:
     model.load_state_dict(weights, assign=True)
     model.requires_grad_(False)
     name = checkpoint.config.get("name") or Path(path).resolve().parent.name
-    return LoadedModel(model.to(device).eval(), tokenizer, str(name), digest(path), checkpoint)
+    return LoadedModel(model.to(device).eval(), tokenizer, str(name), read_digest, checkpoint)
 
 
 def export_release(

@@ -11,8 +11,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from service import logs
 from service.errors import ServiceError
 from service.settings import SettingsError, read_settings, unknown_variables
+from service.tracing import NotInstalledError
 
 if TYPE_CHECKING:
     from service.local import Reading
@@ -26,7 +28,7 @@ def serve(arguments: Sequence[str] | None = None) -> int:
         settings = read_settings(sys.argv[1:] if arguments is None else arguments)
     except SettingsError as error:
         return _complain("rdt-serve", error, EXIT_BAD_INPUT)
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure(settings.log_level, settings.log_format)
     for name in unknown_variables(os.environ):
         logging.getLogger(__name__).warning("%s is set but is no setting", name)
 
@@ -34,6 +36,8 @@ def serve(arguments: Sequence[str] | None = None) -> int:
 
     try:
         return asyncio.run(runtime.serve(settings))
+    except NotInstalledError as error:
+        return _complain("rdt-serve", error, EXIT_BAD_INPUT)
     except OSError as error:
         return _complain("rdt-serve", error, 1)
 

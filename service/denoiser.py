@@ -34,6 +34,7 @@ from service.schema import (
     read_request,
 )
 from service.text import Draft, check_characters, encode, hide, write_back
+from service.tracing import NO_TRACER, Timeline, Tracer
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class Denoiser:
         limits: Limits,
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         self.card = card
         self.engine = engine
@@ -59,8 +61,7 @@ class Denoiser:
         self._limits = limits
         self._metrics = metrics
         self._clock = clock
-        metrics.watch(engine)
-        metrics.describe_model(card.name, card.digest, card.device, card.precision)
+        self._tracer = tracer
 
     def read(self, fields: object) -> DenoiseRequest:
         """Raises `InvalidArgument` naming every bad field."""
@@ -79,7 +80,7 @@ class Denoiser:
         """
         with self._metrics.request(transport), self.engine.reserve() as place:
             work = self._prepare(request, seconds_left)
-            result = await self.engine.submit(work.job, place)
+            result = await self.engine.submit(work.job, place, work.timeline)
             return self._answer(work, result)
 
     async def denoise_batch(
@@ -89,10 +90,11 @@ class Denoiser:
 
         async def end_of(index: int, item: BatchItem) -> DenoiseAnswer | ServiceError:
             try:
-                if isinstance(item, DenoiseRequest):
-                    return await self.denoise(item, transport, seconds_left)
-                with self._metrics.failure(transport):
-                    raise item
+                with self._tracer.item(index):
+                    if isinstance(item, DenoiseRequest):
+                        return await self.denoise(item, transport, seconds_left)
+                    with self._metrics.failure(transport):
+                        raise item
             except ServiceError as error:
                 return error if error is item else error.at(f"items[{index}]")
             except Exception:
@@ -108,7 +110,7 @@ class Denoiser:
         with self._metrics.request(transport), self.engine.reserve() as place:
             work = self._prepare(request, seconds_left, stream=True)
             draft = Draft(work.encoding, self._tokenizer, rewrite=work.job.decode_all)
-            async with aclosing(follow(self.engine, work.job, place)) as readings:
+            async with aclosing(follow(self.engine, work.job, place, work.timeline)) as readings:
                 step = 0
                 async for reading in readings:
                     if isinstance(reading, Result):
@@ -131,7 +133,7 @@ class Denoiser:
             deadline=None if wait is None else arrived + wait,
             stream=stream,
         )
-        return _Work(request, arrived, encoding, job)
+        return _Work(request, arrived, encoding, job, self._tracer.timeline())
 
     def _encode(self, request: DenoiseRequest) -> Encoding:
         check_characters(request.text, self._limits)
@@ -143,6 +145,8 @@ class Denoiser:
 
     def _answer(self, work: _Work, result: Result) -> DenoiseAnswer:
         self._metrics.answered(result, n_masked=sum(work.encoding.masked))
+        if work.timeline is not None:
+            work.timeline.answered(work.job, result, self.card.label)
         written = write_back(work.encoding, result, self._tokenizer, rewrite=work.job.decode_all)
         trace = [TracePoint(step=step, level=level) for step, level in enumerate(result.levels, start=1)]
         return DenoiseAnswer(
@@ -171,12 +175,21 @@ class _Work:
     arrived: float  # on the denoiser's clock, in seconds
     encoding: Encoding
     job: Job
+    timeline: Timeline | None
 
 
-async def follow(engine: Engine, job: Job, place: Place) -> AsyncGenerator[Reading | Result, None]:
+async def follow(
+    engine: Engine, job: Job, place: Place, timeline: Timeline | None = None
+) -> AsyncGenerator[Reading | Result, None]:
     """What the engine reads in every pass, and the result last. Closing it takes the job out of the engine."""
     readings: asyncio.Queue[Reading | None] = asyncio.Queue()  # as long as the passes of one job at the most
-    computing = asyncio.create_task(engine.submit(job, place, readings.put_nowait))
+
+    def read(reading: Reading) -> None:
+        if timeline is not None:
+            timeline(reading)
+        readings.put_nowait(reading)
+
+    computing = asyncio.create_task(engine.submit(job, place, read))
     computing.add_done_callback(lambda _: readings.put_nowait(None))
     try:
         while (reading := await readings.get()) is not None:

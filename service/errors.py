@@ -9,6 +9,7 @@
     ├── Refused
     │   ├── ResourceExhausted resource_exhausted    the queue is full: try again later
     │   └── Unavailable       unavailable           loading, draining or failed
+    ├── FailedPrecondition    failed_precondition   the checkpoint to take in cannot be served
     ├── DeadlineExceeded      deadline_exceeded     the time was over before the first pass
     ├── Cancelled             cancelled             the caller left
     └── Internal              internal              our fault
@@ -32,6 +33,7 @@ Code = Literal[
     "unauthenticated",
     "resource_exhausted",
     "unavailable",
+    "failed_precondition",
     "deadline_exceeded",
     "cancelled",
     "internal",
@@ -109,6 +111,10 @@ class ResourceExhausted(Refused):
 
 class Unavailable(Refused):
     code: ClassVar[Code] = "unavailable"
+
+
+class FailedPrecondition(ServiceError):
+    code: ClassVar[Code] = "failed_precondition"
 
 
 class DeadlineExceeded(ServiceError):

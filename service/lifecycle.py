@@ -35,14 +35,18 @@ class Lifecycle:
 
     @property
     def denoiser(self) -> Denoiser:
-        """What to serve requests with. Raises `Unavailable` unless ready."""
+        """What to serve a request with, now: ask for each anew. Raises `Unavailable` unless ready."""
         state = self.state
         if self._denoiser is None or state != "ready":
             raise Unavailable(*REFUSALS[state])
         return self._denoiser
 
+    def check(self) -> None:
+        """Raises `Unavailable` unless ready."""
+        _ = self.denoiser
+
     def open(self, denoiser: Denoiser) -> None:
-        """Loaded and warmed: take requests."""
+        """Loaded and warmed: take requests, from now on with this one."""
         self._denoiser = denoiser
 
     async def drain(self, grace_seconds: float) -> None:

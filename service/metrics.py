@@ -1,27 +1,39 @@
-"""Every metric the service exports: name, unit, buckets. Label values come from fixed sets only.
+"""Every metric the service exports: name, unit, buckets. Label values come from fixed sets only, and all are there
+from the start: a counter that appears with its first event hides that event from `rate` and `increase`.
 
 One `Metrics` owns its registry, so nothing is global and a test can build as many as it likes.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal, Protocol
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Literal, Protocol, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
 
-from service.engine.types import Outcome, Plan, Result
-from service.errors import Refused, ServiceError
+from service.calls import outcome_of
+from service.engine.types import HaltReason, Outcome, Plan, Result
+from service.errors import CODES, RefusalReason, Refused
 
 Transport = Literal["rest", "grpc"]
+RELOADS = ("swapped", "unchanged", "failed")
 
 # Seconds. A two-pass request of a small model takes ten milliseconds, a queue under load many seconds.
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 # Passes: fine where halting early matters.
 STEPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 50, 100)
-
 
 # Packed tokens: powers of two up to a large GPU's tick.
 TICK_TOKENS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384, 32_768)
@@ -34,38 +46,102 @@ class Occupancy(Protocol):
     def waiting(self) -> int: ...
 
     @property
+    def waiting_tokens(self) -> int: ...
+
+    @property
     def live(self) -> int: ...
+
+
+class Bounds(Protocol):
+    """What the gauges may reach."""
+
+    @property
+    def token_budget(self) -> int: ...
+
+    @property
+    def max_waiting(self) -> int: ...
+
+    @property
+    def max_waiting_tokens(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """One metric, for whoever documents it. A label without values takes whatever the model is called."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram", "info"]
+    meaning: str
+    labels: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    buckets: Sequence[float] = ()
 
 
 class Metrics:
     def __init__(self, clock: Callable[[], float]) -> None:
+        disable_created_metrics()  # a second series for each counter and bucket, which nobody asks for
         self._clock = clock
         self.registry = CollectorRegistry()
-        self.requests = self._counter("requests", "Requests by end: ok or the error's code.", "transport", "outcome")
+        self.declared: list[Declaration] = []
+        ends = ("ok", *(code for code in CODES if code != "failed_precondition"))  # of a reload, which is no request
+        self.requests = self._counter(
+            "requests", "Requests by end: ok or the error's code.", transport=get_args(Transport), outcome=ends
+        )
         self.request_duration = self._histogram(
             "request_duration_seconds", "Seconds from a valid request's arrival to its answer.", SECONDS
         )
         self.queue_duration = self._histogram(
             "queue_duration_seconds", "Seconds in the queue, of answered requests.", SECONDS
         )
+        self.compute_duration = self._histogram(
+            "compute_duration_seconds", "Seconds from admission to the last pass, of answered requests.", SECONDS
+        )
         self.steps_taken = self._histogram("steps_taken", "Passes made for an answered request.", STEPS)
-        self.halts = self._counter("halts", "Answered requests by what ended the recursion.", "reason")
+        self.halts = self._counter(
+            "halts", "Answered requests by what ended the recursion.", reason=get_args(HaltReason)
+        )
         self.passes = self._counter("passes", "Passes made for answered requests.")
-        self.tokens = self._counter("tokens", "Tokens of answered requests, masked or visible.", "kind")
-        self.refused = self._counter("refused", "Requests refused for want of room, or while not ready.", "reason")
+        self.tokens = self._counter(
+            "tokens", "Tokens of answered requests, masked or visible.", kind=("masked", "visible")
+        )
+        self.refused = self._counter(
+            "refused", "Requests refused for want of room, or while not ready.", reason=get_args(RefusalReason)
+        )
         self.tick_duration = self._histogram("tick_duration_seconds", "Seconds of one engine tick.", SECONDS)
         self.tick_tokens = self._histogram("tick_tokens", "Packed tokens of one engine tick.", TICK_TOKENS)
         self.decoded_rows = self._counter("decoded_rows", "Rows that went through the vocabulary projection.")
+        self.decode_seconds = self._counter("decode_seconds", "Seconds of ticks spent in the vocabulary projection.")
+        self.broken_ticks = self._counter("broken_ticks", "Ticks that failed, and with them their live requests.")
+        self.reloads = self._counter("model_reloads", "Attempts to take in the checkpoint file again.", outcome=RELOADS)
+        self.ready = self._gauge("ready", "1 while requests are taken, else 0.")
         self.live_requests = self._gauge("live_requests", "Requests being computed now.")
         self.waiting_requests = self._gauge("waiting_requests", "Requests queued now.")
+        self.waiting_tokens = self._gauge("waiting_tokens", "Tokens of the requests queued now.")
+        self.waiting_requests_limit = self._gauge("waiting_requests_limit", "Requests that may wait.")
+        self.waiting_tokens_limit = self._gauge("waiting_tokens_limit", "Tokens that may wait.")
+        self.replicas = self._gauge("replicas", "Batches computed side by side.")
+        self.tick_tokens_limit = self._gauge("tick_tokens_limit", "Packed tokens of one engine tick at the most.")
         self.model_info = Info("rdt_model", "The model being served.", registry=self.registry)
+        ProcessCollector(registry=self.registry)  # memory, CPU, start time, of this process
+        labels = dict.fromkeys(("name", "digest", "device", "precision"), ())
+        self.declared.append(Declaration("rdt_model_info", "info", "The model being served; always 1.", labels))
 
     def watch(self, engine: Occupancy) -> None:
         """Read the gauges from this engine from now on."""
         self.live_requests.set_function(lambda: engine.live)
         self.waiting_requests.set_function(lambda: engine.waiting)
+        self.waiting_tokens.set_function(lambda: engine.waiting_tokens)
+
+    def watch_readiness(self, ready: Callable[[], bool]) -> None:
+        self.ready.set_function(lambda: float(ready()))
+
+    def describe_bounds(self, bounds: Bounds, replicas: int) -> None:
+        self.replicas.set(replicas)
+        self.waiting_requests_limit.set(bounds.max_waiting)
+        self.waiting_tokens_limit.set(bounds.max_waiting_tokens)
+        self.tick_tokens_limit.set(bounds.token_budget)
 
     def describe_model(self, name: str, digest: str, device: str, precision: str) -> None:
+        """The model that requests meet from now on."""
         self.model_info.info({"name": name, "digest": digest, "device": device, "precision": precision})
 
     @contextmanager
@@ -83,7 +159,7 @@ class Metrics:
         try:
             yield
         except BaseException as error:
-            self.requests.labels(transport, _outcome(error)).inc()
+            self.requests.labels(transport, outcome_of(error)).inc()
             if isinstance(error, Refused):
                 self.refused.labels(error.reason).inc()
             raise
@@ -91,6 +167,7 @@ class Metrics:
     def answered(self, result: Result, n_masked: int) -> None:
         """Accounts for the work behind one answer."""
         self.queue_duration.observe(result.queue_seconds)
+        self.compute_duration.observe(result.compute_seconds)
         self.steps_taken.observe(result.steps)
         self.halts.labels(result.reason).inc()
         self.passes.inc(result.steps)
@@ -102,23 +179,27 @@ class Metrics:
         self.tick_duration.observe(seconds)
         self.tick_tokens.observe(plan.n_tokens)
         self.decoded_rows.inc(outcome.n_decoded)
+        self.decode_seconds.inc(outcome.decode_seconds)
+
+    def tick_broke(self) -> None:
+        """Accounts for a tick that failed."""
+        self.broken_ticks.inc()
 
     def exposition(self) -> bytes:
         """Everything, in Prometheus' text format."""
         return generate_latest(self.registry)
 
-    def _counter(self, name: str, unit: str, *labels: str) -> Counter:
-        return Counter(f"rdt_{name}_total", unit, labels, registry=self.registry)
+    def _counter(self, name: str, meaning: str, **labels: Sequence[str]) -> Counter:
+        counter = Counter(f"rdt_{name}_total", meaning, tuple(labels), registry=self.registry)
+        for values in product(*labels.values()) if labels else ():
+            counter.labels(*values)
+        self.declared.append(Declaration(f"rdt_{name}_total", "counter", meaning, labels))
+        return counter
 
-    def _gauge(self, name: str, unit: str) -> Gauge:
-        return Gauge(f"rdt_{name}", unit, registry=self.registry)
+    def _gauge(self, name: str, meaning: str) -> Gauge:
+        self.declared.append(Declaration(f"rdt_{name}", "gauge", meaning))
+        return Gauge(f"rdt_{name}", meaning, registry=self.registry)
 
-    def _histogram(self, name: str, unit: str, buckets: Sequence[float]) -> Histogram:
-        return Histogram(f"rdt_{name}", unit, buckets=buckets, registry=self.registry)
-
-
-def _outcome(error: BaseException) -> str:
-    if isinstance(error, ServiceError):
-        return error.code
-    left = isinstance(error, asyncio.CancelledError | GeneratorExit)  # GeneratorExit: left between two passes
-    return "cancelled" if left else "internal"
+    def _histogram(self, name: str, meaning: str, buckets: Sequence[float]) -> Histogram:
+        self.declared.append(Declaration(f"rdt_{name}", "histogram", meaning, buckets=buckets))
+        return Histogram(f"rdt_{name}", meaning, buckets=buckets, registry=self.registry)

@@ -1,15 +1,14 @@
-"""The composition root: settings -> checkpoint -> engine -> denoiser -> two listening servers, and back down.
+"""The composition root: settings -> host of the model -> two listening servers, and back down.
 
 The ports are bound first and the checkpoint loaded behind it, so that probes get true answers from the
 start. On SIGTERM or SIGINT new requests are refused, accepted ones finish within the grace period, and
-the process ends with 0. A checkpoint that cannot be loaded ends it with 1.
+the process ends with 0. A checkpoint that cannot be loaded ends it with 1. SIGHUP reloads the checkpoint.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import os
 import signal
@@ -18,28 +17,19 @@ import sys
 import time
 from collections.abc import Iterator
 
-import torch
 import uvicorn
+from pydantic import SecretStr
 
-from rdt_core import LoadedModel, ModelConfig, Tokenizer
-from service.denoiser import Denoiser
-from service.engine.eager import EagerBackend
-from service.engine.engine import BatchingEngine, Engine
-from service.engine.scheduler import SchedulerLimits
-from service.engine.types import Job
+from service.errors import ServiceError
+from service.hosting import Host
 from service.lifecycle import Lifecycle
-from service.limits import Limits
-from service.loading import load_model
 from service.metrics import Metrics
 from service.rest.app import create_app
 from service.rpc.server import RpcServer
-from service.schema import ModelCard
 from service.settings import Settings
+from service.tracing import open_tracer
 
 log = logging.getLogger(__name__)
-
-WARM_TICKS, WARM_TOKENS = 16, 2048
-"""So many sizes of tick are run before the first request, up to this one at the most."""
 
 FLUSH_SECONDS = 5
 """How long slow callers may take to read their answers once the engine has finished."""
@@ -51,87 +41,40 @@ class Runtime:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.lifecycle = Lifecycle()
-        self.engine: BatchingEngine | None = None
         self.metrics = Metrics(time.monotonic)
-        api_key = None if settings.api_key is None else settings.api_key.get_secret_value()
+        self.tracer = open_tracer(settings.otel_endpoint)
+        self.host = Host(settings, self.lifecycle, self.metrics, self.tracer)
         parts, n_bytes = (self.lifecycle, self.metrics), settings.max_body_bytes
-        self.app = create_app(*parts, max_body_bytes=n_bytes, api_key=api_key)
-        self.rpc = RpcServer(*parts, max_message_bytes=n_bytes, api_key=api_key)
-
-    async def load(self) -> None:
-        """Load the checkpoint, warm the engine with one request, and open for more."""
-        settings = self.settings
-        began = time.monotonic()
-        torch.set_num_threads(settings.threads)
-        loaded = await asyncio.to_thread(load_model, settings.checkpoint, settings.device, settings.precision)
-        limits = scheduler_limits(settings, loaded.model.config)
-        n_replicas = settings.replicas or usable_cores(loaded.model.device)
-        self.engine = engine = BatchingEngine(
-            [EagerBackend(loaded.model) for _ in range(n_replicas)], limits, on_tick=self.metrics.ticked
-        )
-        await engine.warm(warm_jobs(loaded.tokenizer, min(settings.token_budget, WARM_TOKENS)))
-        await engine.start()
-        gc.collect()
-        gc.freeze()  # what is here now stays: a full collection over it would hold every request up for 0.2 s
-        self.lifecycle.open(build_denoiser(loaded, engine, settings, self.metrics))
-        log.info("ready after %.1f s: %s on %s", time.monotonic() - began, loaded.name, loaded.model.device)
-
-
-def usable_cores(device: torch.device) -> int:
-    """One batch a core, each in one thread: several threads to a batch wait for one another at every operation,
-    and for the event loop when it takes one of their cores. A GPU takes one batch at a time.
-    """
-    if device.type != "cpu":
-        return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def scheduler_limits(settings: Settings, config: ModelConfig) -> SchedulerLimits:
-    """Raises `ValueError` for a tick that could not hold the longest text the model takes."""
-    if settings.token_budget < config.max_seq_len:
-        raise ValueError(f"token_budget is {settings.token_budget}: want at least max_seq_len = {config.max_seq_len}")
-    return settings.scheduler_limits
-
-
-def build_denoiser(loaded: LoadedModel, engine: Engine, settings: Settings, metrics: Metrics) -> Denoiser:
-    config = loaded.model.config
-    limits = Limits(
-        config.max_seq_len,
-        settings.max_steps_limit,
-        min(settings.max_top_k, config.vocab_size),
-        max_batch_items=settings.max_batch_items,
-    )
-    card = ModelCard(
-        name=loaded.name,
-        digest=loaded.digest,
-        device=str(loaded.model.device),
-        precision=settings.precision,
-        n_parameters=loaded.model.n_parameters,
-        configuration=config.to_mapping(),
-        limits=limits.shown,
-    )
-    return Denoiser(card=card, config=config, tokenizer=loaded.tokenizer, engine=engine, limits=limits, metrics=metrics)
+        api_key, admin_key = _secret(settings.api_key), _secret(settings.admin_key)
+        self.app = create_app(
+            *parts, max_body_bytes=n_bytes, api_key=api_key, admin_key=admin_key, reload=self.host.reload,
+            tracer=self.tracer,
+        )  # fmt: skip
+        self.rpc = RpcServer(*parts, max_message_bytes=n_bytes, api_key=api_key, tracer=self.tracer)
 
 
 async def serve(settings: Settings) -> int:
     """Run until a signal comes. Returns the exit status; raises `OSError` if the address cannot be had."""
     stopped = _signalled()
     runtime = Runtime(settings)
+    _on_hangup(runtime.host, stopped)
     with listen(settings.host, settings.http_port) as listener:
         await runtime.rpc.start(settings.host, settings.grpc_port)
         log.info("listening on http://%s:%d", *listener.getsockname()[:2])
         log.info("listening on grpc://%s:%d", settings.host, runtime.rpc.port)
         server = _Server(
             uvicorn.Config(
-                runtime.app, log_config=None, access_log=settings.log_level == "debug", lifespan="off", ws="none",
+                runtime.app, log_config=None, access_log=False, lifespan="off", ws="none",
                 server_header=False, timeout_graceful_shutdown=FLUSH_SECONDS,
             )
         )  # fmt: skip
         answering = asyncio.create_task(server.serve(sockets=[listener]))
-        status = await _load_and_wait(runtime, stopped)
-        await runtime.lifecycle.drain(settings.grace_seconds)
+        status = await _load_and_wait(runtime.host, stopped)
+        await runtime.host.drain(settings.grace_seconds)
         server.should_exit = True
         await asyncio.gather(answering, runtime.rpc.stop(FLUSH_SECONDS))
+        await runtime.host.stop()
+    await asyncio.to_thread(runtime.tracer.close)
     return status
 
 
@@ -158,18 +101,41 @@ def _signalled() -> asyncio.Event:
     return stopped
 
 
-async def _load_and_wait(runtime: Runtime, stopped: asyncio.Event) -> int:
+def _on_hangup(host: Host, stopped: asyncio.Event) -> None:
+    """SIGHUP asks for the checkpoint file to be taken in again, or says that the terminal has gone, and ends us."""
+    in_terminal = _has_terminal()
+    reloads: set[asyncio.Task[None]] = set()
+
+    def hang_up() -> None:
+        if in_terminal and not _has_terminal():
+            stopped.set()
+            return
+        reloads.add(task := asyncio.create_task(_reload(host)))
+        task.add_done_callback(reloads.discard)
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hang_up)
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
+async def _load_and_wait(host: Host, stopped: asyncio.Event) -> int:
     """Until a signal comes (0), loading fails or the engine gives up (1)."""
     stopping = asyncio.create_task(stopped.wait())
-    loading = asyncio.create_task(runtime.load())
+    loading = asyncio.create_task(host.load())
     await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
     if loading.done() and (error := loading.exception()) is not None:
         log.debug("loading failed", exc_info=error)
         print(f"rdt-serve: cannot start: {error}", file=sys.stderr)
         stopping.cancel()
         return 1
-    if runtime.engine is not None and not stopped.is_set():
-        failing = asyncio.create_task(runtime.engine.failed.wait())
+    if not stopped.is_set():
+        failing = asyncio.create_task(host.failed.wait())
         await asyncio.wait((failing, stopping), return_when=asyncio.FIRST_COMPLETED)
         failing.cancel()
     stopping.cancel()
@@ -181,14 +147,18 @@ async def _load_and_wait(runtime: Runtime, stopped: asyncio.Event) -> int:
     return 0
 
 
-def warm_jobs(tokenizer: Tokenizer, max_tokens: int) -> list[Job]:
-    """The first pass of a thread is slow, and so is the first of each size; no caller should meet one."""
-    jobs = []
-    for n_tokens in range(max_tokens, 2, -max(1, max_tokens // WARM_TICKS)):
-        masked = [row % 8 == 1 for row in range(n_tokens)]
-        tokens = [tokenizer.mask_id if hidden else tokenizer.cls_id for hidden in masked]
-        jobs.append(Job(tokens, masked, max_steps=1, threshold=0.0, halting="gate"))
-    return jobs
+async def _reload(host: Host) -> None:
+    """What SIGHUP asks for. The host has logged what became of it, but for a time when nothing can be reloaded."""
+    try:
+        change = await host.reload()
+    except ServiceError as error:
+        log.warning("no reload: %s", error.message)
+    else:
+        log.info("reload: %s", change.outcome)
+
+
+def _secret(key: SecretStr | None) -> str | None:
+    return None if key is None else key.get_secret_value()
 
 
 class _Server(uvicorn.Server):

@@ -55,11 +55,20 @@ class Settings(BaseSettings):
     api_key: SecretStr | None = Field(
         None, min_length=1, description="Key that callers must send; better set in the environment than as a flag."
     )
+    admin_key: SecretStr | None = Field(
+        None, min_length=1, description="Key of POST /model/reload, which is there only if this is set."
+    )
     replicas: int = Field(
         0, ge=0, le=1024, description="Batches computed side by side; 0: one for each core of a CPU, one on CUDA."
     )
     threads: int = Field(1, ge=1, le=1024, description="Compute threads of each replica on a CPU.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity to log.")
+    log_format: Literal["text", "json"] = Field("text", description="Form of the log: text, or one JSON object a line.")
+    otel_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://[^\s/]+/?$",
+        description="OTLP collector that traces are sent to by gRPC, such as http://127.0.0.1:4317; needs rdt[otel].",
+    )
 
     @property
     def scheduler_limits(self) -> SchedulerLimits:
@@ -100,5 +109,6 @@ def _underscored(argument: str) -> str:
 
 def _problem(fault: ErrorDetails) -> str:
     name = str(fault["loc"][0])
-    value = "" if name == "api_key" else f" is {json.dumps(printable(fault['input']))}"  # a key is never shown
+    shown = f" is {json.dumps(printable(fault['input']))}"
+    value = "" if name.endswith("_key") else shown  # a key is never shown
     return f"{name} ({PREFIX}{name.upper()}){value}: {fault['msg'][0].lower()}{fault['msg'][1:]}"

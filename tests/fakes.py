@@ -22,6 +22,7 @@ from service.metrics import Metrics
 from service.rest.app import create_app
 from service.rpc.server import RpcServer
 from service.schema import ModelCard
+from service.tracing import NO_TRACER, Tracer
 
 MAX_BODY_BYTES = 4096
 
@@ -70,7 +71,7 @@ class FakeEngine:
         self.token = token
         self.steps = steps
         self.ready = True
-        self.waiting = 0
+        self.waiting = self.waiting_tokens = 0
         self.live = 0
         self.jobs: list[Job] = []
         self.error: Exception | None = None
@@ -119,7 +120,9 @@ class FakeEngine:
 class Service:
     """An application over a fake engine, and all the parts a test wants to look at."""
 
-    def __init__(self, tokenizer: Tokenizer, config: ModelConfig, api_key: str | None = None) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, config: ModelConfig, api_key: str | None = None, tracer: Tracer = NO_TRACER
+    ) -> None:
         self.clock = FakeClock()
         self.metrics = Metrics(self.clock)
         self.engine = FakeEngine(token=token_of(tokenizer, "fox"))
@@ -131,10 +134,16 @@ class Service:
             ),
             config=config, tokenizer=tokenizer, engine=self.engine,
             limits=Limits(config.max_seq_len, max_steps=100, max_top_k=5, max_batch_items=4),
-            metrics=self.metrics, clock=self.clock,
+            metrics=self.metrics, clock=self.clock, tracer=tracer,
         )  # fmt: skip
+        self.metrics.watch(self.engine)
+        card = self.denoiser.card
+        self.metrics.describe_model(card.name, card.digest, card.device, card.precision)
         self.api_key = api_key
-        self.app: FastAPI = create_app(self.lifecycle, self.metrics, max_body_bytes=MAX_BODY_BYTES, api_key=api_key)
+        self.tracer = tracer
+        self.app: FastAPI = create_app(
+            self.lifecycle, self.metrics, max_body_bytes=MAX_BODY_BYTES, api_key=api_key, tracer=tracer
+        )
 
     def open(self) -> Service:
         self.lifecycle.open(self.denoiser)
@@ -149,7 +158,9 @@ class Service:
     @asynccontextmanager
     async def channel(self) -> AsyncIterator[grpc.aio.Channel]:
         """To a gRPC server over the same parts."""
-        server = RpcServer(self.lifecycle, self.metrics, max_message_bytes=MAX_BODY_BYTES, api_key=self.api_key)
+        server = RpcServer(
+            self.lifecycle, self.metrics, max_message_bytes=MAX_BODY_BYTES, api_key=self.api_key, tracer=self.tracer
+        )
         await server.start("127.0.0.1", 0)
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             yield channel

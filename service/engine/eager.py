@@ -11,6 +11,7 @@ about any single one; what the host must know is read back once a tick.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -122,7 +123,9 @@ class EagerBackend:
         fixed = settling | (state.masked & stops) | read_all
         shown = fixed | (state.masked & terms.streams[packing.sequence_ids])
         rows = shown.nonzero().squeeze(1)  # (R,)
+        began = time.perf_counter()
         decoded = _Decoded.of(self._model, state, packing, rows, max(batch.top_k))
+        decode_seconds = time.perf_counter() - began  # on CUDA: of the launch, whose work the read-back below waits for
 
         writes = fixed[rows]
         state = self._model.settle(state, rows[writes], decoded.tokens[writes])
@@ -132,7 +135,7 @@ class EagerBackend:
         staying = [i for i, code in enumerate(reasons) if code == GO_ON]
         advanced = Batch(batch.tickets, batch.top_k, packing, state, batch.asked, terms)
         self._batch = advanced if len(staying) == len(reasons) else _keep(advanced, staying)
-        return Outcome(readings, n_decoded=len(rows))
+        return Outcome(readings, n_decoded=len(rows), decode_seconds=decode_seconds)
 
 
 class _Decoded(NamedTuple):

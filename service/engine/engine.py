@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from contextvars import Context
 from typing import Protocol
 
 from service.engine.backend import Backend
@@ -31,6 +32,9 @@ OnTick = Callable[[float, Plan, Outcome], None]  # seconds, what was planned, wh
 
 FATAL_WINDOW_SECONDS = 60.0
 """A second broken tick within this time ends the process: whatever is wrong, a restart is the better cure."""
+
+RETIRING_TURNS = 16
+"""Between taking an engine to submit to and submitting to it lie at most the starts of two or three tasks."""
 
 
 class Engine(Protocol):
@@ -101,11 +105,13 @@ class BatchingEngine:
         limits: SchedulerLimits,
         clock: Clock = time.monotonic,
         on_tick: OnTick | None = None,
+        on_broken_tick: Callable[[], None] | None = None,
     ) -> None:
         self._line = Line(limits)
         self._replicas = [_Replica(backend, Scheduler(limits, self._line)) for backend in backends]
         self._clock = clock
         self._on_tick = on_tick
+        self._on_broken_tick = on_broken_tick
         self._callers: dict[Ticket, _Caller] = {}
         self._idle = asyncio.Event()  # nothing waiting, nothing live
         self._accepting = self._broken = False
@@ -123,6 +129,10 @@ class BatchingEngine:
         return len(self._line)
 
     @property
+    def waiting_tokens(self) -> int:
+        return self._line.n_tokens
+
+    @property
     def live(self) -> int:
         return sum(replica.scheduler.n_live for replica in self._replicas)
 
@@ -134,7 +144,9 @@ class BatchingEngine:
     async def start(self) -> None:
         self._accepting = True
         self._idle.set()
-        self._loops = [asyncio.create_task(self._run(replica), name="engine") for replica in self._replicas]
+        self._loops = [
+            asyncio.create_task(self._run(replica), name="engine", context=Context()) for replica in self._replicas
+        ]  # in no caller's context: after a reload its log lines would bear the id of the request that asked for it
         for loop in self._loops:
             loop.add_done_callback(self._loop_ended)
 
@@ -162,10 +174,21 @@ class BatchingEngine:
     async def drain(self, grace_seconds: float) -> None:
         self._accepting = False
         try:
-            await asyncio.wait_for(self._idle.wait(), grace_seconds)
+            async with asyncio.timeout(grace_seconds):
+                await self._idle.wait()
         except TimeoutError:
             log.warning("grace period of %g s is over: %d live, %d waiting", grace_seconds, self.live, self.waiting)
             self._drop_all(_shut_down)
+
+    async def retire(self) -> None:
+        """End once there is nothing left to do: another engine takes the work that comes from now on.
+
+        Callers who have just been sent here still are a few turns of the event loop away, so the door stays open.
+        """
+        for _ in range(RETIRING_TURNS):
+            await asyncio.sleep(0)
+        await self._idle.wait()
+        await self.stop()
 
     async def stop(self) -> None:
         """Fail whatever is left and end the worker."""
@@ -173,6 +196,7 @@ class BatchingEngine:
         self._drop_all(_shut_down)
         for loop in self._loops:
             loop.cancel()
+        self._loops.clear()  # they hold this engine, and it them
         for replica in self._replicas:
             await asyncio.to_thread(replica.worker.shutdown)  # at most one pass
 
@@ -222,6 +246,8 @@ class BatchingEngine:
         """A tick broke: its jobs fail, the backend starts afresh. Twice in a minute, and the engine gives up."""
         log.error("a tick failed with %d sequences live", replica.scheduler.n_live, exc_info=error)
         self._broken = True
+        if self._on_broken_tick is not None:
+            self._on_broken_tick()
         message = "the model failed while this request was live; the server has logged why"
         self._fail(replica.scheduler.lose_live(), lambda: Internal(message))
         now = self._clock()

@@ -41,6 +41,7 @@ class Entry:
     bypassed: int = 0
     levels: list[float] = field(default_factory=list)  # after each pass
     chosen: dict[int, tuple[int, Choice]] = field(default_factory=dict)  # row -> pass, choice
+    decode_seconds: float = 0.0
 
     @property
     def n_tokens(self) -> int:
@@ -141,6 +142,8 @@ class Scheduler:
             entry.levels.append(reading.level)
             step = len(entry.levels)
             entry.chosen.update((choice.row, (step, choice)) for choice in reading.chosen)
+            if reading.chosen or reading.guesses:
+                entry.decode_seconds += outcome.decode_seconds
             if reading.reason is not None:
                 del self._live[ticket]
                 self._left.discard(ticket)
@@ -211,4 +214,5 @@ def _result(entry: Entry, reason: HaltReason, now: float) -> Result:
         max_steps=entry.ceiling,
         queue_seconds=entry.admitted - entry.submitted,
         compute_seconds=now - entry.admitted,
+        decode_seconds=entry.decode_seconds,
     )

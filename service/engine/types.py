@@ -45,6 +45,7 @@ class Result:
     max_steps: int  # the passes it was allowed: the job's, or fewer under load
     queue_seconds: float = 0.0
     compute_seconds: float = 0.0
+    decode_seconds: float = 0.0  # of the compute: in the vocabulary projection, together with the tick's other rows
 
 
 Ticket = int  # names a job from submission to its end
@@ -102,3 +103,4 @@ class Outcome:
 
     readings: list[Reading]  # (N,) in the order of `Plan.live`
     n_decoded: int  # rows that went through the vocabulary
+    decode_seconds: float = 0.0  # what that took

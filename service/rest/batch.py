@@ -29,8 +29,10 @@ def routes(lifecycle: Lifecycle, metrics: Metrics) -> APIRouter:
     )
     async def denoise_batch(http_request: Request) -> Response:
         with metrics.failure("rest"):
-            denoiser = lifecycle.denoiser
-            items = denoiser.read_batch(await read_json(http_request))
+            lifecycle.check()  # before anything is read
+            fields = await read_json(http_request)
+            denoiser = lifecycle.denoiser  # a reload may have come while the body did
+            items = denoiser.read_batch(fields)
         ends = await unless_gone(http_request, denoiser.denoise_batch(items, "rest"))
         answer = BatchAnswer(results=[_result(end, http_request.state.request_id) for end in ends])
         return Response(answer.model_dump_json(exclude_unset=True), media_type=JSON_TYPE)

@@ -26,8 +26,10 @@ def routes(lifecycle: Lifecycle, metrics: Metrics) -> APIRouter:
     )
     async def denoise(http_request: Request) -> Response:
         with metrics.failure("rest"):
-            denoiser = lifecycle.denoiser
-            request = denoiser.read(await read_json(http_request))
+            lifecycle.check()  # before anything is read
+            fields = await read_json(http_request)
+            denoiser = lifecycle.denoiser  # a reload may have come while the body did
+            request = denoiser.read(fields)
         answer = await unless_gone(http_request, denoiser.denoise(request, "rest"))
         return Response(answer.model_dump_json(), media_type=JSON_TYPE)
 

@@ -23,6 +23,7 @@ STATUS: dict[Code, int] = {
     "unauthenticated": 401,
     "resource_exhausted": 429,
     "unavailable": 503,
+    "failed_precondition": 409,
     "deadline_exceeded": 504,
     "cancelled": 499,  # nobody is left to read it; nginx's number, for the access log
     "internal": 500,
@@ -35,13 +36,14 @@ TITLE: dict[Code, str] = {
     "unauthenticated": "A valid API key is needed",
     "resource_exhausted": "The queue is full",
     "unavailable": "The server takes no requests now",
+    "failed_precondition": "The server cannot do that as things are",
     "deadline_exceeded": "The time was over before the first pass",
     "cancelled": "The caller left",
     "internal": "The server made a mistake",
 }
 
-DENOISE_CODES: tuple[Code, ...] = tuple(code for code in STATUS if code != "cancelled")
-"""What a caller who stays can be answered with."""
+DENOISE_CODES: tuple[Code, ...] = tuple(code for code in STATUS if code not in ("cancelled", "failed_precondition"))
+"""What a caller of the denoising routes who stays can be answered with."""
 
 
 def problem_responses(*codes: Code) -> dict[int | str, dict[str, object]]:
@@ -65,6 +67,8 @@ def problem_response(error: ServiceError, request_id: str) -> Response:
     headers = {}
     if isinstance(error, Refused):
         headers["Retry-After"] = str(RETRY_SECONDS)
+        if error.reason == "draining":
+            headers["Connection"] = "close"  # the next try is for another server, on a connection of its own
     if error.code == "unauthenticated":
         headers["WWW-Authenticate"] = "Bearer"
     return _response(problem_of(error, request_id), headers)
@@ -92,7 +96,9 @@ async def on_http_error(request: Request, error: Exception) -> Response:
 
 async def on_crash(request: Request, _error: Exception) -> Response:
     """A bug of ours. The server logs the traceback; the caller gets an id to quote."""
-    return problem_response(Internal("the server has logged what went wrong"), request.state.request_id)
+    response = problem_response(Internal("the server has logged what went wrong"), request.state.request_id)
+    response.headers["X-Request-Id"] = request.state.request_id  # answered outside of what sets it elsewhere
+    return response
 
 
 def _response(problem: Problem, headers: Mapping[str, str]) -> Response:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
-import uuid
 from collections.abc import Collection
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service import calls
 from service.access import ApiKey
 from service.errors import TooLarge, Unauthenticated
+from service.metrics import Metrics
 from service.rest.errors import problem_response
-
-REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class RequestId:
@@ -26,8 +24,7 @@ class RequestId:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        proposed = Headers(scope=scope).get("x-request-id", "")
-        request_id = proposed if REQUEST_ID.fullmatch(proposed) else uuid.uuid4().hex
+        request_id = calls.begin(Headers(scope=scope).get("x-request-id", "")).id
         scope.setdefault("state", {})["request_id"] = request_id
 
         async def send_with_id(message: Message) -> None:
@@ -41,21 +38,26 @@ class RequestId:
 class Door:
     """Asks for the key on every path but the open ones. Runs inside `RequestId`."""
 
-    def __init__(self, app: ASGIApp, key: ApiKey, open_paths: Collection[str]) -> None:
+    def __init__(self, app: ASGIApp, key: ApiKey, open_paths: Collection[str], metrics: Metrics) -> None:
         self._app = app
+        self._metrics = metrics
         self._key = key
         self._open_paths = open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in self._open_paths:
-            headers = Headers(scope=scope)
-            presented = [headers.get(name, "").encode("latin-1") for name in ("authorization", "x-api-key")]
             try:
-                self._key.check(*presented)
+                with self._metrics.failure("rest"):
+                    present_key(Headers(scope=scope), self._key)
             except Unauthenticated as error:
                 await problem_response(error, scope["state"]["request_id"])(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+
+def present_key(headers: Headers, key: ApiKey) -> None:
+    """Raises `Unauthenticated` unless the headers hold the key."""
+    key.check(*(headers.get(name, "").encode("latin-1") for name in ("authorization", "x-api-key")))
 
 
 class BodyLimit:

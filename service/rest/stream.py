@@ -16,6 +16,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
+from service import calls
 from service.errors import Cancelled, Internal, ServiceError
 from service.lifecycle import Lifecycle
 from service.metrics import Metrics
@@ -51,8 +52,10 @@ def routes(lifecycle: Lifecycle, metrics: Metrics) -> APIRouter:
     )
     async def denoise_stream(http_request: Request) -> Response:
         with metrics.failure("rest"):
-            denoiser = lifecycle.denoiser
-            request = denoiser.read(await read_json(http_request))
+            lifecycle.check()  # before anything is read
+            fields = await read_json(http_request)
+            denoiser = lifecycle.denoiser  # a reload may have come while the body did
+            request = denoiser.read(fields)
         events = denoiser.denoise_stream(request, "rest")
         first = await unless_gone(http_request, anext(events))
         return EventStream(http_request, first, events)
@@ -83,6 +86,7 @@ class EventStream(Response):
         try:
             await unless_gone(self._request, send_all())
         except Cancelled:
+            calls.note("cancelled")
             log.debug("a caller left in the middle of a stream")
         finally:
             await self._events.aclose()
@@ -94,8 +98,10 @@ class EventStream(Response):
             async for event in self._events:
                 yield _name(event), event
         except ServiceError as error:
+            calls.note(error.code)
             yield "problem", problem_of(error, request_id)
         except Exception:
+            calls.note("internal")
             log.exception("a stream failed")
             yield "problem", problem_of(Internal("the server has logged what went wrong"), request_id)
 

@@ -10,6 +10,7 @@ from grpc_health.v1 import health
 
 from service.access import ApiKey
 from service.errors import Unauthenticated
+from service.metrics import Metrics
 from service.rpc.errors import Context, fail
 
 Details = grpc.HandlerCallDetails
@@ -17,8 +18,9 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"  # a plain class, 
 
 
 class Door(grpc.aio.ServerInterceptor):
-    def __init__(self, key: ApiKey) -> None:
+    def __init__(self, key: ApiKey, metrics: Metrics) -> None:
         self._key = key
+        self._metrics = metrics
 
     async def intercept_service(
         self, continuation: Callable[[Details], Awaitable[Handler]], handler_call_details: Details
@@ -28,7 +30,8 @@ class Door(grpc.aio.ServerInterceptor):
         sent = dict(handler_call_details.invocation_metadata)
         presented = [_bytes(sent.get(name, "")) for name in ("authorization", "x-api-key")]
         try:
-            self._key.check(*presented)
+            with self._metrics.failure("grpc"):
+                self._key.check(*presented)
         except Unauthenticated as error:
             return _refusal(error)
         return await continuation(handler_call_details)

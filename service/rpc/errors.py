@@ -17,6 +17,7 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
+from service import calls
 from service.errors import RETRY_SECONDS, Code, Internal, Refused, ServiceError
 from service.rpc.convert import SERVICE
 
@@ -32,6 +33,7 @@ STATUS: dict[Code, grpc.StatusCode] = {
     "unauthenticated": grpc.StatusCode.UNAUTHENTICATED,
     "resource_exhausted": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "unavailable": grpc.StatusCode.UNAVAILABLE,
+    "failed_precondition": grpc.StatusCode.FAILED_PRECONDITION,
     "deadline_exceeded": grpc.StatusCode.DEADLINE_EXCEEDED,
     "cancelled": grpc.StatusCode.CANCELLED,
     "internal": grpc.StatusCode.INTERNAL,
@@ -56,8 +58,10 @@ def status_of(error: ServiceError) -> grpc.Status:
 
 async def fail(context: Context, error: ServiceError) -> None:
     """Ends the call with the error's status: raises, as `abort` does."""
+    calls.note(error.code)
     status = status_of(error)
-    await context.abort(status.code, status.details, status.trailing_metadata)
+    trailing = (*(context.trailing_metadata() or ()), *(status.trailing_metadata or ()))  # `abort` would replace it
+    await context.abort(status.code, status.details, trailing)
 
 
 @asynccontextmanager

@@ -11,22 +11,36 @@ from service.access import ApiKey
 from service.lifecycle import Lifecycle
 from service.metrics import Metrics
 from service.rpc.access import Door
+from service.rpc.calls import Calls
 from service.rpc.convert import SERVICE
 from service.rpc.denoise import DenoiserCalls
 from service.rpc.health import Health
+from service.tracing import NO_TRACER, Tracer
+
+CONNECTION_MINUTES = 5
+"""A channel is asked to connect anew after this long (its calls are not interrupted), so that it learns of servers
+that have been added meanwhile; a balancer of connections sees it again.
+"""
 
 
 class RpcServer:
     """Belongs to the event loop it is made on. `port` is known once it has started."""
 
     def __init__(
-        self, lifecycle: Lifecycle, metrics: Metrics, *, max_message_bytes: int, api_key: str | None = None
+        self,
+        lifecycle: Lifecycle,
+        metrics: Metrics,
+        *,
+        max_message_bytes: int,
+        api_key: str | None = None,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         self.port = 0
         self._server = grpc.aio.server(
-            interceptors=[] if api_key is None else [Door(ApiKey(api_key))],
+            interceptors=[Calls(tracer), *([] if api_key is None else [Door(ApiKey(api_key), metrics)])],
             options=[
                 ("grpc.max_receive_message_length", max_message_bytes),
+                ("grpc.max_connection_age_ms", round(CONNECTION_MINUTES * 60_000)),
                 ("grpc.so_reuseport", 0),  # two servers on one port would each get some of the calls
             ],
         )

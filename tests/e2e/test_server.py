@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,6 +24,7 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
+from rdt_core import checkpoint
 from service.client import Client, ProblemError
 from service.rpc.pb import denoiser_pb2 as pb
 from service.rpc.pb.denoiser_pb2_grpc import DenoiserStub
@@ -95,6 +98,44 @@ def test_a_life_from_start_to_sigterm(tiny_checkpoint: Path, tmp_path: Path) -> 
                 late.denoise("a")
             assert slow.result(timeout=10).halt_reason == "deadline", "a request under way is answered"
         assert running.process.wait(timeout=10) == 0
+
+
+def test_a_hangup_reloads_the_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copy(tiny_checkpoint, tmp_path / "best_model.pt"))
+    with server(tmp_path / "log", "--checkpoint", str(path)) as running:
+        wait_for_url(running)
+        running.process.send_signal(signal.SIGHUP)  # perhaps before there is anything to reload
+        with wait_until_ready(running) as client:
+            first = client.model().digest
+            held = checkpoint.read(path)
+            checkpoint.save(path, replace(held, step=held.step + 1))
+            running.process.send_signal(signal.SIGHUP)
+            wait_for(running, lambda: client.model().digest != first or None)
+            path.write_bytes(b"no checkpoint")
+            running.process.send_signal(signal.SIGHUP)
+            wait_for(running, lambda: "the checkpoint cannot be served: " in running.log.read_text() or None)
+            check_answers(client)
+
+
+def test_a_server_ends_with_its_terminal(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """The same signal means something else when it comes because a terminal window was closed."""
+    terminal, inside = pty.openpty()
+    own_it = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+    flags = ("--http_port", "0", "--grpc_port", "0", "--checkpoint", str(tiny_checkpoint))
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", own_it, sys.executable, "-m", "service", *flags],
+            cwd=ROOT, stdin=inside, stdout=log, stderr=log, start_new_session=True, text=True,
+        )  # fmt: skip
+    os.close(inside)
+    running = Server(process, tmp_path / "log")
+    try:
+        wait_for(running, lambda: "ready after" in running.log.read_text() or None)
+        os.close(terminal)
+        assert process.wait(timeout=10) == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_grpc_beside_rest(tiny_checkpoint: Path, tmp_path: Path) -> None:

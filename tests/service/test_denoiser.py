@@ -24,7 +24,7 @@ MASK = re.compile(r"\[mask\]", re.IGNORECASE)
 def real(service: Service, tiny_model: RDT, monkeypatch: pytest.MonkeyPatch) -> Service:
     """The fake engine's place taken by the tiny model."""
 
-    async def submit(job: Job, _place: object) -> Result:
+    async def submit(job: Job, *_: object) -> Result:
         return run_reference(tiny_model, job)
 
     monkeypatch.setattr(service.engine, "submit", submit)
@@ -189,7 +189,7 @@ async def test_the_metrics_of_a_known_load(service: Service) -> None:
 async def test_timing_is_measured_from_arrival(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     submit = service.engine.submit
 
-    async def slow(job: Job, place: object) -> Result:
+    async def slow(job: Job, place: object, _on_reading: object) -> Result:
         service.clock.now += 0.9
         return replace(await submit(job, place), queue_seconds=0.2, compute_seconds=0.7)  # type: ignore[arg-type]
 

@@ -79,6 +79,8 @@ async def test_engine_errors_become_problems(
         response = await client.post("/denoise", json={"text": "a"})
     problem_of(response, status)
     assert response.headers.get("retry-after") == retry
+    leaving = isinstance(error, Unavailable)
+    assert response.headers.get("connection") == ("close" if leaving else None), "the next try is another server's"
 
 
 async def test_a_full_queue_refuses_before_tokenising(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,6 +153,7 @@ async def test_the_key(
             problem_of(response, 401)
             assert response.headers["www-authenticate"] == "Bearer"
             problem_of(await client.get("/nowhere", headers=headers), 401)
+            assert service.sample("rdt_requests_total", transport="rest", outcome="unauthenticated") == 5
         assert response.status_code == status
         open_paths = ("/health/live", "/health/ready", "/")
         assert [(await client.get(path)).status_code for path in open_paths] == [200, 200, 200]
@@ -158,6 +161,9 @@ async def test_the_key(
 
 async def test_a_callers_request_id_is_kept_if_it_is_sane(service: Service) -> None:
     async with service.client() as client:
+        service.engine.error = RuntimeError("a bug")
+        crashed = await client.post("/denoise", json={"text": "a"}, headers={"X-Request-Id": "abc-124"})
+        assert crashed.headers["x-request-id"] == problem_of(crashed, 500)["request_id"] == "abc-124"
         kept = await client.get("/nowhere", headers={"X-Request-Id": "abc-123"})
         replaced = await client.get("/nowhere", headers={"X-Request-Id": "a b<script>"})
     assert problem_of(kept, 404)["request_id"] == "abc-123"

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,8 +18,8 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-from proto.generate import PB, generate
 from rdt_core import ModelConfig, Tokenizer
+from service.rpc import server
 from service.rpc.convert import SERVICE
 from service.rpc.denoise import DenoiserCalls, seconds_left
 from service.rpc.pb import denoiser_pb2 as pb
@@ -23,6 +27,7 @@ from service.rpc.pb.denoiser_pb2_grpc import DenoiserStub
 from service.rpc.server import RpcServer
 from tests.fakes import MAX_BODY_BYTES, Service
 
+ROOT = Path(__file__).parents[2]
 KEY = "s3cret"
 TEXT = pb.DenoiseRequest(text="a")
 
@@ -39,11 +44,32 @@ async def until(service: Service, live: int) -> None:
             await asyncio.sleep(0.005)
 
 
+async def test_no_call_fails_when_its_connection_has_grown_old(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "CONNECTION_MINUTES", 0.1 / 60)
+    service.engine.held = asyncio.Event()
+    async with service.channel() as channel:
+        stub = DenoiserStub(channel)
+        slow = asyncio.ensure_future(stub.Denoise(TEXT))
+        await until(service, live=1)
+        await asyncio.sleep(0.5)
+        service.engine.held.set()
+        assert (await slow).steps == 2, "a call under way is not cut off"
+        until_then = time.monotonic() + 0.5
+        while time.monotonic() < until_then:
+            assert (await stub.Denoise(TEXT)).steps == 2
+
+
 def test_the_checked_in_code_is_what_proto_says(tmp_path: Any) -> None:
-    generate(tmp_path)
+    subprocess.run([sys.executable, ROOT / "proto" / "generate.py", tmp_path], check=True)
     made = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert len(made) == 3
-    assert made == {path.name: path.read_text() for path in PB.glob("*_pb2*.py*") if path.suffix != ".pyc"}
+    assert made == {
+        path.name: path.read_text()
+        for path in (ROOT / "service" / "rpc" / "pb").glob("*_pb2*.py*")
+        if path.suffix != ".pyc"
+    }
 
 
 def test_every_method_is_served(service: Service) -> None:
@@ -161,6 +187,7 @@ async def test_the_key(
             )
         }
     assert codes == {grpc.StatusCode.OK if opens else grpc.StatusCode.UNAUTHENTICATED}
+    assert service.sample("rdt_requests_total", transport="grpc", outcome="unauthenticated") == (0 if opens else 4)
     assert len(service.engine.jobs) == (3 if opens else 0)
 
 

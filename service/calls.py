@@ -1,0 +1,62 @@
+"""The call being answered: what its log lines and its span tell of it, the same way on every transport."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from service.errors import ServiceError
+
+SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+@dataclass
+class Call:
+    id: str
+    outcome: str = "ok"  # or the code of the error it ended with
+    trace_id: str = ""  # 32 hex digits; empty unless traced
+
+
+current: ContextVar[Call | None] = ContextVar("call", default=None)
+"""The call that this task, or one it started, works for."""
+
+
+def begin(proposed_id: str) -> Call:
+    """A call under the caller's own id if that is a sane one, or under a fresh one.
+
+    It is current until the task ends, and never taken back: the task is the call's own, and a server logs a
+    crash only after everything here has been left.
+    """
+    call = Call(proposed_id if SANE_ID.fullmatch(proposed_id) else uuid.uuid4().hex)
+    current.set(call)
+    return call
+
+
+def note(outcome: str) -> None:
+    """The current call, if there is one, ends like this."""
+    if (call := current.get()) is not None:
+        call.outcome = outcome
+
+
+@contextmanager
+def ending(call: Call) -> Iterator[None]:
+    """Notes the error that passes, unless one has been noted already."""
+    try:
+        yield
+    except BaseException as error:
+        if call.outcome == "ok":
+            call.outcome = outcome_of(error)
+        raise
+
+
+def outcome_of(error: BaseException) -> str:
+    """The neutral code of whatever ended a request."""
+    if isinstance(error, ServiceError):
+        return error.code
+    left = isinstance(error, asyncio.CancelledError | GeneratorExit)  # GeneratorExit: left between two passes
+    return "cancelled" if left else "internal"

@@ -1,0 +1,234 @@
+"""From a checkpoint file to a model that takes requests, and from that one to the next without a gap.
+
+load     file -> model -> engine, warmed -> the lifecycle opens
+reload   the same aside; then newcomers meet the new model, and the old one goes when its work is done
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from rdt_core import LoadedModel, ModelConfig, Tokenizer
+from service.cores import usable_cores
+from service.denoiser import Denoiser
+from service.engine.eager import EagerBackend
+from service.engine.engine import BatchingEngine, Engine
+from service.engine.scheduler import SchedulerLimits
+from service.engine.types import Job
+from service.errors import FailedPrecondition, ServiceError
+from service.lifecycle import Lifecycle
+from service.limits import Limits
+from service.loading import load_model
+from service.metrics import Metrics
+from service.schema import ModelCard
+from service.settings import Settings
+from service.tracing import NO_TRACER, Tracer
+
+log = logging.getLogger(__name__)
+
+WARM_TICKS, WARM_TOKENS = 16, 2048
+"""So many sizes of tick are run before the first request, up to this one at the most."""
+
+
+@dataclass(frozen=True)
+class Reload:
+    """What became of a request to reload: whether the file held another model, and which one is served now."""
+
+    outcome: Literal["swapped", "unchanged"]
+    previous: str
+    model: str
+
+
+class Host:
+    """Owns the engines: the one that takes requests and, for a while after a reload, the one that finishes its own."""
+
+    def __init__(self, settings: Settings, lifecycle: Lifecycle, metrics: Metrics, tracer: Tracer = NO_TRACER) -> None:
+        self.failed = asyncio.Event()
+        """Set when the engine gave up: the process should end."""
+        self._settings = settings
+        self._lifecycle = lifecycle
+        self._metrics = metrics
+        self._tracer = tracer
+        self._engine: BatchingEngine | None = None
+        self._retiring: BatchingEngine | None = None
+        self._reloading = False
+        self._watching: asyncio.Task[None] | None = None
+        self._finishing: asyncio.Task[None] | None = None
+        metrics.watch(self)
+        metrics.watch_readiness(lambda: lifecycle.state == "ready")
+
+    @property
+    def waiting(self) -> int:
+        return sum(engine.waiting for engine in self._engines)
+
+    @property
+    def waiting_tokens(self) -> int:
+        return sum(engine.waiting_tokens for engine in self._engines)
+
+    @property
+    def live(self) -> int:
+        return sum(engine.live for engine in self._engines)
+
+    async def load(self) -> None:
+        """Load the checkpoint, warm an engine on it, and open for requests.
+
+        Raises `CheckpointError` for the file, `ValueError` for settings that do not go with it.
+        """
+        began = time.monotonic()
+        torch.set_num_threads(self._settings.threads)
+        loaded = await self._read()
+        engine = await self._warm_engine(loaded)
+        gc.collect()
+        self._open(loaded, engine)
+        log.info("ready after %.1f s: %s on %s", time.monotonic() - began, loaded.name, loaded.model.device)
+
+    async def reload(self) -> Reload:
+        """Take in the checkpoint file again. Requests accepted before the swap finish on the old weights.
+
+        Raises `FailedPrecondition` when the file cannot be served, or the last reload is not over (the old
+        model stays), `Unavailable` while loading, draining or failed.
+        """
+        serving = self._lifecycle.denoiser.card
+        if self._reloading or self._retiring is not None:
+            raise FailedPrecondition("the last reload is not over: requests are still being finished on the old model")
+        self._reloading = True
+        try:
+            change = await self._replace(serving)
+        except ServiceError:
+            self._metrics.reloads.labels("failed").inc()
+            raise
+        finally:
+            self._reloading = False
+        self._metrics.reloads.labels(change.outcome).inc()
+        return change
+
+    async def drain(self, grace_seconds: float) -> None:
+        """Turn new requests away, and give those accepted the grace period to finish, on whichever model they are."""
+        retiring = [] if self._retiring is None else [self._retiring.drain(grace_seconds)]
+        await asyncio.gather(self._lifecycle.drain(grace_seconds), *retiring)
+
+    async def stop(self) -> None:
+        """End the engines and their threads; whatever they still had fails."""
+        for task in (self._watching, self._finishing):
+            if task is not None:
+                task.cancel()
+        for engine in self._engines:
+            await engine.stop()
+
+    @property
+    def _engines(self) -> list[BatchingEngine]:
+        return [engine for engine in (self._engine, self._retiring) if engine is not None]
+
+    async def _read(self) -> LoadedModel:
+        settings = self._settings
+        return await asyncio.to_thread(load_model, settings.checkpoint, settings.device, settings.precision)
+
+    async def _warm_engine(self, loaded: LoadedModel) -> BatchingEngine:
+        settings, metrics = self._settings, self._metrics
+        limits = scheduler_limits(settings, loaded.model.config)
+        n_replicas = settings.replicas or default_replicas(loaded.model.device)
+        metrics.describe_bounds(settings, n_replicas)
+        backends = [EagerBackend(loaded.model) for _ in range(n_replicas)]
+        engine = BatchingEngine(backends, limits, on_tick=metrics.ticked, on_broken_tick=metrics.tick_broke)
+        try:
+            await engine.warm(warm_jobs(loaded.tokenizer, min(settings.token_budget, WARM_TOKENS)))
+            await engine.start()
+        except BaseException:
+            await engine.stop()
+            raise
+        return engine
+
+    async def _replace(self, serving: ModelCard) -> Reload:
+        try:
+            loaded = await self._read()
+            if loaded.digest == serving.digest:
+                return Reload("unchanged", serving.label, serving.label)
+            engine = await self._warm_engine(loaded)
+        except (ValueError, OSError, RuntimeError) as error:  # what it holds, how it reads, whether there is memory
+            log.error("%s stays: the checkpoint cannot be served: %s", serving.label, error)
+            raise FailedPrecondition(f"the checkpoint cannot be served, {serving.label} stays: {error}") from error
+        if self._lifecycle.state != "ready":  # asked to end meanwhile
+            await engine.stop()
+            self._lifecycle.check()
+        self._retiring = self._engine
+        card = self._open(loaded, engine)
+        self._finishing = asyncio.create_task(self._retire())
+        log.info("%s takes the place of %s", card.label, serving.label)
+        return Reload("swapped", serving.label, card.label)
+
+    def _open(self, loaded: LoadedModel, engine: BatchingEngine) -> ModelCard:
+        self._engine = engine
+        denoiser = build_denoiser(loaded, engine, self._settings, self._metrics, self._tracer)
+        card = denoiser.card
+        self._metrics.describe_model(card.name, card.digest, card.device, card.precision)
+        self._lifecycle.open(denoiser)
+        if self._watching is not None:
+            self._watching.cancel()  # it would keep the old engine, and so the old weights, for ever
+        self._watching = asyncio.create_task(self._watch(engine))
+        gc.freeze()  # what is here now stays: a full collection over it would hold every request up for 0.2 s
+        return card
+
+    async def _retire(self) -> None:
+        assert self._retiring is not None
+        await self._retiring.retire()
+        self._retiring = None
+
+    async def _watch(self, engine: BatchingEngine) -> None:
+        await engine.failed.wait()
+        self.failed.set()
+
+
+def default_replicas(device: torch.device) -> int:
+    """One batch a core, each in one thread: several threads to a batch wait for one another at every operation,
+    and for the event loop when it takes one of their cores. A GPU takes one batch at a time.
+    """
+    return usable_cores() if device.type == "cpu" else 1
+
+
+def scheduler_limits(settings: Settings, config: ModelConfig) -> SchedulerLimits:
+    """Raises `ValueError` for a tick that could not hold the longest text the model takes."""
+    if settings.token_budget < config.max_seq_len:
+        raise ValueError(f"token_budget is {settings.token_budget}: want at least max_seq_len = {config.max_seq_len}")
+    return settings.scheduler_limits
+
+
+def build_denoiser(
+    loaded: LoadedModel, engine: Engine, settings: Settings, metrics: Metrics, tracer: Tracer = NO_TRACER
+) -> Denoiser:
+    config = loaded.model.config
+    limits = Limits(
+        config.max_seq_len,
+        settings.max_steps_limit,
+        min(settings.max_top_k, config.vocab_size),
+        max_batch_items=settings.max_batch_items,
+    )
+    card = ModelCard(
+        name=loaded.name,
+        digest=loaded.digest,
+        device=str(loaded.model.device),
+        precision=settings.precision,
+        n_parameters=loaded.model.n_parameters,
+        configuration=config.to_mapping(),
+        limits=limits.shown,
+    )
+    return Denoiser(
+        card=card, config=config, tokenizer=loaded.tokenizer, engine=engine, limits=limits, metrics=metrics,
+        tracer=tracer,
+    )  # fmt: skip
+
+
+def warm_jobs(tokenizer: Tokenizer, max_tokens: int) -> list[Job]:
+    """The first pass of a thread is slow, and so is the first of each size; no caller should meet one."""
+    jobs = []
+    for n_tokens in range(max_tokens, 2, -max(1, max_tokens // WARM_TICKS)):
+        masked = [row % 8 == 1 for row in range(n_tokens)]
+        tokens = [tokenizer.mask_id if hidden else tokenizer.cls_id for hidden in masked]
+        jobs.append(Job(tokens, masked, max_steps=1, threshold=0.0, halting="gate"))
+    return jobs

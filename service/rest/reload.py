@@ -1,0 +1,51 @@
+"""`POST /model/reload`: take in the checkpoint file again. There only for servers with an admin key."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Literal, Protocol
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, Field
+
+from service.access import ApiKey
+from service.rest.errors import problem_responses
+from service.rest.middleware import present_key
+
+PATH = "/model/reload"
+
+
+class Change(Protocol):
+    """What a reload came to."""
+
+    @property
+    def outcome(self) -> Literal["swapped", "unchanged"]: ...
+
+    @property
+    def previous(self) -> str: ...
+
+    @property
+    def model(self) -> str: ...
+
+
+class ReloadAnswer(BaseModel):
+    outcome: Literal["swapped", "unchanged"] = Field(description="`unchanged`: the file holds the model being served.")
+    previous: str = Field(description="The model that was served before.")
+    model: str = Field(description="The model that is served now.")
+
+
+def routes(reload: Callable[[], Awaitable[Change]], admin_key: ApiKey) -> APIRouter:
+    router = APIRouter()
+
+    @router.post(
+        PATH,
+        summary="Load the checkpoint file again, and serve it",
+        description="Requests accepted before finish on the old model; a file that cannot be served changes nothing.",
+        responses=problem_responses("unauthenticated", "failed_precondition", "unavailable"),
+    )
+    async def reload_model(http_request: Request) -> ReloadAnswer:
+        present_key(http_request.headers, admin_key)
+        change = await reload()
+        return ReloadAnswer(outcome=change.outcome, previous=change.previous, model=change.model)
+
+    return router

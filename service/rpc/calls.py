@@ -1,0 +1,68 @@
+"""What happens around every call of the service: an id, a span, and a line at debug level once it has ended."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeAlias
+
+import grpc
+
+from service import calls
+from service.logs import fields
+from service.rpc.convert import SERVICE
+from service.rpc.errors import STATUS, Context
+from service.tracing import CONTEXT_HEADERS, Tracer
+
+log = logging.getLogger(__name__)
+
+ID_KEY = "x-request-id"
+
+Details = grpc.HandlerCallDetails
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"  # a plain class, generic in its stubs only
+NUMBERS: Mapping[str, int] = {code: status.value[0] for code, status in STATUS.items()}
+
+
+class Calls(grpc.aio.ServerInterceptor):
+    """Runs before all others. The id goes back with the status, at the end of the call: it costs no message."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        self._tracer = tracer
+
+    async def intercept_service(
+        self, continuation: Callable[[Details], Awaitable[Handler]], handler_call_details: Details
+    ) -> Handler:
+        handler = await continuation(handler_call_details)
+        if handler is None or not handler_call_details.method.startswith(f"/{SERVICE}/"):
+            return handler
+        answer: Any = handler.unary_unary or handler.unary_stream  # the service has no others
+        kind = grpc.unary_unary_rpc_method_handler if handler.unary_unary else grpc.unary_stream_rpc_method_handler
+        return kind(self._around(answer, handler_call_details))
+
+    def _around(self, answer: Callable[..., Any], details: Details) -> Callable[..., Any]:
+        name = details.method.rpartition("/")[2]
+        sent = {key: value for key, value in details.invocation_metadata or () if isinstance(value, str)}
+
+        async def observed(message: bytes, context: Context) -> Any:
+            began = time.monotonic()
+            call = calls.begin(sent.get(ID_KEY, ""))
+            context.set_trailing_metadata(((ID_KEY, call.id),))
+            attributes = {"rpc.system": "grpc", "rpc.service": SERVICE, "rpc.method": name}
+            headers = {key: sent.get(key, "") for key in CONTEXT_HEADERS}
+            with self._tracer.call(call, details.method[1:], attributes, headers) as span:
+                try:
+                    with calls.ending(call):
+                        return await answer(message, context)
+                finally:
+                    span.set_attributes({"rpc.grpc.status_code": NUMBERS.get(call.outcome, 0)})
+                    if log.isEnabledFor(logging.DEBUG):
+                        _log(name, call.outcome, time.monotonic() - began)
+
+        return observed
+
+
+def _log(method: str, outcome: str, seconds: float) -> None:
+    duration_ms = round(seconds * 1e3, 3)
+    named = fields(method=method, outcome=outcome, duration_ms=duration_ms)
+    log.debug("%s: %s after %.1f ms", method, outcome, duration_ms, extra=named)

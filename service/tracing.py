@@ -1,0 +1,106 @@
+"""Where requests are put on a time line, if anybody wants one. Knows no tracing library; `service.otel` is one.
+
+A transport opens a span for each call; the use case opens one below it for each item of a batch, and puts the
+queue, the passes and the decoding of a request on whichever is at hand. Texts are never recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+from service.calls import Call
+from service.engine.types import Job, Reading, Result
+
+CONTEXT_HEADERS = ("traceparent", "tracestate")
+"""Of W3C Trace Context: how a caller says which trace a call belongs to."""
+
+
+class Span(Protocol):
+    """What a transport writes on."""
+
+    def update_name(self, name: str) -> None: ...
+
+    def set_attributes(self, attributes: Mapping[str, str | int]) -> None: ...
+
+
+class Timeline(Protocol):
+    """One request on its way through the engine."""
+
+    def __call__(self, reading: Reading) -> None:
+        """A pass has been made, just now."""
+
+    def answered(self, job: Job, result: Result, model: str) -> None: ...
+
+
+class Tracer(Protocol):
+    def call(
+        self, call: Call, name: str, attributes: Mapping[str, str], headers: Mapping[str, str]
+    ) -> AbstractContextManager[Span]:
+        """A span for a whole call, under the one that the context headers name; the call learns its trace id.
+
+        Says at its end how the call has ended.
+        """
+
+    def item(self, index: int) -> AbstractContextManager[None]:
+        """A span for an item of a batch, below that of the call. Says at its end how the item has ended."""
+
+    def timeline(self) -> Timeline | None:
+        """For a request that is about to be submitted; None if nobody will look at it."""
+
+    def close(self) -> None:
+        """Send what has not been sent yet, for a bounded time."""
+
+
+class _NoSpan:
+    def update_name(self, name: str) -> None:
+        pass
+
+    def set_attributes(self, attributes: Mapping[str, str | int]) -> None:
+        pass
+
+
+class NoTracer:
+    """Nobody looks."""
+
+    def __init__(self) -> None:
+        self._span = nullcontext(_NoSpan())
+        self._item = nullcontext()
+
+    def call(self, *_: object) -> AbstractContextManager[Span]:
+        return self._span
+
+    def item(self, index: int) -> AbstractContextManager[None]:  # noqa: ARG002 - the protocol's
+        return self._item
+
+    def timeline(self) -> Timeline | None:
+        return None
+
+    def close(self) -> None:
+        pass
+
+
+NO_TRACER: Tracer = NoTracer()
+
+
+class NotInstalledError(ImportError):
+    """Traces are wanted, and the extra for them is not installed."""
+
+
+def open_tracer(endpoint: str | None) -> Tracer:
+    """Sends spans to this OTLP collector; without one there is no tracing, and no library is loaded for it.
+
+    Raises `NotInstalledError` if the library is not there.
+    """
+    if endpoint is None:
+        return NO_TRACER
+    try:
+        from service.otel import OtelTracer, exporter_to  # noqa: PLC0415 - an extra, and dear to load
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "opentelemetry":
+            raise
+        raise NotInstalledError(
+            "otel_endpoint (RDT_OTEL_ENDPOINT) is set, and OpenTelemetry is not installed: pip install 'rdt[otel]'"
+        ) from None
+    return OtelTracer(exporter_to(endpoint))

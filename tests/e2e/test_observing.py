@@ -1,0 +1,92 @@
+"""What a real server process tells of its requests: JSON on stderr, spans to a collector."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.e2e.test_server import Server, server, wait_for
+
+pytestmark = pytest.mark.e2e
+
+FLAGS = ("--log_format", "json", "--log_level", "debug")
+
+
+def address(running: Server) -> str:
+    def found() -> str | None:
+        match = re.search(r"listening on (http://[\d.:]+)", running.log.read_text())
+        return match and match[1]
+
+    url = wait_for(running, found)
+    wait_for(running, lambda: httpx.get(f"{url}/health/ready").is_success or None)
+    return url
+
+
+def entries(running: Server) -> list[dict[str, object]]:
+    """Every line there is; fails on one that is no JSON object."""
+    read = [json.loads(line) for line in running.log.read_text().splitlines()]
+    assert all({"time", "level", "logger", "message"} <= set(entry) for entry in read)
+    return read
+
+
+def end(running: Server) -> float:
+    """Seconds from SIGTERM to a good end."""
+    began = time.monotonic()
+    running.process.send_signal(signal.SIGTERM)
+    assert running.process.wait(timeout=10) == 0
+    return time.monotonic() - began
+
+
+def test_every_line_is_json_and_names_its_request(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with server(tmp_path / "log", "--checkpoint", str(tiny_checkpoint), *FLAGS) as running:
+        url = address(running)
+        for request_id, text in (("first", "a [MASK]"), ("second", "a secret\ud83d".encode("utf-8", "surrogatepass"))):
+            headers = {"X-Request-Id": request_id, "Content-Type": "application/json"}
+            body = json.dumps({"text": text}).encode() if isinstance(text, str) else b'{"text": "' + text + b'"}'
+            httpx.post(f"{url}/denoise", content=body, headers=headers)
+        end(running)
+        told = {entry["request_id"]: entry for entry in entries(running) if entry["logger"] == "service.rest.observe"}
+        assert told["first"]["message"] == f"POST /denoise: 200 ok after {told['first']['duration_ms']:.1f} ms"
+        assert told["second"]["outcome"] == "malformed"
+        assert "secret" not in running.log.read_text()
+
+
+def test_spans_of_a_server_reach_a_collector(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.grpc", reason="needs the extra otel")
+    from tests.collectors import Collector, collecting  # noqa: PLC0415 - needs the extra
+
+    collector = Collector()
+    with collecting(collector) as endpoint:
+        flags = ("--checkpoint", str(tiny_checkpoint), "--otel_endpoint", endpoint, *FLAGS)
+        with server(tmp_path / "log", *flags) as running:
+            url = address(running)
+            httpx.post(f"{url}/denoise", json={"text": "a [MASK]"}, headers={"X-Request-Id": "first"})
+            end(running)
+            told = next(entry for entry in entries(running) if entry.get("request_id") == "first")
+    (span,) = collector.requests[0].resource_spans[0].scope_spans[0].spans
+    assert span.name == "POST /denoise"
+    assert told["trace_id"] == span.trace_id.hex()
+    attributes = {item.key: item.value for item in span.attributes}
+    assert attributes["rdt.compute_ms"].double_value > 0
+    times = [event.time_unix_nano for event in span.events]
+    assert times == sorted(times)
+    assert span.start_time_unix_nano <= times[0] <= times[-1] <= span.end_time_unix_nano
+
+
+def test_a_server_ends_promptly_without_its_collector(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.grpc", reason="needs the extra otel")
+    from tests.collectors import nobody  # noqa: PLC0415 - needs the extra
+
+    with nobody() as endpoint:
+        flags = ("--checkpoint", str(tiny_checkpoint), "--otel_endpoint", endpoint, *FLAGS)
+        with server(tmp_path / "log", *flags) as running:
+            url = address(running)
+            assert httpx.post(f"{url}/denoise", json={"text": "a [MASK]"}).is_success
+            assert end(running) < 5
+            assert entries(running)

@@ -1,0 +1,242 @@
+"""New weights without a gap: the real engine on tiny checkpoints, and files that cannot be served."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import weakref
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from rdt_core import RDT, Checkpoint, ModelConfig, checkpoint
+from service.errors import FailedPrecondition, Unavailable
+from service.hosting import Host
+from service.lifecycle import Lifecycle
+from service.metrics import Metrics
+from service.rest.app import create_app
+from service.settings import Settings
+from tests.fakes import FakeClock
+
+ADMIN_KEY, API_KEY = "adm1n", "s3cret"
+ENDLESS = {"text": "a [MASK]", "max_steps": 10**6, "threshold": 0.0}
+BRIEF = {"text": "a [MASK]", "max_steps": 3, "threshold": 0.0}
+
+
+class Hosted:
+    """A host of a tiny model, and the HTTP interface over it."""
+
+    def __init__(self, path: Path, api_key: str | None = None, admin_key: str | None = ADMIN_KEY) -> None:
+        self.settings = Settings(checkpoint=path, device="cpu", threads=1, replicas=2, max_steps_limit=10**6)
+        self.lifecycle = Lifecycle()
+        self.metrics = Metrics(FakeClock())
+        self.host = Host(self.settings, self.lifecycle, self.metrics)
+        self.app = create_app(
+            self.lifecycle, self.metrics, max_body_bytes=4096, api_key=api_key, admin_key=admin_key,
+            reload=self.host.reload,
+        )  # fmt: skip
+
+    @asynccontextmanager
+    async def client(self) -> AsyncIterator[httpx.AsyncClient]:
+        transport = httpx.ASGITransport(self.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://rdt") as client:
+            yield client
+
+    async def denoise(self, fields: dict[str, Any]) -> Any:
+        denoiser = self.lifecycle.denoiser
+        return await denoiser.denoise(denoiser.read(fields), "rest")
+
+    def sample(self, name: str, /, **labels: str) -> float:
+        return self.metrics.registry.get_sample_value(name, labels) or 0.0
+
+    async def until(self, seen: Callable[[], bool]) -> None:
+        async with asyncio.timeout(10):
+            while not seen():
+                await asyncio.sleep(0.005)
+
+
+@pytest.fixture
+def path(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copy(tiny_checkpoint, tmp_path / "best_model.pt"))
+
+
+@pytest.fixture
+async def hosted(path: Path) -> AsyncIterator[Hosted]:
+    hosted = Hosted(path)
+    await hosted.host.load()
+    yield hosted
+    await hosted.host.stop()
+
+
+def write_other_model(path: Path, **changes: Any) -> None:
+    """Another model of the same tokenizer in the file's place, as the trainer leaves one."""
+    held = checkpoint.read(path)
+    config = ModelConfig.from_mapping(held.config["model"]).with_changes(**changes)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        weights = RDT(config).state_dict()
+    checkpoint.save(path, Checkpoint(weights, {"model": config.to_mapping(), "name": "other"}, held.tokenizer))
+
+
+async def test_a_live_request_finishes_on_the_model_it_began_with(hosted: Hosted, path: Path) -> None:
+    first = hosted.lifecycle.denoiser
+    long = asyncio.create_task(hosted.denoise({**ENDLESS, "timeout_ms": 1500}))
+    await hosted.until(lambda: hosted.host.live == 1)
+    write_other_model(path)
+    change = await hosted.host.reload()
+    assert (change.outcome, change.previous) == ("swapped", first.card.label)
+    assert change.model.startswith("other@")
+
+    newcomer = await hosted.denoise(BRIEF)
+    assert not long.done(), "the two models compute side by side"
+    assert newcomer.model == change.model
+    with pytest.raises(FailedPrecondition, match="not over"):
+        await hosted.host.reload()
+    answer = await long
+    assert (answer.model, answer.halt_reason) == (first.card.label, "deadline")
+    await hosted.until(lambda: not first.engine.ready)
+    assert hosted.host.live == 0
+    assert hosted.sample("rdt_model_info", **_labels(hosted)) == 1
+
+
+def _labels(hosted: Hosted) -> dict[str, str]:
+    card = hosted.lifecycle.denoiser.card
+    return {"name": card.name, "digest": card.digest, "device": card.device, "precision": card.precision}
+
+
+async def test_no_request_fails_while_models_change_under_load(hosted: Hosted, path: Path) -> None:
+    """Callers that never stop, and five reloads; each answer names the model that gave it."""
+    over = asyncio.Event()
+    answers: list[Any] = []
+
+    async def caller(client: httpx.AsyncClient) -> None:
+        while not over.is_set():
+            response = await client.post("/denoise", json=BRIEF)
+            assert response.status_code == 200, response.text
+            answers.append(response.json())
+
+    async with hosted.client() as client, asyncio.TaskGroup() as callers:
+        for _ in range(4):
+            callers.create_task(caller(client))
+        labels = [hosted.lifecycle.denoiser.card.label]
+        for d_ff in (24, 40, 48, 56, 64):
+            write_other_model(path, d_ff=d_ff)
+            labels.append((await hosted.host.reload()).model)
+            n_before = len(answers)
+            await hosted.until(lambda n=n_before: len(answers) >= n + 8)
+            await hosted.until(lambda: hosted.host._retiring is None)
+        over.set()
+    assert len(set(labels)) == 6
+    assert list(dict.fromkeys(answer["model"] for answer in answers)) == labels, "in this order, and no other"
+    assert hosted.sample("rdt_model_reloads_total", outcome="swapped") == 5
+    assert hosted.sample("rdt_requests_total", transport="rest", outcome="ok") == len(answers)
+
+
+async def test_the_old_model_does_not_stay_in_memory(hosted: Hosted, path: Path) -> None:
+    old = weakref.ref(hosted.lifecycle.denoiser.engine)
+    await hosted.denoise(BRIEF)
+    write_other_model(path)
+    await hosted.host.reload()
+    await hosted.denoise(BRIEF)
+    await hosted.until(lambda: hosted.host._retiring is None)
+    assert old() is None, "gone at once: what is frozen is never collected"
+
+
+async def test_the_same_file_changes_nothing(hosted: Hosted) -> None:
+    serving = hosted.lifecycle.denoiser
+    assert (await hosted.host.reload()).outcome == "unchanged"
+    assert hosted.lifecycle.denoiser is serving
+    assert hosted.sample("rdt_model_reloads_total", outcome="unchanged") == 1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda path: path.unlink(), "no such file"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-100]), "cut short"),
+        (lambda path: path.write_bytes(b"weights"), "not a checkpoint"),
+        (lambda path: write_other_model(path, max_seq_len=100_000), "token_budget is 512"),
+    ],
+)
+async def test_a_bad_file_leaves_the_old_model_serving_and_says_why(
+    hosted: Hosted, path: Path, spoil: Callable[[Path], object], why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    serving = hosted.lifecycle.denoiser
+    spoil(path)
+    with pytest.raises(FailedPrecondition, match=why):
+        await hosted.host.reload()
+    assert why in caplog.text
+    assert hosted.lifecycle.denoiser is serving
+    assert (await hosted.denoise(BRIEF)).model == serving.card.label
+    assert hosted.sample("rdt_model_reloads_total", outcome="failed") == 1
+
+
+async def test_a_model_that_breaks_while_warming_is_not_served(
+    hosted: Hosted, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No memory for a second model, say."""
+    serving = hosted.lifecycle.denoiser
+    write_other_model(path)
+
+    def breaks(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(RDT, "forward", breaks)
+    with pytest.raises(FailedPrecondition, match="out of memory"):
+        await hosted.host.reload()
+    monkeypatch.undo()
+    assert hosted.lifecycle.denoiser is serving
+    assert (await hosted.denoise(BRIEF)).steps == 3
+    assert (await hosted.host.reload()).outcome == "swapped", "and the next try is not stuck behind the failed one"
+
+
+async def test_a_drain_finishes_both_models(hosted: Hosted, path: Path) -> None:
+    old = asyncio.create_task(hosted.denoise({**ENDLESS, "timeout_ms": 2500}))
+    await hosted.until(lambda: hosted.host.live == 1)
+    write_other_model(path)
+    await hosted.host.reload()
+    new = asyncio.create_task(hosted.denoise({**ENDLESS, "timeout_ms": 2500}))
+    await hosted.until(lambda: hosted.host.live == 2)
+    await hosted.host.drain(10)
+    assert [task.result().halt_reason for task in (old, new)] == ["deadline", "deadline"]
+    with pytest.raises(Unavailable):
+        await hosted.host.reload()
+
+
+async def test_nothing_to_reload_while_loading(path: Path) -> None:
+    with pytest.raises(Unavailable, match="loading"):
+        await Hosted(path).host.reload()
+
+
+async def test_over_rest_with_the_admin_key(path: Path) -> None:
+    hosted = Hosted(path, api_key=API_KEY)
+    await hosted.host.load()
+    async with hosted.client() as client:
+        for headers in ({}, {"X-API-Key": API_KEY}, {"Authorization": "Bearer wrong"}):
+            assert (await client.post("/model/reload", headers=headers)).status_code == 401
+        admin = {"Authorization": f"Bearer {ADMIN_KEY}"}
+        assert (await client.post("/model/reload", headers=admin)).json()["outcome"] == "unchanged"
+        write_other_model(path)
+        answer = (await client.post("/model/reload", headers=admin)).json()
+        assert answer["outcome"] == "swapped"
+        os.remove(path)
+        await hosted.until(lambda: hosted.host._retiring is None)
+        problem = await client.post("/model/reload", headers={"X-API-Key": ADMIN_KEY})
+        assert (problem.status_code, problem.headers["content-type"]) == (409, "application/problem+json")
+        assert problem.json()["detail"] == (
+            f"the checkpoint cannot be served, {answer['model']} stays: {path}: no such file"
+        )
+    await hosted.host.stop()
+
+
+async def test_off_by_default(path: Path) -> None:
+    hosted = Hosted(path, admin_key=None)
+    async with hosted.client() as client:
+        assert (await client.post("/model/reload")).status_code == 404
+        assert "/model/reload" not in (await client.get("/openapi.json")).json()["paths"]

@@ -42,6 +42,7 @@ def train_settings(text_file: Path, tokenizer_file: Path, tmp_path: Path) -> Set
 
     def train_settings(**changes: Any) -> TrainConfig:
         values: dict[str, Any] = {
+            "mixed_precision": False,  # the same on every machine
             "model": {"d_model": 16, "n_heads": 2, "n_encoder_layers": 1, "d_ff": 32, "gate_hidden_dim": 8}
             | {"dropout": 0.0, "max_seq_len": 32},
             "training": {"batch_size": 4, "num_steps": 8, "learning_rate": 3e-3, "gate_passes": 3, "total_steps": 8},

@@ -17,7 +17,7 @@ from training.config import ConfigError, TrainConfig
 from training.data import Batch
 from training.losses import Losses
 from training.optimise import gate_parameters, trunk_parameters
-from training.trainer import Trainer, TrainingDiverged
+from training.trainer import Trainer, TrainingDiverged, cpu_has_bfloat16
 
 RUNS = {
     "unroll with dropout": {"model.dropout": 0.2},
@@ -91,6 +91,16 @@ def test_a_small_text_is_learnt(train_settings: Settings, cpu: torch.device) -> 
     losses = [step.recon.item() for step in trainer._steps()]
     assert sum(losses[:5]) / 5 > 4
     assert sum(losses[-5:]) / 5 < 0.7 * sum(losses[:5]) / 5
+
+
+@pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU has no bfloat16 of its own")
+def test_mixed_precision_is_near_and_not_the_same(train_settings: Settings, cpu: torch.device) -> None:
+    exact, mixed = (
+        [losses.recon.item() for losses in Trainer(train_settings(mixed_precision=mixed), cpu)._steps()]
+        for mixed in (False, True)
+    )
+    assert mixed == pytest.approx(exact, rel=0.02)
+    assert mixed != exact
 
 
 def gradient_of(config: TrainConfig, batches: list[Batch]) -> dict[str, torch.Tensor]:

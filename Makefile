@@ -7,10 +7,10 @@ CHECKPOINT ?= models/rdt-small/best_model.pt
 DATA ?= wikitext-2
 TEXT ?= $(DATA)
 
-.PHONY: help serve test lint format proto docs train evaluate bench up clean
+.PHONY: help serve test lint format proto docs train evaluate bench up check-deploy clean
 
 help:  ## what there is to make
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/' | expand -t 14
 
 serve: $(VENV)/service  ## install what serving needs, start the server on the bundled model
 	$(BIN)/rdt-serve --checkpoint $(CHECKPOINT)
@@ -44,6 +44,9 @@ bench: $(VENV)/all  ## the engine against a plain loop and static batches: make 
 
 up:  ## the server, Prometheus and Grafana in containers
 	docker compose up --build --detach --wait
+
+check-deploy:  ## prove the containers: load, restart, kill, train, reload
+	deploy/check.sh
 
 clean:  ## remove the environment, caches and runs
 	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

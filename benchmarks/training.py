@@ -1,0 +1,138 @@
+"""`python -m benchmarks.training`: tokens a second of a training step, and its share of the matrix peak.
+
+Real steps of the real trainer on random words, in float32 and in bfloat16: pretraining with one pass, and the
+random unroll. Only what the model must multiply counts as useful: a pass forward once, a pass that carries
+a gradient three times, the vocabulary for masked rows alone; the gate's deep runs are time and no use. The
+peak is the feed-forward product over a whole batch, in the same number format, measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+
+from benchmarks import record
+from rdt_core import checkpoint, flops
+from training.config import TrainConfig, load_config
+from training.data import Batch
+from training.losses import Losses
+from training.trainer import Trainer, autocast
+
+N_WORDS, PEAK_REPEATS, WARM_STEPS = 100_000, 20, 2
+PHASES = {"one pass": 10**6, "unroll": 0}  # steps of pretraining
+
+
+class Counting(Trainer):
+    """A trainer that adds up what its steps must multiply."""
+
+    useful_flops = 0
+    n_tokens = 0
+
+    def _draw_passes(self) -> int:
+        self.drawn = super()._draw_passes()
+        return self.drawn
+
+    def _losses(self, batch: Batch) -> Losses:
+        losses = super()._losses(batch)
+        config, length, n_tokens = self.model.config, batch.length, len(batch.targets)
+        with_gradient = min(self.drawn, self.config.training.grad_passes)
+        outer = (config.n_prelude_layers + config.n_decoder_layers * with_gradient) * flops.layer_flops(config, length)
+        passes = (self.drawn + 2 * with_gradient) * flops.pass_flops(config, length)
+        decoded = 3 * with_gradient * int(batch.masked.sum()) * flops.decode_flops(config)
+        self.useful_flops += n_tokens * (3 * outer + passes) + decoded
+        self.n_tokens += n_tokens
+        return losses
+
+
+def measure(config: TrainConfig, device: torch.device, n_steps: int) -> dict[str, Any]:
+    """Median tokens a second over single steps, and their useful FLOP/s over the peak's."""
+    trainer = Counting(config, device)
+    steps = iter(trainer._steps())
+    for _ in range(WARM_STEPS):
+        next(steps)
+    rates, work = [], []
+    for _ in range(n_steps):
+        trainer.useful_flops = trainer.n_tokens = 0
+        took = seconds(lambda: next(steps), device)
+        rates.append(trainer.n_tokens / took)
+        work.append(trainer.useful_flops / took)
+    peak = matrix_peak(trainer)
+    return {
+        "bfloat16": config.mixed_precision,
+        "tokens_per_second": round(statistics.median(rates)),
+        "useful_gflops": round(statistics.median(work) / 1e9, 1),
+        "peak_gflops": round(peak / 1e9, 1),
+        "share_of_peak": round(statistics.median(work) / peak, 3),
+    }
+
+
+def matrix_peak(trainer: Trainer) -> float:
+    """FLOP/s of the feed-forward product over a batch of rows."""
+    shape, n_rows = trainer.model.config, trainer.batches.tokens_a_batch
+    rows = torch.randn(n_rows, shape.d_model, device=trainer.device)
+    weight = torch.randn(shape.d_ff, shape.d_model, device=trainer.device)
+
+    def products() -> None:
+        with torch.no_grad(), autocast(trainer.config, trainer.device):
+            for _ in range(PEAK_REPEATS):
+                linear(rows, weight)
+
+    if trainer.config.mixed_precision:
+        rows, weight = rows.bfloat16(), weight.bfloat16()
+    took = min(seconds(products, trainer.device) for _ in range(3))
+    return 2 * n_rows * shape.d_model * shape.d_ff * PEAK_REPEATS / took
+
+
+def seconds(work: Any, device: torch.device) -> float:
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def write_words(path: Path, tokenizer_of: Path) -> None:
+    """Random words of the vocabulary, so that no corpus is needed."""
+    tokenizer = checkpoint.tokenizer_of(tokenizer_of, checkpoint.read(tokenizer_of))
+    words = [word for word in map(tokenizer.piece, range(tokenizer.vocab_size)) if word.isascii() and word.isalpha()]
+    drawn = random.Random(0).choices(words, k=N_WORDS)
+    path.write_text("\n".join(" ".join(drawn[i : i + 50]) for i in range(0, N_WORDS, 50)), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=Path("training/configs/rdt-small.yaml"))
+    parser.add_argument("--tokenizer", type=Path, default=Path("models/rdt-small/best_model.pt"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="of the CPU (default: all cores)")
+    parser.add_argument("--steps", type=int, default=10, help="measured in each phase (default: %(default)s)")
+    record.add_arguments(parser)
+    parser.add_argument("assignments", nargs="*", metavar="section.key=value")
+    options = parser.parse_intermixed_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder) / "words.txt"
+        write_words(text, options.tokenizer)
+        given = [f"data.dataset_name={text}", f"data.tokenizer_name={options.tokenizer}", f"data.cache_dir={folder}"]
+        for phase, one_pass_steps in PHASES.items():
+            for mixed in (False, True):
+                settings = [*given, *options.assignments, f"training.one_pass_steps={one_pass_steps}"]
+                config = replace(load_config(options.config, None, settings), mixed_precision=mixed)
+                results.append({"phase": phase, **measure(config, torch.device(options.device), options.steps)})
+                print(results[-1], flush=True)
+    record.finish("training", options, results=results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""What Serve deploys: one deployment, whose bounds agree with those of the engine inside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig
+
+from service.errors import RETRY_SECONDS
+from service.ray_serve.options import Fleet
+from service.ray_serve.replica import Replica
+from service.ray_serve.scaling import WaitingPolicy
+from service.settings import Settings
+
+NAME = "Denoiser"
+
+FLUSH_SECONDS = 5.0
+"""How long a replica may take to go once its requests are answered."""
+HEALTH_SECONDS = 1.0
+"""A replica whose engine has failed refuses quickly, which makes it look idle: Serve should know soon."""
+
+
+def application(settings: Settings, fleet: Fleet) -> Any:
+    deployment: Any = serve.deployment(
+        serve.ingress()(Replica),
+        name=NAME,
+        ray_actor_options={"num_cpus": fleet.num_cpus, "num_gpus": fleet.num_gpus},
+        max_ongoing_requests=max_ongoing(settings),
+        max_queued_requests=max_ongoing(settings) * fleet.max_replicas,  # or a burst would fail for which there is room
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_SECONDS),
+        graceful_shutdown_timeout_s=settings.grace_seconds + FLUSH_SECONDS,
+        graceful_shutdown_wait_loop_s=0.5,
+        health_check_period_s=HEALTH_SECONDS,
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=fleet.min_replicas,
+            max_replicas=fleet.max_replicas,
+            look_back_period_s=fleet.window_seconds,
+            upscale_delay_s=fleet.upscale_seconds,
+            downscale_delay_s=fleet.downscale_seconds,
+            policy=AutoscalingPolicy(
+                policy_function=WaitingPolicy,
+                policy_kwargs={"target_waiting": fleet.target_waiting, "target_fill": fleet.target_fill},
+            ),
+        ),
+    )
+    return deployment.bind(settings)
+
+
+def max_ongoing(settings: Settings) -> int:
+    """More than the engine holds, live and waiting: so that it is the engine that refuses, at once and in its own
+    words, before Serve keeps callers waiting in front of it.
+    """
+    holds = settings.max_waiting + settings.max_live * max(1, settings.replicas)
+    return holds + max(16, holds // 4)

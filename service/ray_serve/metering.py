@@ -1,0 +1,164 @@
+"""The metrics of all replicas, from whichever of them is asked.
+
+Behind Serve's proxy a scrape meets any one replica. Hence each lays what it has measured on a board, an actor of
+Ray's, every few seconds, and the one that is asked adds what it finds there: every series of every replica, told
+apart by the label `replica`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from typing import Any, Protocol
+
+import ray
+
+from service.engine.types import Outcome, Plan
+from service.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+REPORT_SECONDS = 2.0
+STALE_SECONDS = 5 * REPORT_SECONDS
+"""A replica that has not reported for this long is gone."""
+ASK_SECONDS = 1.0
+"""How long a scrape waits for the board; without it, the replica shows its own metrics alone."""
+NAMESPACE = "rdt"
+
+
+class Board:
+    """What each replica reported last. Runs in a process of its own, that of the replica which asked for it first
+    takes it along when it ends; the next report then makes another.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._reports: dict[str, tuple[float, str]] = {}
+
+    def put(self, replica: str, report: str) -> None:
+        self._reports[replica] = (self._clock(), report)
+
+    def drop(self, replica: str) -> None:
+        self._reports.pop(replica, None)
+
+    def reports(self) -> dict[str, str]:
+        oldest = self._clock() - STALE_SECONDS
+        self._reports = {replica: kept for replica, kept in self._reports.items() if kept[0] >= oldest}
+        return {replica: report for replica, (_, report) in self._reports.items()}
+
+
+class Shared(Protocol):
+    """The board, from afar."""
+
+    async def put(self, replica: str, report: str) -> None: ...
+
+    async def drop(self, replica: str) -> None: ...
+
+    async def reports(self) -> dict[str, str]: ...
+
+
+class RayBoard:
+    """Finds the board by its name, or makes it; finds it again when it is gone."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._actor: Any = None
+
+    async def put(self, replica: str, report: str) -> None:
+        await self._ask(lambda actor: actor.put.remote(replica, report))
+
+    async def drop(self, replica: str) -> None:
+        await self._ask(lambda actor: actor.drop.remote(replica))
+
+    async def reports(self) -> dict[str, str]:
+        found: dict[str, str] = await self._ask(lambda actor: actor.reports.remote())
+        return found
+
+    async def _ask(self, question: Callable[[Any], Awaitable[Any]]) -> Any:
+        if self._actor is None:
+            self._actor = await asyncio.to_thread(self._find)
+        try:
+            return await question(self._actor)
+        except ray.exceptions.RayActorError:
+            self._actor = None
+            raise
+
+    def _find(self) -> Any:
+        kind = ray.remote(Board).options(name=self._name, namespace=NAMESPACE, get_if_exists=True, num_cpus=0)
+        return kind.remote()
+
+
+class ReplicaMetrics(Metrics):
+    """A replica's own metrics, shown together with the others'."""
+
+    def __init__(self, clock: Callable[[], float], replica: str, board: Shared, token_budget: int) -> None:
+        super().__init__(clock)
+        self._replica = replica
+        self._board = board
+        self._token_budget = token_budget
+        self._others: dict[str, str] = {}
+        self._filled_seconds = 0.0
+        self._fill_asked = clock()
+
+    def ticked(self, seconds: float, plan: Plan, outcome: Outcome) -> None:
+        super().ticked(seconds, plan, outcome)
+        self._filled_seconds += seconds * min(1.0, plan.n_tokens / self._token_budget)
+
+    def fill(self, n_batches: int) -> float:
+        """How full the ticks of that many batches were since this was asked last: 0 idle, 1 full all the time."""
+        now = self._clock()
+        passed, filled = now - self._fill_asked, self._filled_seconds
+        self._fill_asked, self._filled_seconds = now, 0.0
+        return min(1.0, filled / (passed * n_batches)) if passed > 0 else 0.0
+
+    def exposition(self) -> bytes:
+        """Of all replicas: this one now, the others as they were `gather`ed."""
+        return merge({**self._others, self._replica: super().exposition().decode()}).encode()
+
+    async def gather(self) -> None:
+        """Look what the others have reported. Without an answer in time, this replica is shown alone."""
+        try:
+            self._others = await asyncio.wait_for(self._board.reports(), ASK_SECONDS)
+        except (TimeoutError, ray.exceptions.RayError) as error:
+            log.warning("the metrics of other replicas cannot be had: %s", error)
+            self._others = {}
+
+    async def report_forever(self) -> None:
+        while True:
+            try:
+                await asyncio.wait_for(self._board.put(self._replica, super().exposition().decode()), STALE_SECONDS)
+            except (TimeoutError, ray.exceptions.RayError) as error:
+                log.debug("the metrics could not be reported: %s", error)
+            await asyncio.sleep(REPORT_SECONDS)
+
+    async def leave(self) -> None:
+        """A replica that ends in good order is gone from the next scrape."""
+        with suppress(TimeoutError, ray.exceptions.RayError):
+            await asyncio.wait_for(self._board.drop(self._replica), ASK_SECONDS)
+
+
+def merge(reports: Mapping[str, str]) -> str:
+    """One exposition of many: each family once, with the samples of every replica."""
+    families: dict[str, list[str]] = {}  # by their two lines of comment
+    for replica, report in sorted(reports.items()):
+        head = ""
+        for line in report.splitlines():
+            if line.startswith("# HELP "):
+                head = line
+            elif line.startswith("#"):
+                head = f"{head}\n{line}"
+                families.setdefault(head, [])
+            elif line:
+                families[head].append(labelled(line, replica))
+    return "".join("\n".join([head, *samples, ""]) for head, samples in families.items())
+
+
+def labelled(sample: str, replica: str) -> str:
+    """`name{a="b"} 1` with the replica as its first label."""
+    name_end = min(at for at in (sample.find("{"), sample.find(" ")) if at >= 0)
+    name, rest = sample[:name_end], sample[name_end:]
+    label = f'replica="{replica}"'
+    return f"{name}{{{label},{rest[1:]}" if rest.startswith("{") else f"{name}{{{label}}}{rest}"

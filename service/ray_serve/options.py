@@ -1,0 +1,73 @@
+"""What can be told to the application: a server's own settings, and how many servers there may be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from service.settings import Settings, SettingsError, read_settings
+
+NOT_HERE = {
+    "host": "http_options of Serve",
+    "http_port": "http_options of Serve",
+    "grpc_port": "grpc_options of Serve",
+    "admin_key": "user_config of the deployment, which reloads every replica",
+}
+"""Settings that Serve has in its own hands, and where."""
+
+
+class Fleet(BaseModel):
+    """How many replicas, of what size, and what asks for more."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    min_replicas: int = Field(1, ge=1, description="Replicas at the least; from none, a first caller would wait long.")
+    max_replicas: int = Field(4, ge=1, description="Replicas at the most.")
+    num_cpus: float = Field(1, ge=0, description="Cores that Ray sets aside for a replica.")
+    num_gpus: float = Field(0, ge=0, description="GPUs that Ray sets aside for a replica.")
+    target_waiting: float = Field(8, gt=0, description="Waiting requests for each replica; more ask for more replicas.")
+    target_fill: float = Field(0.7, gt=0, le=1, description="How full ticks may be for fewer replicas to do.")
+    window_seconds: float = Field(20, gt=0, description="What the two are averaged over.")
+    upscale_seconds: float = Field(10, ge=0, description="How long more must be wanted.")
+    downscale_seconds: float = Field(120, ge=0, description="How long fewer must be wanted.")
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> Fleet:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(f"max_replicas is {self.max_replicas}: want at least min_replicas = {self.min_replicas}")
+        return self
+
+
+def read_arguments(arguments: Mapping[str, object]) -> tuple[Settings, Fleet]:
+    """Arguments over environment over defaults, as for `rdt-serve`. What comes back no longer depends on where it
+    is read: replicas elsewhere serve what was asked for here.
+
+    Raises `SettingsError`.
+    """
+    for name in arguments:
+        if name in NOT_HERE:
+            raise SettingsError(f"{name} is not an argument here: see {NOT_HERE[name]}")
+        if name not in Settings.model_fields and name not in Fleet.model_fields:
+            known = sorted({*Settings.model_fields, *Fleet.model_fields} - set(NOT_HERE))
+            raise SettingsError(f"{name} is not an argument: want one of {', '.join(known)}")
+    fleet = _read_fleet({name: value for name, value in arguments.items() if name in Fleet.model_fields})
+    flags = [f"--{name}={value}" for name, value in arguments.items() if name in Settings.model_fields]
+    settings = read_settings(flags)
+    changes = {"checkpoint": settings.checkpoint.absolute(), "replicas": _batches(settings, fleet)}
+    return settings.model_copy(update=changes), fleet
+
+
+def _read_fleet(arguments: Mapping[str, object]) -> Fleet:
+    try:
+        return Fleet.model_validate(arguments)
+    except ValidationError as error:
+        faults = (": ".join([*map(str, fault["loc"]), fault["msg"]]) for fault in error.errors())
+        raise SettingsError("; ".join(faults)) from None
+
+
+def _batches(settings: Settings, fleet: Fleet) -> int:
+    """As many batches side by side as Ray sets cores aside: the machine's own number may be others' too."""
+    if settings.replicas or fleet.num_gpus:
+        return settings.replicas
+    return max(1, int(fleet.num_cpus) // settings.threads)

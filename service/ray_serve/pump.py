@@ -1,0 +1,26 @@
+"""From a task that hands out values to an iterator of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import TypeVar
+
+Value = TypeVar("Value")
+
+
+async def pumped(work: Callable[[Callable[[Value], None]], Awaitable[None]]) -> AsyncGenerator[Value, None]:
+    """What `work` hands to its argument, as it comes, and in the end what it raises. Closing it cancels the work.
+
+    Unbounded: for as much as a caller may ask for anyway.
+    """
+    values: asyncio.Queue[tuple[Value] | None] = asyncio.Queue()
+    working = asyncio.ensure_future(work(lambda value: values.put_nowait((value,))))
+    working.add_done_callback(lambda _: values.put_nowait(None))
+    try:
+        while (kept := await values.get()) is not None:
+            yield kept[0]
+        await working
+    finally:
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)  # whatever it holds is free when this ends

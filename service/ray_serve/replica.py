@@ -1,0 +1,111 @@
+"""One server in a process of Ray's: what `service.runtime` is to a process of its own.
+
+Serve's proxies listen, the rest is the same: settings, host, denoiser, HTTP application, gRPC calls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from ray import serve
+
+from service import logs
+from service.errors import ServiceError
+from service.hosting import Host
+from service.lifecycle import Lifecycle
+from service.ray_serve.edge import Edge
+from service.ray_serve.metering import RayBoard, ReplicaMetrics
+from service.ray_serve.rpc import Encoded, ServeCalls, ServeContext
+from service.ray_serve.scaling import FILL, WAITING
+from service.rest.app import create_app
+from service.settings import Settings
+from service.tracing import open_tracer
+
+log = logging.getLogger(__name__)
+
+
+class EngineFailed(RuntimeError):
+    """The engine gave up. Serve puts another replica in this one's place."""
+
+
+class Replica:
+    """What Serve calls: by their fixed names its hooks, and by theirs the methods of the gRPC service.
+
+    Serve asks a replica to end only when its requests are answered, so nothing is refused on the way down.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        logs.configure(settings.log_level, settings.log_format)
+        context = serve.get_replica_context()
+        self._settings = settings
+        self._lifecycle = Lifecycle()
+        board = RayBoard(f"{context.app_name}.{context.deployment}.metrics")
+        self._metrics = ReplicaMetrics(time.monotonic, context.replica_tag, board, settings.token_budget)
+        self._tracer = open_tracer(settings.otel_endpoint)
+        self._host = Host(settings, self._lifecycle, self._metrics, self._tracer)
+        self._api_key = None if settings.api_key is None else settings.api_key.get_secret_value()
+        self._calls = ServeCalls(
+            self._lifecycle,
+            self._metrics,
+            max_message_bytes=settings.max_body_bytes,
+            api_key=self._api_key,
+            tracer=self._tracer,
+        )
+
+    async def __serve_build_asgi_app__(self) -> Any:
+        """The HTTP application, once the model is there to answer."""
+        await self._host.load()
+        self._reporting = asyncio.create_task(self._metrics.report_forever())
+        app = create_app(
+            self._lifecycle,
+            self._metrics,
+            max_body_bytes=self._settings.max_body_bytes,
+            api_key=self._api_key,
+            tracer=self._tracer,
+        )
+        app.add_middleware(Edge, gather=self._metrics.gather)  # added last, runs first
+        return app
+
+    async def reconfigure(self, _user_config: Any) -> None:
+        """A changed `user_config` takes the checkpoint file in again. A file that cannot be served changes nothing:
+        raising here would cost the replica that serves.
+        """
+        try:
+            change = await self._host.reload()
+        except ServiceError as error:
+            log.error("no reload: %s", error.message)
+        else:
+            log.info("reload: %s", change.outcome)
+
+    async def check_health(self) -> None:
+        """Raises `EngineFailed`."""
+        if self._host.failed.is_set():
+            raise EngineFailed("the engine has failed twice in a minute")
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        return {WAITING: self._host.waiting, FILL: self._metrics.fill(max(1, self._settings.replicas))}
+
+    async def __del__(self) -> None:
+        """What is left when Serve's grace period is over is refused in words instead of cut off."""
+        await self._metrics.leave()
+        await self._host.drain(0)
+        await asyncio.to_thread(self._tracer.close)
+
+    async def Denoise(self, message: bytes, grpc_context: ServeContext) -> Encoded:
+        return await self._calls.unary("Denoise", message, grpc_context)
+
+    async def DenoiseBatch(self, message: bytes, grpc_context: ServeContext) -> Encoded:
+        return await self._calls.unary("DenoiseBatch", message, grpc_context)
+
+    async def DenoiseStream(self, message: bytes, grpc_context: ServeContext) -> AsyncGenerator[Encoded, None]:
+        async with aclosing(self._calls.stream("DenoiseStream", message, grpc_context)) as events:
+            async for event in events:
+                yield event
+
+    async def GetModel(self, message: bytes, grpc_context: ServeContext) -> Encoded:
+        return await self._calls.unary("GetModel", message, grpc_context)

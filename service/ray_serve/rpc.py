@@ -1,0 +1,167 @@
+"""gRPC inside a replica: Serve's proxy hands over a message and its metadata; what answers, and what stands around
+it (ids, spans, the key), is the server's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, NoReturn, Protocol, cast
+
+import grpc
+
+from service.access import ApiKey
+from service.errors import TooLarge
+from service.lifecycle import Lifecycle
+from service.metrics import Metrics
+from service.ray_serve.proxy import SECONDS_LEFT
+from service.ray_serve.pump import pumped
+from service.rpc.access import Door
+from service.rpc.calls import Calls
+from service.rpc.convert import SERVICE
+from service.rpc.denoise import DenoiserCalls
+from service.rpc.errors import Context, mapped_errors
+from service.tracing import NO_TRACER, Tracer
+
+Metadata = list[tuple[str, Any]]
+Answer = Callable[[bytes, Context], Awaitable[Any]]
+
+
+class ServeContext(Protocol):
+    """What is used of Serve's `RayServegRPCContext`."""
+
+    def invocation_metadata(self) -> Metadata: ...
+
+    def set_code(self, code: Any) -> None: ...
+
+    def set_details(self, details: str) -> None: ...
+
+    def set_trailing_metadata(self, trailing_metadata: Metadata) -> None: ...
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A message as Serve wants it: something that can be serialised."""
+
+    message: bytes = b""
+
+    def SerializeToString(self) -> bytes:
+        return self.message
+
+
+@dataclass(frozen=True)
+class Details:
+    """What an interceptor is told of a call."""
+
+    method: str
+    invocation_metadata: Metadata
+
+
+class Ended(Exception):
+    """The call has been given its status."""
+
+
+class CallContext:
+    """One call, as the server's handlers see it."""
+
+    def __init__(self, context: ServeContext, write: Callable[[Encoded], None] | None = None) -> None:
+        self._context = context
+        self._write = write
+        self._trailing: Metadata = []
+        self._clock = asyncio.get_running_loop().time
+        left = dict(context.invocation_metadata()).get(SECONDS_LEFT)
+        self._deadline = None if left is None else self._clock() + float(left)
+
+    def time_remaining(self) -> float | None:
+        return None if self._deadline is None else self._deadline - self._clock()
+
+    def invocation_metadata(self) -> Metadata:
+        return self._context.invocation_metadata()
+
+    def trailing_metadata(self) -> Metadata:
+        return self._trailing
+
+    def set_trailing_metadata(self, trailing_metadata: Any) -> None:
+        self._trailing = [(key, value) for key, value in trailing_metadata]
+        self._context.set_trailing_metadata(self._trailing)
+
+    async def write(self, message: bytes) -> None:
+        assert self._write is not None, "a call with one answer"
+        self._write(Encoded(message))
+
+    async def abort(self, code: Any, details: str = "", trailing_metadata: Any = ()) -> NoReturn:
+        self._context.set_code(code)
+        self._context.set_details(details)
+        self.set_trailing_metadata(trailing_metadata)
+        raise Ended
+
+
+class ServeCalls:
+    """Answers each call as `service.rpc.server` would, whose listener also minds the size of a message."""
+
+    def __init__(
+        self,
+        lifecycle: Lifecycle,
+        metrics: Metrics,
+        *,
+        max_message_bytes: int,
+        api_key: str | None = None,
+        tracer: Tracer = NO_TRACER,
+    ) -> None:
+        self._calls = DenoiserCalls(lifecycle, metrics).handler()
+        self._interceptors: list[grpc.aio.ServerInterceptor] = []
+        if api_key is not None:
+            self._interceptors.append(Door(ApiKey(api_key), metrics))
+        self._interceptors.append(Calls(tracer))  # the outermost last
+        self._max_message_bytes = max_message_bytes
+
+    async def unary(self, method: str, message: bytes, context: ServeContext) -> Encoded:
+        """The answer, or an empty message beside which the context holds the status."""
+        try:
+            return Encoded(await self._answer(method, message, CallContext(context)))
+        except Ended:
+            return Encoded()
+
+    async def stream(self, method: str, message: bytes, context: ServeContext) -> AsyncGenerator[Encoded, None]:
+        """Ends with an empty message when it ends with an error: without one, Serve would not see the status."""
+
+        async def answer(put: Callable[[Encoded], None]) -> None:
+            try:
+                await self._answer(method, message, CallContext(context, put))
+            except Ended:
+                put(Encoded())
+
+        async with aclosing(pumped(answer)) as events:
+            async for event in events:
+                yield event
+
+    async def _answer(self, method: str, message: bytes, context: CallContext) -> Any:
+        find: Any = self._find
+        for interceptor in self._interceptors:
+            find = _around(interceptor, find)
+        handler = await find(Details(f"/{SERVICE}/{method}", context.invocation_metadata()))
+        answer: Answer = handler.unary_unary or handler.unary_stream
+        return await answer(message, cast(Context, context))
+
+    async def _find(self, details: Any) -> Any:
+        handler: Any = self._calls.service(details)
+        kind = grpc.unary_unary_rpc_method_handler if handler.unary_unary else grpc.unary_stream_rpc_method_handler
+        return kind(self._within_size(handler.unary_unary or handler.unary_stream))
+
+    def _within_size(self, answer: Answer) -> Answer:
+        async def sized(message: bytes, context: Context) -> Any:
+            async with mapped_errors(context):
+                if len(message) > self._max_message_bytes:
+                    raise TooLarge(f"the message is larger than {self._max_message_bytes} bytes")
+            return await answer(message, context)
+
+        return sized
+
+
+def _around(interceptor: grpc.aio.ServerInterceptor, find: Any) -> Any:
+    async def intercepted(details: Any) -> Any:
+        return await interceptor.intercept_service(find, details)
+
+    return intercepted

@@ -1,0 +1,60 @@
+"""How many replicas there should be.
+
+What Serve counts by itself, requests under way, says little here: an engine computes as many at once as fit in
+a tick, and what that is depends on their lengths. Waiting requests say that there is too little of it; ticks
+that are far from full say that there is too much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, Protocol
+
+WAITING, FILL = "waiting", "fill"
+"""What every replica reports: requests in its queue, and how full its ticks are (0 idle, 1 full all the time)."""
+
+
+class Context(Protocol):
+    """What the policy reads of Serve's `AutoscalingContext`."""
+
+    @property
+    def current_num_replicas(self) -> int: ...
+
+    @property
+    def target_num_replicas(self) -> int: ...
+
+    @property
+    def running_replicas(self) -> Collection[Any]: ...
+
+    @property
+    def total_queued_requests(self) -> float | None: ...
+
+    @property
+    def aggregated_metrics(self) -> Mapping[str, Mapping[Any, float]] | None: ...
+
+
+class WaitingPolicy:
+    """Serve makes one and calls it several times a second; bounds and delays are Serve's to apply."""
+
+    def __init__(self, target_waiting: float, target_fill: float) -> None:
+        self._target_waiting = target_waiting
+        self._target_fill = target_fill
+
+    def __call__(self, context: Context) -> tuple[float, dict[str, Any]]:
+        """The number wanted, and nothing to remember."""
+        n_replicas = context.current_num_replicas
+        reports = context.aggregated_metrics or {}
+        fills = reports.get(FILL, {})
+        silent = n_replicas - sum(replica in fills for replica in context.running_replicas)
+        if n_replicas in (0, silent):
+            return context.target_num_replicas, {}
+        waiting = (context.total_queued_requests or 0.0) + sum(reports.get(WAITING, {}).values())
+        fill = sum(fills.values()) + silent  # one who has not said yet may be full
+        return wanted(n_replicas, waiting, fill, self._target_waiting, self._target_fill), {}
+
+
+def wanted(n_replicas: int, waiting: float, fill: float, target_waiting: float, target_fill: float) -> float:
+    """As many as would have `target_waiting` requests waiting at each; never fewer than the work of all of them,
+    `fill` full replicas' worth, keeps `target_fill` full. Full ticks alone are no reason for more than there are.
+    """
+    return max(waiting / target_waiting, min(n_replicas, fill / target_fill))

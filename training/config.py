@@ -86,7 +86,8 @@ class TrainingSection:
     gate_change_share: float = 0.02
     """Predictions count as settled once at most this share differs from the final ones."""
     init_from: str | None = None
-    """A local folder with a BERT-like checkpoint whose token embeddings start this model."""
+    """A checkpoint of this project that this model starts from, or a local folder with a BERT-like one, whose token
+    embeddings it takes."""
     save_every_n_epochs: int = 1
     save_every_n_steps: int | None = None
     keep_last_n_checkpoints: int = 3

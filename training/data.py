@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import lzma
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -105,7 +106,7 @@ def local_corpus(names: str, tokenizer: Tokenizer, cache_dir: str | Path) -> Cor
             raise ConfigError(f"data.dataset_name is {names!r}: no text in it")
         tokens_file.parent.mkdir(parents=True, exist_ok=True)
         for file, values in ((tokens_file, corpus.tokens), (starts_file, corpus.starts)):
-            partial = file.with_suffix(".partial.npy")
+            partial = file.with_suffix(f".{os.getpid()}.partial.npy")
             np.save(partial, values)
             partial.replace(file)
     return Corpus(np.load(tokens_file, mmap_mode="r"), np.load(starts_file))

@@ -10,13 +10,15 @@ resumed by another number of processes.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from training.config import ConfigError
+
+Made = TypeVar("Made")
 
 
 class Processes(Protocol):
@@ -33,6 +35,9 @@ class Processes(Protocol):
     def add_up(self, values: Tensor) -> Tensor:
         """The sum over all processes, the same in each."""
 
+    def first_before_others(self, work: Callable[[], Made]) -> Made:
+        """Work that leaves something behind for those who do it later, such as a cache."""
+
     def close(self) -> None:
         """No process is needed by the others any more."""
 
@@ -45,6 +50,9 @@ class OneProcess:
 
     def add_up(self, values: Tensor) -> Tensor:
         return values
+
+    def first_before_others(self, work: Callable[[], Made]) -> Made:
+        return work()
 
     def close(self) -> None:
         pass
@@ -71,6 +79,10 @@ class ManyProcesses:
     def add_up(self, values: Tensor) -> Tensor:
         torch.distributed.all_reduce(values)
         return values
+
+    def first_before_others(self, work: Callable[[], Made]) -> Made:
+        with self._state.main_process_first():
+            return work()
 
     def close(self) -> None:
         self._state.wait_for_everyone()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
@@ -66,7 +66,7 @@ class Trainer:
             self.tokenizer = checkpoints.tokenizer_of(resume, saved)
         else:
             self.tokenizer = load_tokenizer(config.data.tokenizer_name)
-        train, validation = load_corpora(config, self.tokenizer)
+        train, validation = self.processes.first_before_others(lambda: load_corpora(config, self.tokenizer))
         self.batches = Batches(train, config, self.tokenizer, stable_seed(config.seed, TRAIN))
         self.validation_batches = Batches(validation, config, self.tokenizer, stable_seed(config.seed, VALIDATION))
         self.steps_an_epoch = max(1, len(self.batches) // config.training.gradient_accumulation_steps)
@@ -279,7 +279,7 @@ def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManage
 
 def cpu_has_bfloat16() -> bool:
     """AMX or AVX-512 with its products: twice as fast a step as float32 for `models/rdt-small`."""
-    known = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch this runs on
+    known: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch this runs on
     return bool(known.get("amx_bf16") or known.get("avx512_bf16"))
 
 

@@ -1,8 +1,8 @@
-"""Start a model from a BERT-like checkpoint in a local folder.
+"""Start a model from weights that are there already: a checkpoint of this project, or a BERT-like one in a folder.
 
-What is taken: the token embedding table, which this model uses on both ends, scaled to the variance a
-fresh table has. What is not: positions (rotary here), the layers (pre-norm here, post-norm there) and
-any head. The folder must use the same vocabulary.
+Of this project's everything is taken; shape and vocabulary must be the same. Of a BERT-like one the token
+embedding table, which this model uses on both ends, scaled to the variance a fresh table has; not its
+positions (rotary here), its layers (pre-norm here, post-norm there) or any head.
 """
 
 from __future__ import annotations
@@ -12,15 +12,31 @@ from pathlib import Path
 
 import torch
 
+from rdt_core import checkpoint
 from rdt_core.model import RDT
 from rdt_core.tokenizer import Tokenizer
 from training.config import ConfigError
 
 
 @torch.no_grad()
-def warm_start(model: RDT, folder: str | Path, tokenizer: Tokenizer) -> None:
-    """Copy the token embeddings of the checkpoint in `folder`. Raises `ConfigError`."""
-    table = _word_embeddings(Path(folder), tokenizer)
+def warm_start(model: RDT, source: str | Path, tokenizer: Tokenizer) -> None:
+    """Copy what can be had from a checkpoint file or a folder. Raises `ConfigError` and `CheckpointError`."""
+    if Path(source).is_file():
+        _copy_all(model, Path(source), tokenizer)
+    else:
+        _copy_embeddings(model, Path(source), tokenizer)
+
+
+def _copy_all(model: RDT, path: Path, tokenizer: Tokenizer) -> None:
+    saved = checkpoint.read(path)
+    if checkpoint.tokenizer_of(path, saved).json != tokenizer.json:
+        raise ConfigError(f"training.init_from is {str(path)!r}: its tokenizer is not data.tokenizer_name's")
+    checkpoint.check_weights(path, model, saved.model_state_dict)
+    model.load_state_dict(saved.model_state_dict)
+
+
+def _copy_embeddings(model: RDT, folder: Path, tokenizer: Tokenizer) -> None:
+    table = _word_embeddings(folder, tokenizer)
     wanted = tuple(model.embedding.weight.shape)
     if tuple(table.shape) != wanted:
         raise ConfigError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from rdt_core import checkpoint
 from tests.training.conftest import Settings
 from training.config import ConfigError, TrainConfig
-from training.processes import OneProcess, add_up_gradients, share
+from training.processes import Made, OneProcess, add_up_gradients, share
 from training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +41,9 @@ class Second:
 
     def add_up(self, values: Tensor) -> Tensor:
         return values + 1
+
+    def first_before_others(self, work: Callable[[], Made]) -> Made:
+        return work()
 
     def close(self) -> None:
         pass
@@ -79,11 +83,11 @@ def test_two_processes_follow_the_curve_of_one_and_continue_its_run(
     one = train_settings(**CHANGES)
     assert Trainer(one, cpu).fit()
 
-    def elsewhere(name: str) -> TrainConfig:
-        places = {"output.checkpoint_dir": str(tmp_path / name), "output.log_dir": str(tmp_path / name / "logs")}
+    def elsewhere(name: str, **more: str) -> TrainConfig:
+        places = more | {"output.checkpoint_dir": str(tmp_path / name), "output.log_dir": str(tmp_path / name / "logs")}
         return train_settings(**CHANGES, **places)
 
-    two = elsewhere("two")
+    two = elsewhere("two", **{"data.cache_dir": str(tmp_path / "cache of two")})  # which tokenise the text themselves
     in_two_processes(two)
     for name in ("train/recon_loss", "train/gate_loss", "val/total_loss", "val/exact_match"):
         expected = curve(one, name)

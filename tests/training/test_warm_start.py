@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from rdt_core import RDT, ModelConfig, Tokenizer
+from rdt_core import RDT, ModelConfig, Tokenizer, checkpoint
+from rdt_core.checkpoint import CheckpointError
 from training.config import ConfigError
 from training.warm_start import warm_start
 
@@ -64,3 +65,13 @@ def test_another_vocabulary_is_refused(model: RDT, tiny_tokenizer: Tokenizer, tm
 def test_a_folder_without_a_model_is_refused(model: RDT, tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"training.init_from is .*: want a folder with config.json and weights"):
         warm_start(model, tmp_path, tiny_tokenizer)
+
+
+def test_a_checkpoint_of_this_project_gives_everything(model: RDT, tiny_model: RDT, tiny_checkpoint: Path) -> None:
+    saved = checkpoint.read(tiny_checkpoint)
+    tokenizer = checkpoint.tokenizer_of(tiny_checkpoint, saved)
+    warm_start(model, tiny_checkpoint, tokenizer)
+    assert all(torch.equal(tensor, tiny_model.state_dict()[name]) for name, tensor in model.state_dict().items())
+    wider = RDT(model.config.with_changes(d_ff=64))
+    with pytest.raises(CheckpointError, match=r"feed_forward.* has shape"):
+        warm_start(wider, tiny_checkpoint, tokenizer)

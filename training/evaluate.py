@@ -1,224 +1,178 @@
 """`python -m training.evaluate --checkpoint F --text F`: how well a model restores text, and at what cost.
 
 The text is cut into segments of one length; each has one random order of masking, so the masks of the
-mask ratios are nested and the same for every model. For every mask ratio three kinds of rows:
+mask ratios are nested and the same for every model and every method. For every mask ratio, rows of:
 
-- fixed depth: every sequence takes the same number of passes;
+- fixed: every sequence takes the same number of passes;
 - gate: every sequence stops when its level falls below a threshold;
-- settle: masked tokens are written back at an even pace over a number of passes.
+- table: a depth for each mask ratio, chosen on `--validation` text for a budget of mean passes;
+- unchanged: a sequence stops when at most this share of its best guesses changed in the last pass;
+- settle: masked tokens are written back at an even pace over a number of passes;
+- settle-gate: and those whose own level is below a threshold at once;
+- mask-predict, ancestral, ancestral-greedy: decoders that run the model anew in every round, with
+  `--round-depth` passes each.
 
-Fixed depths and gates are read off the same passes, so they are compared on equal terms. Exact match
-is over masked tokens, with a 95 % interval from the spread between segments; bits are per masked
-token; passes are per sequence; FLOPs are per token of text and count the model's matrices only.
+Fixed depths, gates, tables and unchanged are read off the same passes, so they are compared on equal terms.
+Exact match is over masked tokens; a run is a maximal stretch of adjacent masked word pieces, right if all of
+it is; BLEU is of whole segments as word pieces. Intervals are 95 % over segments. Bits are those of the masked
+text where and when each token was written: for methods that write in several rounds, given their own guesses.
+Bits under a left-to-right model (`--scorer`) are of the restored text, and low ones can also mean dull text:
+compare them with the original's. Passes are per sequence; FLOPs are per token of text and count the model's
+matrices only, each round as the forward it is.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from tqdm import tqdm
 
-from rdt_core import checkpoint, flops, masking
-from rdt_core.checkpoint import CheckpointError
-from rdt_core.model import RDT
-from rdt_core.packing import Packing
+from rdt_core import checkpoint
+from rdt_core.checkpoint import CheckpointError, LoadedModel
 from rdt_core.tokenizer import Tokenizer
 from training.config import ConfigError
-from training.data import local_corpus, stable_seed
-from training.losses import surest
-from training.report import Row, format_table, plot
+from training.data import local_corpus
+from training.evaluation.causal import Scorer, load_scorer
+from training.evaluation.lookups import halting_depths
+from training.evaluation.restoring import Evaluation, Measured, cut_segments
+from training.evaluation.table import Evaluated, Plan, evaluate
+from training.report import format_comparisons, format_table, plot, written
 
-MASK_RATIOS = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-THRESHOLDS = (0.01, 0.02, 0.05, 0.1, 0.2)
-SETTLE_PASSES = (2, 4, 8, 16)
+__all__ = ["Evaluation", "Measured", "cut_segments", "halting_depths", "main"]  # the benchmarks measure with these
 
-Slice = tuple[int, Tensor, Tensor, Tensor, Packing]  # number of its first segment, tokens, masked, targets, layout
-
-
-class Measured(NamedTuple):
-    """Scores of `S` segments with `M` masked tokens in all."""
-
-    correct: Tensor  # (..., M) 1 where the best guess is the text
-    nats: Tensor  # (..., M) negative log-likelihood of the text
-    segments: Tensor  # (M,) which segment a masked token belongs to
-
-
-def cut_segments(tokens: Tensor, tokenizer: Tokenizer, length: int, at_most: int | None) -> list[Tensor]:
-    """Contiguous segments of `length` tokens, `[CLS]` and `[SEP]` included; `at_most` of them, evenly spread."""
-    body = length - 2
-    n = len(tokens) // body
-    if n == 0:
-        raise ConfigError(f"--text has {len(tokens)} tokens: want at least --length = {length}")
-    chosen = range(n) if at_most is None or at_most >= n else [i * n // at_most for i in range(at_most)]
-    ends = torch.tensor([tokenizer.cls_id]), torch.tensor([tokenizer.sep_id])
-    return [torch.cat((ends[0], tokens[i * body : (i + 1) * body], ends[1])) for i in chosen]
-
-
-class Evaluation:
-    """Runs a model over masked segments, `batch_size` at a time."""
-
-    def __init__(
-        self, model: RDT, tokenizer: Tokenizer, segments: list[Tensor], seed: int, batch_size: int = 16
-    ) -> None:
-        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
-        self.targets = torch.stack(segments).to(model.device)  # (S, L)
-        self.ranks = torch.stack([self._order(segment, seed, i) for i, segment in enumerate(segments)]).to(model.device)
-
-    @torch.no_grad()
-    def depths(self, mask_ratio: float, max_depth: int) -> tuple[Measured, Tensor]:
-        """Every depth from 1 to `max_depth`: scores `(max_depth, M)` and levels `(max_depth, S)`."""
-        correct, nats, levels, segments = [], [], [], []
-        for first, tokens, masked, targets, packing in self._batches(mask_ratio):
-            state = self.model.begin(tokens, masked, packing)
-            rows = masked.nonzero().squeeze(1)
-            scores, seen = [], []
-            for _ in range(max_depth):
-                state = self.model(state, packing)
-                scores.append(self._score(state.hidden, packing, rows, targets[rows])[:2])
-                seen.append(state.gate.level)
-            correct.append(torch.stack([score[0] for score in scores]))
-            nats.append(torch.stack([score[1] for score in scores]))
-            levels.append(torch.stack(seen))
-            segments.append(packing.sequence_ids[rows] + first)
-        return Measured(torch.cat(correct, 1), torch.cat(nats, 1), torch.cat(segments)), torch.cat(levels, 1)
-
-    @torch.no_grad()
-    def settling(self, mask_ratio: float, n_passes: int) -> Measured:
-        """Settle the surest tokens at an even pace over `n_passes`: each is scored when it is written."""
-        parts = []
-        for first, tokens, masked, targets, packing in self._batches(mask_ratio):
-            state = self.model.begin(tokens, masked, packing)
-            all_rows = masked.nonzero().squeeze(1)
-            for step in range(1, n_passes + 1):
-                state = self.model(state, packing)
-                rows = all_rows[surest(state, all_rows, packing, step, n_passes)]
-                correct, nats, guess = self._score(state.hidden, packing, rows, targets[rows])
-                parts.append(Measured(correct, nats, packing.sequence_ids[rows] + first))
-                state = self.model.settle(state, rows, guess)
-        return Measured(*(torch.cat(values) for values in zip(*parts, strict=True)))
-
-    def _order(self, segment: Tensor, seed: int, index: int) -> Tensor:
-        generator = torch.Generator().manual_seed(stable_seed(seed, index))
-        return masking.mask_ranks(masking.maskable_rows(segment, self.tokenizer.special_ids), generator)
-
-    def _batches(self, mask_ratio: float) -> Iterator[Slice]:
-        for first in range(0, len(self.targets), self.batch_size):
-            targets = self.targets[first : first + self.batch_size]
-            packing = Packing.of([targets.shape[1]] * len(targets), self.model.device)
-            masked = masking.masked_at(self.ranks[first : first + self.batch_size], mask_ratio).flatten()
-            tokens = masking.corrupt(targets.flatten(), masked, self.tokenizer.mask_id)
-            yield first, tokens, masked, targets.flatten(), packing
-
-    def _score(self, hidden: Tensor, packing: Packing, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = self.model.decode(hidden, packing, rows).float()
-        guess = logits.argmax(-1)
-        return (guess == targets).double(), F.cross_entropy(logits, targets, reduction="none").double(), guess
-
-
-def halting_depths(levels: Tensor, threshold: float) -> Tensor:
-    """levels `(P, S)` -> the pass `(S,)` after which each sequence halts, 1 to P."""
-    below = levels < threshold
-    first = below.int().argmax(0) + 1
-    return torch.where(below.any(0), first, len(levels))
-
-
-def evaluate(
-    evaluation: Evaluation,
-    mask_ratios: Sequence[float] = MASK_RATIOS,
-    max_depth: int = 16,
-    thresholds: Sequence[float] = THRESHOLDS,
-    settle_passes: Sequence[int] = SETTLE_PASSES,
-) -> list[Row]:
-    """The whole table."""
-    rows: list[Row] = []
-    for ratio in tqdm(mask_ratios, desc="mask ratios", disable=None):
-        scores, levels = evaluation.depths(ratio, max_depth)
-        n_segments = levels.shape[1]
-        for depth in range(1, max_depth + 1):
-            steps = torch.full((n_segments,), depth)
-            rows.append(_row(evaluation, ("fixed", depth, ratio), _at_depth(scores, steps), steps))
-        for threshold in thresholds:
-            steps = halting_depths(levels, threshold).cpu()
-            rows.append(_row(evaluation, ("gate", threshold, ratio), _at_depth(scores, steps), steps))
-        for n_passes in settle_passes:
-            settled = evaluation.settling(ratio, n_passes)
-            steps = torch.bincount(settled.segments, minlength=n_segments).clamp(max=n_passes).cpu()
-            rows.append(_row(evaluation, ("settle", n_passes, ratio), settled, steps))
-    return rows
-
-
-def _at_depth(scores: Measured, steps: Tensor) -> Measured:
-    depth = (steps.to(scores.segments.device)[scores.segments] - 1)[None]
-    return Measured(scores.correct.gather(0, depth)[0], scores.nats.gather(0, depth)[0], scores.segments)
-
-
-def _row(evaluation: Evaluation, point: tuple[str, float, float], scores: Measured, steps: Tensor) -> Row:
-    n_segments, length = evaluation.targets.shape
-    masks = torch.bincount(scores.segments, minlength=n_segments).cpu()
-    hits = torch.bincount(scores.segments, weights=scores.correct, minlength=n_segments).cpu()
-    exact = (hits.sum() / masks.sum()).item()
-    spread = ((hits - exact * masks) ** 2).sum().sqrt().item() / masks.sum().item()
-    config = evaluation.model.config
-    work = sum(
-        flops.sequence_flops(config, length, decoded, passes)
-        for decoded, passes in zip(masks.tolist(), steps.tolist(), strict=True)
-    )
-    return Row(
-        *point,
-        exact_match=exact,
-        interval=1.96 * spread,
-        bits=scores.nats.mean().item() / math.log(2),
-        passes=steps.double().mean().item(),
-        flops_per_token=work / (n_segments * length),
-    )
+PLAN = Plan()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="rdt-evaluate", description="Evaluate a checkpoint on masked text.")
-    parser.add_argument("--checkpoint", required=True, type=Path)
-    parser.add_argument("--text", required=True, help="local .txt or .txt.xz file")
-    parser.add_argument("--output", type=Path, help="folder for evaluation.json, .txt and .png")
-    parser.add_argument("--length", type=int, default=128, help="tokens a segment (default: %(default)s)")
-    parser.add_argument("--segments", type=int, help="how many segments, evenly spread (default: all)")
-    parser.add_argument("--mask-ratios", type=float, nargs="+", default=MASK_RATIOS)
-    parser.add_argument("--max-depth", type=int, default=16)
-    parser.add_argument("--thresholds", type=float, nargs="+", default=THRESHOLDS)
-    parser.add_argument("--settle-passes", type=int, nargs="*", default=SETTLE_PASSES)
-    parser.add_argument("--seed", type=int, default=0, help="of the masks (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--cache-dir", default="runs/cache")
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     try:
+        plan = _plan(options)
         loaded = checkpoint.load(options.checkpoint, options.device)
-        tokens = torch.from_numpy(
-            local_corpus(options.text, loaded.tokenizer, options.cache_dir).tokens.astype("int64")
-        )
-        segments = cut_segments(tokens, loaded.tokenizer, options.length, options.segments)
-        evaluation = Evaluation(loaded.model, loaded.tokenizer, segments, seed=options.seed)
-        rows = evaluate(evaluation, options.mask_ratios, options.max_depth, options.thresholds, options.settle_passes)
+        scorer = None if options.scorer is None else _scorer(options.scorer, loaded, options.device)
+        evaluation = _evaluation(options, loaded, options.text)
+        validation = None if options.validation is None else _evaluation(options, loaded, options.validation)
+        found = evaluate(evaluation, plan, validation, scorer)
     except (ConfigError, CheckpointError) as error:
         print(f"rdt-evaluate: {error}", file=sys.stderr)
         return 2
-    table = format_table(rows)
-    print(table)
+    text = as_text(found)
     if options.output is not None:
         options.output.mkdir(parents=True, exist_ok=True)
-        summary = {"model": loaded.name, "digest": loaded.digest, "segments": len(segments), "length": options.length,
-                   "seed": options.seed, "rows": [asdict(row) for row in rows]}  # fmt: skip
+        summary = {"model": loaded.name, "digest": loaded.digest, **describe(evaluation, options, scorer)}
+        summary |= {"plan": asdict(plan), **asdict(found)}
         (options.output / "evaluation.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-        (options.output / "evaluation.txt").write_text(table + "\n", encoding="utf-8")
-        plot(rows, options.output / "evaluation.png")
-    return 0
+        (options.output / "evaluation.txt").write_text(text + "\n", encoding="utf-8")
+        plot(found.rows, options.output / "evaluation.png")
+    return written(lambda: print(text))
+
+
+def as_text(found: Evaluated) -> str:
+    """The table, then the gate against the lookups, then what was looked up."""
+    parts = [format_table(found.rows)]
+    if found.original_lm_bits:
+        bits = ", ".join(f"{value:.2f} at {ratio:g}" for ratio, value in found.original_lm_bits.items())
+        parts.append(f"the original's bits under the left-to-right model, at the masks: {bits}")
+    if found.tables:
+        lines = ["depths chosen on validation text, by mask ratio"]
+        for budget, table in found.tables.items():
+            lines.append(f"table {budget:g}: " + ", ".join(f"{depth} at {ratio:g}" for ratio, depth in table.items()))
+        parts.append("\n".join(lines))
+    if found.comparisons:
+        parts.append(format_comparisons(found.comparisons))
+    return "\n\n".join(parts)
+
+
+def describe(evaluation: Evaluation, options: argparse.Namespace, scorer: Scorer | None) -> dict[str, Any]:
+    """What the figures are of; two evaluations with the same `masks` restored the same tokens."""
+    n_segments, length = evaluation.targets.shape
+    masks = hashlib.sha256(evaluation.targets.cpu().numpy().tobytes() + evaluation.ranks.cpu().numpy().tobytes())
+    return {
+        "segments": n_segments,
+        "length": length,
+        "seed": options.seed,
+        "masks": masks.hexdigest()[:16],
+        "text": Path(options.text).name,
+        "validation": None if options.validation is None else Path(options.validation).name,
+        "scorer": None if scorer is None else {"name": scorer.name, "digest": scorer.digest, "text": scorer.text},
+    }
+
+
+def _evaluation(options: argparse.Namespace, loaded: LoadedModel, text: str) -> Evaluation:
+    corpus = local_corpus(text, loaded.tokenizer, options.cache_dir)
+    tokens = torch.from_numpy(corpus.tokens.astype("int64"))
+    segments = cut_segments(tokens, loaded.tokenizer, options.length, options.segments)
+    return Evaluation(loaded.model, loaded.tokenizer, segments, options.seed, options.batch_size)
+
+
+def _scorer(path: Path, loaded: LoadedModel, device: str) -> Scorer:
+    """The scorer, if it reads the model's word pieces; says so if both learned from the same file."""
+    scorer = load_scorer(path, device)
+    if _pieces(scorer.tokenizer) != _pieces(loaded.tokenizer):
+        raise ConfigError(f"--scorer {path}: it has other word pieces than the model")
+    training = loaded.checkpoint.config.get("training", {})
+    learned_from = str(training.get("data", {}).get("dataset_name", "")).split(",")
+    shared = {Path(name).name for name in learned_from} & set(scorer.text.split(",")) - {""}
+    if shared:
+        print(f"rdt-evaluate: the scorer and the model both learned from {', '.join(sorted(shared))}", file=sys.stderr)
+    return scorer
+
+
+def _pieces(tokenizer: Tokenizer) -> list[str]:
+    return [tokenizer.piece(i) for i in range(tokenizer.vocab_size)]
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    """What was asked for. Raises `ConfigError`."""
+    lowest: dict[str, float] = {"max_depth": 1, "thresholds": 0, "unchanged": 0, "budgets": 1, "settle_passes": 1,
+                                "settle_thresholds": 0, "mask_predict": 1, "ancestral": 1,
+                                "round_depth": 1}  # fmt: skip
+    for name, minimum in lowest.items():
+        given = getattr(options, name)
+        for value in given if isinstance(given, list | tuple) else [given]:
+            if not value >= minimum:
+                raise ConfigError(f"--{name.replace('_', '-')} is {value}: want >= {minimum:g}")
+    if options.validation is not None and Path(options.validation).resolve() == Path(options.text).resolve():
+        raise ConfigError("--validation is --text: what is chosen must be chosen on other text")
+    for ratio in options.mask_ratios:
+        if not 0 < ratio <= 1:
+            raise ConfigError(f"--mask-ratios has {ratio}: want above 0, up to 1")
+    return Plan(**{name: getattr(options, name) for name in asdict(PLAN)})
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rdt-evaluate",
+        description="Evaluate a checkpoint on masked text. A list given without values leaves that method out.",
+    )
+    parser.add_argument("--checkpoint", required=True, type=Path)
+    parser.add_argument("--text", required=True, help="local .txt or .txt.xz file")
+    parser.add_argument("--validation", help="another such file, to choose the table's depths and the best lookup on")
+    parser.add_argument("--scorer", type=Path, help="a file of python -m training.scorer")
+    parser.add_argument("--output", type=Path, help="folder for evaluation.json, .txt and .png")
+    parser.add_argument("--length", type=int, default=128, help="tokens a segment (default: %(default)s)")
+    parser.add_argument("--segments", type=int, help="how many segments of each text, evenly spread (default: all)")
+    parser.add_argument("--mask-ratios", type=float, nargs="+", default=PLAN.mask_ratios)
+    parser.add_argument("--max-depth", type=int, default=PLAN.max_depth)
+    parser.add_argument("--thresholds", type=float, nargs="*", default=PLAN.thresholds)
+    parser.add_argument("--unchanged", type=float, nargs="*", default=PLAN.unchanged, help="shares of changed guesses")
+    parser.add_argument("--budgets", type=float, nargs="*", default=PLAN.budgets, help="mean passes of the tables")
+    parser.add_argument("--settle-passes", type=int, nargs="*", default=PLAN.settle_passes)
+    parser.add_argument("--settle-thresholds", type=float, nargs="*", default=PLAN.settle_thresholds)
+    parser.add_argument("--mask-predict", type=int, nargs="*", default=PLAN.mask_predict, help="numbers of rounds")
+    parser.add_argument("--ancestral", type=int, nargs="*", default=PLAN.ancestral, help="numbers of steps")
+    parser.add_argument("--round-depth", type=int, default=PLAN.round_depth, help="passes of each such round or step")
+    parser.add_argument("--seed", type=int, default=0, help="of masks, samples and resamples (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, help="segments at once (default: %(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--cache-dir", default="runs/cache")
+    return parser
 
 
 if __name__ == "__main__":

@@ -2,67 +2,228 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+SHOWN_DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+PLOTTED_RATIOS = 3
 
 
 @dataclass(frozen=True)
 class Row:
-    """One setting at one mask ratio."""
+    """One setting at one mask ratio. Intervals are half of the 95 % interval; None is what was not measured."""
 
-    kind: str  # "fixed", "gate" or "settle"
-    setting: float  # depth, threshold or passes
+    kind: str
+    setting: float  # depth, threshold, passes, share, budget or rounds
     mask_ratio: float
     exact_match: float
-    interval: float  # half of the 95 % interval of exact_match
+    interval: float  # of exact_match
     bits: float
     passes: float
     flops_per_token: float
+    depth: int | None = None  # passes of one round; the depth a table has chosen
+    run_2: float | None = None
+    run_2_interval: float | None = None
+    run_3: float | None = None
+    run_3_interval: float | None = None
+    run_4: float | None = None
+    run_4_interval: float | None = None
+    bleu: float | None = None
+    bleu_interval: float | None = None
+    lm_bits: float | None = None
+    lm_bits_interval: float | None = None
+    lm_excess_bits: float | None = None
+    lm_excess_bits_interval: float | None = None
+
+    @property
+    def label(self) -> str:
+        return f"{self.kind} {self.setting:g}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One setting against one lookup, within one mask ratio, on the same segments.
+
+    At equal passes: `difference` in exact match, positive where the setting is better. At equal exact match:
+    `saved` passes, positive where the setting needs fewer; where the lookup is never as good, its deepest setting
+    stands for it, so that `saved` is a lower bound, and `unreached` is the share of bootstrap samples where so.
+    """
+
+    mask_ratio: float
+    kind: str  # "gate" or "settle-gate"
+    setting: float
+    against: str
+    best: bool  # of the lookups, the best at these passes on validation text
+    passes: float
+    against_passes: float  # smaller where the lookup has nothing to spend more on
+    exact_match: float
+    against_exact_match: float
+    difference: float
+    interval: float  # half of the paired 95 % interval
+    flops_per_token: float
+    against_flops_per_token: float
+    saved: float
+    saved_low: float
+    saved_high: float
+    unreached: float
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A column of `Row`, as people read it."""
+
+    title: str
+    field: str
+    interval: str | None = None  # the field with its interval
+    unit: float = 1.0
+
+    def value(self, row: Row) -> float | None:
+        found: float | None = getattr(row, self.field)
+        return None if found is None else found / self.unit
+
+    def half(self, row: Row) -> float | None:
+        found: float | None = None if self.interval is None else getattr(row, self.interval)
+        return None if found is None else found / self.unit
+
+
+MEASURES = {
+    measure.field: measure
+    for measure in (
+        Measure("exact match, % of masked tokens", "exact_match", "interval", 0.01),
+        Measure("runs of 2 masked tokens right throughout, %", "run_2", "run_2_interval", 0.01),
+        Measure("runs of 3 masked tokens right throughout, %", "run_3", "run_3_interval", 0.01),
+        Measure("runs of 4 masked tokens right throughout, %", "run_4", "run_4_interval", 0.01),
+        Measure("BLEU-4 of whole segments", "bleu", "bleu_interval"),
+        Measure("bits a masked token", "bits"),
+        Measure("bits a restored token under the left-to-right model", "lm_bits", "lm_bits_interval"),
+        Measure(
+            "bits of the whole text over the original's under that model, a restored token",
+            "lm_excess_bits",
+            "lm_excess_bits_interval",
+        ),
+        Measure("mean passes", "passes"),
+        Measure("MFLOPs a token", "flops_per_token", unit=1e6),
+    )
+}
+PLOTTED = ("exact_match", "run_2", "bleu")
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """Blocks for exact match, bits, passes and FLOPs, with a line a setting and a column a mask ratio."""
+    """A block a measure, with a line a setting and a column a mask ratio; of many fixed depths, some."""
     ratios = sorted({row.mask_ratio for row in rows})
-    settings = list(dict.fromkeys((row.kind, row.setting) for row in rows))
-    cells = {(row.kind, row.setting, row.mask_ratio): row for row in rows}
-    widest = max(row.interval for row in rows)
+    deepest = max((row.setting for row in rows if row.kind == "fixed"), default=0)
+    shown = [row for row in rows if row.kind != "fixed" or row.setting in (*SHOWN_DEPTHS, deepest)]
+    settings = list(dict.fromkeys((row.kind, row.setting) for row in shown))
+    cells = {(row.kind, row.setting, row.mask_ratio): row for row in shown}
+    kind_width = max(len(kind) for kind, _ in settings)
     blocks = []
-    for title, value in (
-        (f"exact match, % of masked tokens, +-{100 * widest:.2f} at the most", lambda row: 100 * row.exact_match),
-        ("bits a masked token", lambda row: row.bits),
-        ("mean passes", lambda row: row.passes),
-        ("MFLOPs a token", lambda row: row.flops_per_token / 1e6),
-    ):
-        lines = [title, " " * 14 + "".join(f"{ratio:>8g}" for ratio in ratios)]
+    for measure in MEASURES.values():
+        if all(measure.value(row) is None for row in shown):
+            continue
+        widest = max((half for row in shown if (half := measure.half(row)) is not None), default=None)
+        title = measure.title if widest is None else f"{measure.title}, +-{widest:.2f} at the most"
+        lines = [title, " " * (kind_width + 8) + "".join(f"{ratio:>9g}" for ratio in ratios)]
         for kind, setting in settings:
-            values = "".join(f"{value(cells[kind, setting, ratio]):>8.2f}" for ratio in ratios)
-            lines.append(f"{kind:<7}{setting:>6g} {values}")
+            values = (measure.value(cells[kind, setting, ratio]) for ratio in ratios)
+            lines.append(f"{kind:<{kind_width}}{setting:>7g} " + "".join(f"{number(value):>9}" for value in values))
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 
 
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def format_comparisons(comparisons: Sequence[Comparison]) -> str:
+    """A line a lookup: points of exact match at equal passes, and passes saved at equal exact match."""
+    lines = [
+        "within one mask ratio, on the same segments; * the best lookup at these passes on validation text",
+        "points: exact match over the lookup's at equal mean passes, with a paired 95 % interval",
+        "saved: passes fewer than the lookup's at equal exact match, with a 95 % bootstrap interval;",
+        "       > where the lookup never gets there in some samples, so that more may be saved",
+        "",
+        f"{'ratio':>6}  {'setting':<17}{'passes':>7}{'MFLOPs':>9}  {'against':<11}{'passes':>7}{'MFLOPs':>9}"
+        f"{'points':>9}{'+-':>7}{'saved':>9}  interval",
+    ]
+    for one in comparisons:
+        more = "> " if one.unreached > 0 else ""
+        lines.append(
+            f"{one.mask_ratio:>6g}  {one.kind + f' {one.setting:g}':<17}{one.passes:>7.2f}"
+            f"{one.flops_per_token / 1e6:>9.2f}  {one.against + '*' * one.best:<11}{one.against_passes:>7.2f}"
+            f"{one.against_flops_per_token / 1e6:>9.2f}{100 * one.difference:>9.2f}{100 * one.interval:>7.2f}"
+            f"{more + f'{one.saved:.2f}':>9}  {one.saved_low:.2f} to {one.saved_high:.2f}"
+        )
+    return "\n".join(lines)
+
+
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Exact match against passes, a line a mask ratio; gates as rings on their ratio's line, settle as crosses."""
+    """Quality against compute: a line a method, a row of panels a measure, a column for a few mask ratios."""
+    plot_lines([(row.kind, row) for row in rows], path)
+
+
+def plot_lines(points: Sequence[tuple[str, Row]], path: Path) -> None:
+    """As `plot`, of rows that say which line they are on."""
     import matplotlib  # noqa: PLC0415 - heavy, and only for the picture
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt  # noqa: PLC0415
+    from matplotlib.ticker import LogLocator, NullLocator  # noqa: PLC0415
 
-    figure, axes = plt.subplots(figsize=(8, 6))
-    ratios = sorted({row.mask_ratio for row in rows})
-    for ratio, colour in zip(ratios, plt.cm.viridis([i / len(ratios) for i in range(len(ratios))]), strict=True):
-        for kind, style in (("fixed", "-"), ("gate", "o"), ("settle", "x")):
-            points = [
-                (row.passes, 100 * row.exact_match) for row in rows if (row.kind, row.mask_ratio) == (kind, ratio)
-            ]
-            label = f"{ratio:g} masked" if kind == "fixed" else None
-            axes.plot(
-                [x for x, _ in points], [y for _, y in points], style, color=colour, fillstyle="none", label=label
-            )
-    axes.set(
-        xlabel="passes", ylabel="exact match, % of masked tokens", title="line: fixed depth, ring: gate, cross: settle"
-    )
-    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    ratios = some(sorted({row.mask_ratio for _, row in points}), PLOTTED_RATIOS)
+    measures = [MEASURES[name] for name in PLOTTED if any(getattr(row, name) is not None for _, row in points)]
+    names = list(dict.fromkeys(name for name, _ in points))
+    compute = [row.flops_per_token / 1e6 for _, row in points]
+    size = (1 + 4 * len(ratios), 1 + 3 * len(measures))
+    figure, axes = plt.subplots(len(measures), len(ratios), figsize=size, squeeze=False, sharex=True)
+    for panels, measure in zip(axes, measures, strict=True):
+        for axis, ratio in zip(panels, ratios, strict=True):
+            for index, name in enumerate(names):
+                line = _line(measure, (row for own, row in points if own == name and row.mask_ratio == ratio))
+                style = "o-" if index < 10 else "s--"  # the colours come round again
+                axis.errorbar(*line, fmt=style, markersize=3, linewidth=1, color=f"C{index % 10}", label=name)
+            axis.set_xscale("log")
+            axis.set_xlim(0.8 * min(compute), 1.25 * max(compute))
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_minor_locator(NullLocator())
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.set_title(f"{ratio:g} masked", fontsize="small")
+        panels[0].set_ylabel(measure.title, fontsize="small")
+    for axis in axes[-1]:
+        axis.set_xlabel("MFLOPs a token")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
+
+
+def _line(measure: Measure, rows: Iterable[Row]) -> tuple[list[float], list[float], list[float]]:
+    """Compute, quality and its interval of the rows that have it, from little compute to much."""
+    known: list[tuple[float, float, float]] = []
+    for row in rows:
+        value = measure.value(row)
+        if value is not None:
+            known.append((row.flops_per_token / 1e6, value, measure.half(row) or 0.0))
+    known.sort()
+    return [x for x, _, _ in known], [y for _, y, _ in known], [half for _, _, half in known]
+
+
+def some(values: Sequence[Any], n: int) -> list[Any]:
+    """`n` of the values, from the first to the last at even distances."""
+    if len(values) <= n:
+        return list(values)
+    return [values[math.floor(i * (len(values) - 1) / (n - 1) + 0.5)] for i in range(n)]
+
+
+def written(write: Callable[[], object]) -> int:
+    """Run what prints; 0 even if the reader of a pipe, such as `head`, has seen enough and left."""
+    try:
+        write()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter flushes it once more
+    return 0

@@ -1,80 +1,116 @@
 from __future__ import annotations
 
 import json
-import math
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from rdt_core import RDT, Tokenizer, flops, restore
-from training.config import ConfigError
-from training.evaluate import Evaluation, cut_segments, evaluate, halting_depths, main
-from training.report import format_table
+from rdt_core import RDT, Tokenizer
+from training.evaluate import main
+from training.evaluation.restoring import Evaluation, cut_segments
+from training.evaluation.table import Deep, Judge, Plan, choose_tables, evaluate
+from training.report import format_comparisons, format_table, written
+
+SMALL = Plan(
+    mask_ratios=(0.3,),
+    max_depth=3,
+    thresholds=(0.1,),
+    unchanged=(0.0,),
+    budgets=(2,),
+    settle_passes=(2,),
+    settle_thresholds=(0.2,),
+    mask_predict=(2,),
+    ancestral=(2,),
+)
+
+
+def evaluation_of(model: RDT, tokenizer: Tokenizer, seed: int, length: int = 12) -> Evaluation:
+    stream = torch.randint(5, tokenizer.vocab_size, (60,), generator=torch.Generator().manual_seed(seed))
+    return Evaluation(model, tokenizer, cut_segments(stream, tokenizer, length, at_most=None), seed=0, batch_size=4)
 
 
 @pytest.fixture
 def evaluation(tiny_model: RDT, tiny_tokenizer: Tokenizer) -> Evaluation:
-    stream = torch.randint(5, tiny_tokenizer.vocab_size, (60,), generator=torch.Generator().manual_seed(0))
-    segments = cut_segments(stream, tiny_tokenizer, length=12, at_most=None)
-    return Evaluation(tiny_model, tiny_tokenizer, segments, seed=0, batch_size=4)
+    return evaluation_of(tiny_model, tiny_tokenizer, seed=0)
 
 
-def test_segments_are_contiguous_and_framed(tiny_tokenizer: Tokenizer) -> None:
-    segments = cut_segments(torch.arange(10, 33), tiny_tokenizer, length=7, at_most=None)
-    assert [segment[1:-1].tolist() for segment in segments] == [list(range(10 + 5 * i, 15 + 5 * i)) for i in range(4)]
-    assert all((s[0], s[-1]) == (tiny_tokenizer.cls_id, tiny_tokenizer.sep_id) for s in segments)
-
-
-def test_fewer_segments_are_spread_over_the_text(tiny_tokenizer: Tokenizer) -> None:
-    segments = cut_segments(torch.arange(100), tiny_tokenizer, length=12, at_most=2)
-    assert [int(segment[1]) for segment in segments] == [0, 50]
-
-
-def test_a_text_shorter_than_a_segment_is_an_error(tiny_tokenizer: Tokenizer) -> None:
-    with pytest.raises(ConfigError, match="--text has 3 tokens: want at least --length = 7"):
-        cut_segments(torch.arange(3), tiny_tokenizer, length=7, at_most=None)
-
-
-def test_a_sequence_halts_at_the_first_pass_below_the_threshold() -> None:
-    levels = torch.tensor([[0.9, 0.04, 0.5], [0.3, 0.03, 0.5], [0.04, 0.02, 0.5]])
-    assert halting_depths(levels, 0.05).tolist() == [3, 1, 3]
+@pytest.fixture
+def validation(tiny_model: RDT, tiny_tokenizer: Tokenizer) -> Evaluation:
+    return evaluation_of(tiny_model, tiny_tokenizer, seed=1)
 
 
 def test_a_threshold_above_every_level_is_a_depth_of_one(evaluation: Evaluation) -> None:
-    rows = evaluate(evaluation, [0.3], max_depth=4, thresholds=[2.0, 0.0], settle_passes=[1])
-    by_setting = {(row.kind, row.setting): row for row in rows}
-    for kind, setting, depth in (("gate", 2.0, 1), ("gate", 0.0, 4), ("settle", 1, 1)):
-        row, fixed = by_setting[kind, setting], by_setting["fixed", depth]
+    plan = replace(SMALL, max_depth=4, thresholds=(2.0, 0.0), settle_passes=(1,), settle_thresholds=(2.0,))
+    rows = {(row.kind, row.setting): row for row in evaluate(evaluation, plan).rows}
+    for kind, setting, depth in (("gate", 2.0, 1), ("gate", 0.0, 4), ("settle", 1, 1), ("settle-gate", 2.0, 1)):
+        row, fixed = rows[kind, setting], rows["fixed", depth]
         assert row.exact_match == fixed.exact_match
         assert row.bits == pytest.approx(fixed.bits)
+        assert row.bleu == fixed.bleu
         assert row.passes == depth
         assert row.flops_per_token == fixed.flops_per_token
 
 
-@pytest.mark.parametrize("halting", ["gate", "settle"])
-def test_the_scores_are_those_of_the_reference(evaluation: Evaluation, halting: str) -> None:
-    model, mask_id = evaluation.model, evaluation.tokenizer.mask_id
-    hits = masks = 0
-    for targets, ranks in zip(evaluation.targets, evaluation.ranks, strict=True):
-        masked = ranks < 0.5
-        tokens = torch.where(masked, mask_id, targets)
-        restored = restore(model, tokens, masked, max_steps=3, threshold=0.0, halting=halting)  # type: ignore[arg-type]
-        hits += int((torch.tensor(restored.tokens) == targets)[masked].sum())
-        masks += int(masked.sum())
-    scores = evaluation.settling(0.5, 3) if halting == "settle" else evaluation.depths(0.5, 3)[0]
-    correct = scores.correct if halting == "settle" else scores.correct[-1]
-    assert (int(correct.sum()), len(correct)) == (hits, masks)
-    assert math.isfinite(scores.nats.sum().item())
+def test_every_method_has_a_row_and_no_row_lacks_a_measure(evaluation: Evaluation, validation: Evaluation) -> None:
+    found = evaluate(evaluation, SMALL, validation)
+    assert [row.label for row in found.rows] == [
+        *("fixed 1", "fixed 2", "fixed 3", "gate 0.1", "table 2", "unchanged 0", "settle 2", "settle-gate 0.2"),
+        *("mask-predict 2", "ancestral 2", "ancestral-greedy 2"),
+    ]
+    assert all(None not in (row.run_2, row.bleu) and row.lm_bits is None for row in found.rows)
+    assert [(one.kind, one.against, one.best) for one in found.comparisons if one.kind == "settle-gate"] == [
+        ("settle-gate", "settle", True)
+    ]
+    assert sum(one.best for one in found.comparisons if one.kind == "gate") == 1
 
 
-def test_the_masks_of_smaller_ratios_are_inside_those_of_larger_ones(evaluation: Evaluation) -> None:
-    assert ((evaluation.ranks < 0.2) <= (evaluation.ranks < 0.6)).all()
+def test_the_table_is_chosen_on_validation_text_alone(
+    evaluation: Evaluation, validation: Evaluation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Depths that are best where they are evaluated, and bad on validation text, are not taken."""
+    depths = Evaluation.depths
+
+    def rigged(self: Evaluation, ratio: float, max_depth: int) -> object:
+        scores, levels = depths(self, ratio, max_depth)
+        best = 2 if self is validation else 3
+        right = torch.zeros_like(scores.correct)
+        right[best - 1] = 1
+        return scores._replace(correct=right), levels
+
+    monkeypatch.setattr(Evaluation, "depths", rigged)
+    plan = replace(SMALL, mask_ratios=(0.3, 0.6), budgets=(3,), thresholds=(0.0,))
+    tables = choose_tables({ratio: Deep(validation, ratio, plan) for ratio in plan.mask_ratios}, plan)
+    assert tables == {3: {0.3: 2, 0.6: 2}}
+    found = evaluate(evaluation, plan, validation)
+    assert found.tables == tables
+    assert {row.depth for row in found.rows if row.kind == "table"} == {2}
+    assert {one.against for one in found.comparisons if one.kind == "gate" and one.best} == {"table"}
+
+
+def test_without_validation_text_nothing_is_chosen(evaluation: Evaluation) -> None:
+    found = evaluate(evaluation, SMALL)
+    assert found.tables == {}
+    assert not any(one.best for one in found.comparisons if one.kind == "gate")
+    assert "table" not in {row.kind for row in found.rows}
+
+
+def test_the_restored_text_is_the_original_with_the_guesses_at_the_masks(evaluation: Evaluation) -> None:
+    judge, masked = Judge(evaluation, None), evaluation.masked(0.5)
+    scores = evaluation.settling(0.5, 2).scores
+    restored = judge.restored(masked, scores)
+    assert (restored == evaluation.targets)[~masked].all()
+    assert (restored[masked] == scores.guesses).all()
+    assert ((restored == evaluation.targets)[masked].double() == scores.correct).all()
 
 
 def test_the_table_has_a_line_a_setting_and_a_column_a_ratio(evaluation: Evaluation) -> None:
-    rows = evaluate(evaluation, [0.2, 0.5], max_depth=2, thresholds=[0.1], settle_passes=[2])
-    first_block = format_table(rows).split("\n\n")[0].splitlines()
+    fewer = {"settle_thresholds": (), "unchanged": (), "mask_predict": (), "ancestral": ()}
+    plan = replace(SMALL, mask_ratios=(0.2, 0.5), max_depth=2, **fewer)
+    found = evaluate(evaluation, plan)
+    first_block = format_table(found.rows).split("\n\n")[0].splitlines()
     assert first_block[1].split() == ["0.2", "0.5"]
     assert [line.split()[:2] for line in first_block[2:]] == [
         ["fixed", "1"],
@@ -82,28 +118,61 @@ def test_the_table_has_a_line_a_setting_and_a_column_a_ratio(evaluation: Evaluat
         ["gate", "0.1"],
         ["settle", "2"],
     ]
+    assert "gate 0.1" in format_comparisons(found.comparisons)
 
 
-def test_work_grows_with_passes_by_the_encoder_alone(evaluation: Evaluation) -> None:
-    config = evaluation.model.config
-    one, three = (flops.sequence_flops(config, 10, 4, steps) for steps in (1, 3))
-    assert three - one == 2 * 10 * flops.pass_flops(config, 10)
-    more_rows = flops.sequence_flops(config, 10, 5, 1) - one
-    assert more_rows == 2 * config.d_model * config.vocab_size
+def command(checkpoint: Path, text: Path, directory: Path, *more: str) -> list[str]:
+    arguments = ["--checkpoint", str(checkpoint), "--text", str(text), "--cache-dir", str(directory / "cache")]
+    arguments += ["--length", "12", "--segments", "3", "--max-depth", "2", "--mask-ratios", "0.2", "0.5"]
+    return [*arguments, "--settle-passes", "2", "--ancestral", "2", "--mask-predict", "2", *more]
 
 
 def test_the_command_writes_text_json_and_picture(
     tiny_checkpoint: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--checkpoint", str(tiny_checkpoint), "--text", str(text_file), "--output", str(tmp_path / "out")]
-    arguments += ["--length", "12", "--segments", "3", "--mask-ratios", "0.2", "0.5", "--max-depth", "2"]
-    assert main([*arguments, "--cache-dir", str(tmp_path / "cache"), "--settle-passes", "2"]) == 0
-    assert "exact match" in capsys.readouterr().out
+    other = tmp_path / "validation.txt"
+    other.write_text("the dog jumped over the fox .\n" * 10, encoding="utf-8")
+    more = ["--output", str(tmp_path / "out"), "--validation", str(other), "--budgets", "2"]
+    assert main(command(tiny_checkpoint, text_file, tmp_path, *more)) == 0
+    printed = capsys.readouterr().out
+    assert "exact match" in printed
+    assert "depths chosen on validation text" in printed
     summary = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
-    assert (summary["model"], summary["segments"], len(summary["rows"])) == ("tiny", 3, 2 * (2 + 5 + 1))
+    assert (summary["model"], summary["segments"], summary["text"]) == ("tiny", 3, text_file.name)
+    n_settings = 2 + 5 + 1 + 5 + 1 + 4 + 1 + 2  # fixed, gate, table, unchanged, settle, settle-gate, rounds
+    assert len(summary["rows"]) == 2 * n_settings
+    assert summary["comparisons"][0].keys() >= {"difference", "interval", "saved", "best"}
+    assert (tmp_path / "out" / "evaluation.txt").read_text(encoding="utf-8") == printed
     assert (tmp_path / "out" / "evaluation.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_file_that_is_no_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--checkpoint", str(tmp_path / "none.pt"), "--text", "x.txt"]) == 2
     assert capsys.readouterr().err == f"rdt-evaluate: {tmp_path / 'none.pt'}: no such file\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--mask-ratios", "0.2", "1.5"], "--mask-ratios has 1.5: want above 0, up to 1"),
+        (["--ancestral", "0"], "--ancestral is 0: want >= 1"),
+        (["--budgets", "0.5"], "--budgets is 0.5: want >= 1"),
+        (["--round-depth", "0"], "--round-depth is 0: want >= 1"),
+        (["--thresholds", "nan"], "--thresholds is nan: want >= 0"),
+        (["--validation", "./x.txt"], "--validation is --text: what is chosen must be chosen on other text"),
+    ],
+)
+def test_settings_out_of_range_are_one_line(
+    tiny_checkpoint: Path, arguments: list[str], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--checkpoint", str(tiny_checkpoint), "--text", "x.txt", *arguments]) == 2
+    assert capsys.readouterr().err == f"rdt-evaluate: {problem}\n"
+
+
+def test_a_reader_who_has_seen_enough_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        monkeypatch.setattr("sys.stdout", closed)
+        assert written(lambda: print("a line")) == 0
+        print("what is flushed at the end goes nowhere")

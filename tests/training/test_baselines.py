@@ -1,0 +1,116 @@
+"""What the baselines are equal in, and what they differ in."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import training
+from rdt_core import RDT, ModelConfig, Tokenizer, flops
+from training.config import TrainConfig, load_config
+from training.data import Batches
+from training.trainer import model_config
+
+CONFIGS = Path(training.__file__).parent / "configs"
+BASELINES = sorted((CONFIGS / "baselines").glob("*.yaml"))
+BERT_PIECES = 30_522
+USED_DEPTH = 3
+
+
+def baseline(name: str) -> TrainConfig:
+    return load_config(CONFIGS / "rdt-small.yaml", CONFIGS / "baselines" / f"{name}.yaml")
+
+
+def small() -> TrainConfig:
+    return load_config(CONFIGS / "rdt-small.yaml")
+
+
+def shape(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
+    return model_config(config, tokenizer).with_changes(vocab_size=BERT_PIECES)
+
+
+def differences(name: str) -> dict[str, Any]:
+    ours, theirs = small().to_mapping(), baseline(name).to_mapping()
+    return {
+        f"{section}.{key}": value
+        for section in ("model", "training", "data")
+        for key, value in theirs[section].items()
+        if value != ours[section][key]
+    }
+
+
+ONE_PASS = {"model.max_steps": 1, "training.max_chain_length": 1, "training.grad_passes": 1, "training.gate_passes": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("one-pass", {}),
+        ("one-pass-deep", {"model.n_prelude_layers": 6}),
+        (
+            "masked-diffusion",
+            {"training.masking_strategy": "linear", "training.total_steps": 100}
+            | {"training.random_token_share": 0.0, "training.keep_token_share": 0.0},
+        ),
+    ],
+)
+def test_a_baseline_differs_in_what_it_is_about_alone(name: str, more: dict[str, Any]) -> None:
+    assert differences(name) == ONE_PASS | more
+
+
+def test_every_baseline_is_named_in_the_table() -> None:
+    table = (CONFIGS / "baselines" / "README.md").read_text(encoding="utf-8")
+    assert BASELINES
+    for path in BASELINES:
+        assert f"`{path.name}`" in table
+        assert load_config(CONFIGS / "rdt-small.yaml", path).name == path.stem
+
+
+def test_one_pass_has_the_parameters_of_the_model(tiny_tokenizer: Tokenizer) -> None:
+    ours, theirs = (RDT(shape(config, tiny_tokenizer)).n_parameters for config in (small(), baseline("one-pass")))
+    assert ours == theirs
+    assert round(ours / 1e6, 1) == 17.3
+
+
+def test_the_deep_one_does_the_operations_of_the_model_at_the_depth_it_is_used_at(tiny_tokenizer: Tokenizer) -> None:
+    ours, theirs = shape(small(), tiny_tokenizer), shape(baseline("one-pass-deep"), tiny_tokenizer)
+    for length in (128, 256):
+        for share in (0.1, 0.5, 0.9):
+            n_decoded = round(share * (length - 2))
+            wanted = flops.sequence_flops(ours, length, n_decoded, USED_DEPTH)
+            found = flops.sequence_flops(theirs, length, n_decoded, 1)
+            assert found == pytest.approx(wanted, rel=0.02)
+
+
+def test_the_figures_in_the_deep_ones_comment_are_those_computed(tiny_tokenizer: Tokenizer) -> None:
+    text = (CONFIGS / "baselines" / "one-pass-deep.yaml").read_text(encoding="utf-8")
+    stated = [float(value) for value in re.findall(r"([\d.]+) MFLOPs a token against ([\d.]+)", text)[0]]
+    ours, theirs = shape(small(), tiny_tokenizer), shape(baseline("one-pass-deep"), tiny_tokenizer)
+    n_decoded = round(0.15 * 126)
+    found = [flops.sequence_flops(theirs, 128, n_decoded, 1), flops.sequence_flops(ours, 128, n_decoded, USED_DEPTH)]
+    assert stated == [round(operations / 128 / 1e6, 1) for operations in found]
+    assert f"{RDT(theirs).n_parameters / 1e6:.1f} M against 17.3 M" in text
+
+
+def test_masked_diffusion_masks_at_uniform_ratios_and_shows_nothing_else(
+    make_batches: Any, tiny_tokenizer: Tokenizer
+) -> None:
+    batches: Batches = make_batches(0)
+    section = replace(baseline("masked-diffusion").training, batch_size=4)
+    batches.config = replace(batches.config, training=section)
+    steps, n_batches = [], 400
+    for index in range(n_batches):
+        batch = batches[index]
+        assert (batch.tokens[batch.masked] == tiny_tokenizer.mask_id).all()
+        steps += batch.start_steps.tolist()
+    ratios = [step / 100 for step in steps]
+    mean = sum(ratios) / len(ratios)
+    deviation = (sum((ratio - mean) ** 2 for ratio in ratios) / len(ratios)) ** 0.5
+    assert mean == pytest.approx(0.505, abs=0.03)
+    assert deviation == pytest.approx(12**-0.5, abs=0.02)
+    assert min(ratios) == 0.01
+    assert max(ratios) == 1.0

@@ -1,0 +1,118 @@
+"""`python -m training.compare A.json B.json`: evaluations of several models as Markdown tables and one picture.
+
+The files are those of `python -m training.evaluate --output`, on the same text with the same masks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from training.config import ConfigError
+from training.report import MEASURES, Measure, Row, number, plot_lines, written
+
+DEFAULT_MEASURES = ("exact_match", "run_2", "bleu", "passes", "flops_per_token")
+SAME = ("masks", "segments", "length", "seed")  # of files from before there was a digest of the masks, what is known
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One file: a model, what it restored, and how well."""
+
+    name: str
+    digest: str
+    of: dict[str, Any]
+    rows: list[Row]
+
+    @classmethod
+    def read(cls, path: Path) -> Evaluated:
+        """Raises `ConfigError` for a file that is no evaluation."""
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            known = {field.name for field in fields(Row)}
+            rows = [Row(**{name: value for name, value in row.items() if name in known}) for row in values["rows"]]
+            of = {name: values.get(name) for name in SAME}
+            return cls(str(values["model"]), str(values["digest"]), of, rows)
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{path}: no evaluation.json of training.evaluate") from error
+
+
+def read_all(paths: Sequence[Path]) -> dict[str, list[Row]]:
+    """The rows of each model, by its name; models of one name are told apart by their digest."""
+    found = [Evaluated.read(path) for path in paths]
+    for path, one in zip(paths, found, strict=True):
+        for name in SAME:
+            if None not in (one.of[name], found[0].of[name]) and one.of[name] != found[0].of[name]:
+                raise ConfigError(
+                    f"{path}: other {name} than {paths[0]}: want the same text, segments, length and seed"
+                )
+    names = [one.name for one in found]
+    labels = [one.name if names.count(one.name) == 1 else f"{one.name}@{one.digest[:8]}" for one in found]
+    if len(set(labels)) < len(labels):
+        raise ConfigError("one model was given twice")
+    return {label: one.rows for label, one in zip(labels, found, strict=True)}
+
+
+def chosen(rows: Sequence[Row], only: Sequence[str], mask_ratios: Sequence[float]) -> list[Row]:
+    """The rows whose `kind` or `kind:setting` is among `only`, at the given mask ratios; an empty list is all."""
+    return [
+        row
+        for row in rows
+        if (not only or row.kind in only or f"{row.kind}:{row.setting:g}" in only)
+        and (not mask_ratios or row.mask_ratio in mask_ratios)
+    ]
+
+
+def markdown(models: dict[str, list[Row]], measure: Measure) -> str:
+    """A table with a line a model and setting and a column a mask ratio, `value ± half of the interval`."""
+    ratios = sorted({row.mask_ratio for rows in models.values() for row in rows})
+    cells = {(model, row.label, row.mask_ratio): _cell(measure, row) for model, rows in models.items() for row in rows}
+    lines = [
+        f"{measure.title[0].upper()}{measure.title[1:]}:",
+        "",
+        "| model | method |" + "".join(f" {100 * ratio:g} % |" for ratio in ratios),
+        "|---|---|" + "---|" * len(ratios),
+    ]
+    for model, label in dict.fromkeys((model, label) for model, label, _ in cells):
+        values = (cells.get((model, label, ratio), "-") for ratio in ratios)
+        lines.append(f"| {model} | {label} |" + "".join(f" {value} |" for value in values))
+    return "\n".join(lines)
+
+
+def _cell(measure: Measure, row: Row) -> str:
+    half = measure.half(row)
+    return number(measure.value(row)) + ("" if half is None else f" ± {half:.2f}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="rdt-compare", description="Put evaluations of several models side by side.")
+    parser.add_argument("evaluations", nargs="+", type=Path, metavar="EVALUATION.json")
+    parser.add_argument("--measures", nargs="+", choices=MEASURES, default=DEFAULT_MEASURES)
+    parser.add_argument("--only", nargs="+", default=[], metavar="KIND[:SETTING]", help="e.g. fixed:1 gate:0.2 settle")
+    parser.add_argument("--mask-ratios", nargs="+", type=float, default=[])
+    parser.add_argument("--plot", type=Path, help="a .png of quality against compute, a line a model and method")
+    options = parser.parse_args(arguments)
+    try:
+        models = read_all(options.evaluations)
+        models = {name: chosen(rows, options.only, options.mask_ratios) for name, rows in models.items()}
+        if not any(models.values()):
+            raise ConfigError("no row is left: look at --only and --mask-ratios")
+    except ConfigError as error:
+        print(f"rdt-compare: {error}", file=sys.stderr)
+        return 2
+    if options.plot is not None:
+        points = [(f"{name}, {row.kind}", row) for name, rows in models.items() for row in rows]
+        plot_lines(points, options.plot)
+    text = "\n\n".join(markdown(models, MEASURES[name]) for name in options.measures)
+    return written(lambda: print(text))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

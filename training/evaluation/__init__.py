@@ -1,0 +1,9 @@
+"""Measuring models that fill masks: what restores text, what is measured, and what is compared with what.
+
+restoring   segments with fixed masks, and the model's own ways: depths and settling
+rounds      decoders that run the model anew on the text so far: mask-predict and ancestral sampling
+measures    exact match, runs, BLEU, and their intervals
+lookups     rules that halt without a gate, and the gate against them at equal passes
+table       the rows of all of it
+causal      the left-to-right model that scores restored text
+"""

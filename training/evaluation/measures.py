@@ -1,0 +1,119 @@
+"""What is measured of restored text, and how sure of it one can be.
+
+S: segments   L: tokens of one   M: masked tokens   B: resamples   K: settings
+
+Segments are the unit of chance: tokens of one segment share its text. A share is the sum of its hits over the
+sum of its counts; its 95 % interval comes from the spread of the residuals `hits - share x counts` between
+segments (the linearised variance of a ratio estimator; Cochran, 1977, chapter 6). BLEU, which is no sum over
+segments, is resampled instead.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from sacrebleu.metrics.bleu import BLEU
+from torch import Tensor
+
+from rdt_core.tokenizer import Tokenizer
+
+RUN_LENGTHS = (2, 3, 4)
+N_RESAMPLES = 1000
+Z95 = 1.96
+
+
+class Estimate(NamedTuple):
+    value: float
+    interval: float  # half of the 95 % interval
+
+
+def share(hits: Tensor, counts: Tensor) -> Estimate | None:
+    """hits, counts `(S,)` -> sum over sum; None where there is nothing to count."""
+    total = counts.sum().item()
+    if total == 0:
+        return None
+    value = (hits.sum() / total).item()
+    return Estimate(value, Z95 * ((hits - value * counts) ** 2).sum().sqrt().item() / total)
+
+
+def paired_difference(hits: Tensor, other: Tensor, counts: Tensor) -> Estimate:
+    """How much larger the share of `hits` is than that of `other`, on the same segments; all `(S,)`."""
+    difference = share(hits - other, counts)
+    assert difference is not None, "two methods were compared on no masked token"
+    return difference
+
+
+def per_segment(values: Tensor, segments: Tensor, n_segments: int) -> Tensor:
+    """Sums `(..., S)` of values `(..., M)` over the masked tokens of each segment."""
+    sums = torch.zeros(*values.shape[:-1], n_segments, dtype=torch.float64)
+    return sums.index_add_(-1, segments, values.double())
+
+
+def runs(masked: Tensor, correct: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Runs of exactly `length` masked tokens: how many of each segment are right throughout, and how many there are.
+
+    A run is a maximal stretch of adjacent masked word pieces, bounded on both sides by a token that was
+    shown. masked, correct `(S, L)` bool -> `(S,)`, `(S,)`.
+    """
+    n_segments = len(masked)
+    edge = masked.new_zeros(n_segments, 1)  # so that no run goes from one segment to the next
+    inside = torch.cat((edge, masked), 1)  # (S, 1 + L)
+    right = torch.cat((edge, masked & correct), 1).flatten()
+    starts = inside & ~inside.roll(1, dims=1)
+    run = starts.flatten().cumsum(0) - 1  # (S (1 + L),) which run a masked token belongs to
+    n_runs = int(starts.sum())
+    lengths = torch.bincount(run[inside.flatten()], minlength=n_runs)
+    hits = torch.bincount(run[right], minlength=n_runs)
+    segments = starts.nonzero()[:, 0]
+    wanted = lengths == length
+    whole = torch.bincount(segments[wanted & (hits == length)], minlength=n_segments)
+    return whole.double(), torch.bincount(segments[wanted], minlength=n_segments).double()
+
+
+def resamples(n_segments: int, seed: int, n: int = N_RESAMPLES) -> Tensor:
+    """How often each segment is drawn in each of `n` bootstrap samples: `(B, S)`, the same for a seed."""
+    draws = np.random.default_rng(seed).multinomial(n_segments, np.full(n_segments, 1 / n_segments), size=n)
+    return torch.from_numpy(draws).double()
+
+
+def half_width(samples: Tensor) -> float:
+    """Half of the central 95 % of `(B,)`."""
+    low, high = torch.quantile(samples, torch.tensor([0.025, 0.975], dtype=samples.dtype)).tolist()
+    return (high - low) / 2
+
+
+class Bleu:
+    """Corpus BLEU-4 (Papineni et al., 2002) of whole segments against the originals, 0 to 100, by sacrebleu.
+
+    Words are word pieces, as they are; tokens that were shown count too. The interval is half of the
+    central 95 % over bootstrap samples of segments.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, targets: Tensor, weights: Tensor) -> None:
+        self.pieces = [tokenizer.piece(i) for i in range(tokenizer.vocab_size)]
+        self.originals = self._texts(targets)
+        self.weights = weights  # (B, S)
+        self._segment = BLEU(tokenize="none", effective_order=True)  # it is asked for its counts alone
+        self._corpus = BLEU(tokenize="none")
+
+    def of(self, restored: Tensor) -> Estimate:
+        """restored `(S, L)` tokens."""
+        counts = torch.tensor(
+            [self._counts(text, original) for text, original in zip(self._texts(restored), self.originals, strict=True)]
+        ).double()  # (S, 10)
+        samples = [self._score(row) for row in (self.weights @ counts).tolist()]
+        return Estimate(self._score(counts.sum(0).tolist()), half_width(torch.tensor(samples).double()))
+
+    def _texts(self, tokens: Tensor) -> list[str]:
+        return [" ".join(self.pieces[token] for token in row) for row in tokens[:, 1:-1].tolist()]
+
+    def _counts(self, text: str, original: str) -> list[int]:
+        score = self._segment.sentence_score(text, [original])
+        return [*score.counts, *score.totals, score.sys_len, score.ref_len]
+
+    def _score(self, counts: list[float]) -> float:
+        whole = [round(count) for count in counts]
+        smoothing = self._corpus.smooth_method
+        return float(BLEU.compute_bleu(whole[:4], whole[4:8], whole[8], whole[9], smooth_method=smoothing).score)

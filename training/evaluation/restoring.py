@@ -1,0 +1,218 @@
+"""Segments with fixed masks, and the model's own ways of restoring them.
+
+S: segments   L: tokens of one   M: masked tokens of all, segment after segment   P: passes   N, T: of one batch
+
+Every method answers for the same `M` tokens in the same order, so that any two can be compared token by token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rdt_core import flops, masking
+from rdt_core.config import ModelConfig
+from rdt_core.halting import due, halt_reason
+from rdt_core.inference import rows_to_settle, settled_level
+from rdt_core.model import RDT, State
+from rdt_core.packing import Packing
+from rdt_core.tokenizer import Tokenizer
+from training.config import ConfigError
+from training.data import stable_seed
+
+
+class Measured(NamedTuple):
+    """Scores of `S` segments with `M` masked tokens in all."""
+
+    correct: Tensor  # (..., M) 1 where the guess is the text
+    nats: Tensor  # (..., M) negative log-likelihood of the text where and when the guess was made
+    segments: Tensor  # (M,) which segment a masked token belongs to
+    guesses: Tensor  # (..., M) the tokens written
+
+
+class Effort(NamedTuple):
+    """What each of `S` segments took, all `(S,)`: one segment's own share, whatever else was in its batch."""
+
+    starts: Tensor  # preludes
+    passes: Tensor  # of the shared encoder
+    decodes: Tensor  # times the decoder layers ran
+    rows: Tensor  # rows through the vocabulary
+
+    def flops(self, config: ModelConfig, length: int) -> Tensor:
+        """Operations of each segment `(S,)`; as `flops.sequence_flops`, which has one start and one decode."""
+        layer = flops.layer_flops(config, length)
+        layers = self.starts * config.n_prelude_layers * layer + self.decodes * config.n_decoder_layers * layer
+        encoder = layers + self.passes * flops.pass_flops(config, length)
+        return (length * encoder + self.rows * flops.decode_flops(config)).double()
+
+
+class Outcome(NamedTuple):
+    scores: Measured
+    effort: Effort
+
+
+class Slice(NamedTuple):
+    """`N` masked segments, packed: T = N x L."""
+
+    first: int  # the number of its first segment
+    tokens: Tensor  # (T,) what the model sees
+    masked: Tensor  # (T,) bool
+    targets: Tensor  # (T,) the text
+    packing: Packing
+
+    @property
+    def rows(self) -> Tensor:
+        return self.masked.nonzero().squeeze(1)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.packing.n_sequences, self.packing.lengths[0]
+
+    def measured(self, guesses: Tensor, nats: Tensor) -> Measured:
+        """guesses, nats `(..., M)` of this slice's masked rows, in order of position."""
+        rows = self.rows
+        correct = (guesses == self.targets[rows]).double()
+        segments = self.packing.sequence_ids[rows] + self.first
+        return Measured(correct.cpu(), nats.double().cpu(), segments.cpu(), guesses.cpu())
+
+
+def cut_segments(tokens: Tensor, tokenizer: Tokenizer, length: int, at_most: int | None) -> list[Tensor]:
+    """Contiguous segments of `length` tokens, `[CLS]` and `[SEP]` included; `at_most` of them, evenly spread."""
+    body = length - 2
+    n = len(tokens) // body
+    if n == 0:
+        raise ConfigError(f"--text has {len(tokens)} tokens: want at least --length = {length}")
+    chosen = range(n) if at_most is None or at_most >= n else [i * n // at_most for i in range(at_most)]
+    ends = torch.tensor([tokenizer.cls_id]), torch.tensor([tokenizer.sep_id])
+    return [torch.cat((ends[0], tokens[i * body : (i + 1) * body], ends[1])) for i in chosen]
+
+
+class Evaluation:
+    """Runs a model over masked segments, `batch_size` at a time.
+
+    The masks depend on the segments, their order and the seed, not on the model or the method; those of a
+    smaller mask ratio are among those of a larger one.
+    """
+
+    def __init__(
+        self, model: RDT, tokenizer: Tokenizer, segments: list[Tensor], seed: int, batch_size: int = 16
+    ) -> None:
+        self.model, self.tokenizer, self.seed, self.batch_size = model, tokenizer, seed, batch_size
+        self.targets = torch.stack(segments).to(model.device)  # (S, L)
+        self.ranks = torch.stack([self._order(segment, seed, i) for i, segment in enumerate(segments)]).to(model.device)
+
+    def masked(self, mask_ratio: float) -> Tensor:
+        """`(S, L)` bool, on the CPU."""
+        return masking.masked_at(self.ranks, mask_ratio).cpu()
+
+    def slices(self, mask_ratio: float) -> Iterator[Slice]:
+        for first in range(0, len(self.targets), self.batch_size):
+            targets = self.targets[first : first + self.batch_size]
+            packing = Packing.of([targets.shape[1]] * len(targets), self.model.device)
+            masked = masking.masked_at(self.ranks[first : first + self.batch_size], mask_ratio).flatten()
+            tokens = masking.corrupt(targets.flatten(), masked, self.tokenizer.mask_id)
+            yield Slice(first, tokens, masked, targets.flatten(), packing)
+
+    @torch.no_grad()
+    def depths(self, mask_ratio: float, max_depth: int) -> tuple[Measured, Tensor]:
+        """Every depth from 1 to `max_depth`: scores `(max_depth, M)` and levels `(max_depth, S)`."""
+        parts, levels = [], []
+        for batch in self.slices(mask_ratio):
+            state = self.model.begin(batch.tokens, batch.masked, batch.packing)
+            guesses, nats, seen = [], [], []
+            for _ in range(max_depth):
+                state = self.model(state, batch.packing)
+                logits = self.model.decode(state.hidden, batch.packing, batch.rows).float()
+                guesses.append(logits.argmax(-1))
+                nats.append(F.cross_entropy(logits, batch.targets[batch.rows], reduction="none"))
+                seen.append(state.gate.level.cpu())
+            parts.append(batch.measured(torch.stack(guesses), torch.stack(nats)))
+            levels.append(torch.stack(seen))
+        return joined(parts), torch.cat(levels, 1)
+
+    @torch.no_grad()
+    def settling(self, mask_ratio: float, n_passes: int, threshold: float = 0.0) -> Outcome:
+        """Settle as the reference does with `halting="settle"`; each token is scored when it is written.
+
+        With threshold 0 an even share of the surest tokens settles after every pass; above it, also every
+        token whose level is below the threshold, and all of them once the sequence's level is.
+        """
+        parts, efforts = [], []
+        for batch in self.slices(mask_ratio):
+            state = self.model.begin(batch.tokens, batch.masked, batch.packing)
+            guesses, nats = batch.targets.clone(), torch.zeros_like(batch.targets, dtype=torch.float64)
+            sequences = [_Settling(int(count)) for count in batch.masked.view(batch.shape).sum(1)]
+            step = 0
+            while not all(sequence.halted for sequence in sequences):
+                step += 1
+                state = self.model(state, batch.packing)
+                rows = _settling_now(state, batch, sequences, step, n_passes=n_passes, threshold=threshold)
+                logits = self.model.decode(state.hidden, batch.packing, rows).float()
+                guesses[rows] = logits.argmax(-1)
+                nats[rows] = F.cross_entropy(logits, batch.targets[rows], reduction="none").double()
+                state = self.model.settle(state, rows, guesses[rows])
+            parts.append(batch.measured(guesses[batch.rows], nats[batch.rows]))
+            efforts.append(torch.tensor([[1, len(s.levels), s.decodes, s.n_masked] for s in sequences]))
+        return Outcome(joined(parts), Effort(*torch.cat(efforts).unbind(1)))
+
+    def _order(self, segment: Tensor, seed: int, index: int) -> Tensor:
+        generator = torch.Generator().manual_seed(stable_seed(seed, index))
+        return masking.mask_ranks(masking.maskable_rows(segment, self.tokenizer.special_ids), generator)
+
+
+class _Settling:
+    """One sequence on its way through a batch that settles."""
+
+    def __init__(self, n_masked: int) -> None:
+        self.n_masked, self.decodes = n_masked, 0
+        self.levels: list[float] = []
+        self.halted = False
+
+
+def _settling_now(
+    state: State, batch: Slice, sequences: list[_Settling], step: int, *, n_passes: int, threshold: float
+) -> Tensor:
+    """The rows `(K,)` of the batch that settle after this pass: the reference's arithmetic, sequence by sequence."""
+    masked, token_level = state.masked.cpu(), state.gate.token_level.cpu()
+    length = batch.shape[1]
+    settling = []
+    for index, sequence in enumerate(sequences):
+        if sequence.halted:
+            continue
+        own = slice(index * length, (index + 1) * length)
+        alone = state._replace(masked=masked[own], gate=state.gate._replace(token_level=token_level[own]))
+        still_open = alone.masked.nonzero().squeeze(1)
+        n_settled = sequence.n_masked - len(still_open)
+        rows = rows_to_settle(alone, due(sequence.n_masked, step, n_passes) - n_settled, threshold)
+        level = settled_level(alone, rows, sequence.n_masked, sequence.levels)
+        sequence.levels.append(level)
+        sequence.halted = None is not halt_reason(
+            level=level,
+            threshold=threshold,
+            step=step,
+            max_steps=n_passes,
+            all_settled=n_settled + len(rows) == sequence.n_masked,
+            out_of_time=False,
+        )
+        rows = still_open if sequence.halted else rows
+        sequence.decodes += len(rows) > 0
+        settling.append(rows + own.start)
+    return torch.cat(settling).to(batch.tokens.device)
+
+
+def joined(parts: list[Measured]) -> Measured:
+    """The scores of slices as those of all segments."""
+    return Measured(*(torch.cat(values, -1) for values in zip(*parts, strict=True)))
+
+
+def at_depth(scores: Measured, steps: Tensor) -> Outcome:
+    """Read off the scores of every depth `(P, M)` what segments that stop after `steps` `(S,)` passes get."""
+    depth = (steps[scores.segments] - 1)[None]
+    correct, nats, guesses = (values.gather(0, depth)[0] for values in (scores.correct, scores.nats, scores.guesses))
+    once = torch.ones_like(steps)
+    masks = torch.bincount(scores.segments, minlength=len(steps))
+    return Outcome(Measured(correct, nats, scores.segments, guesses), Effort(once, steps, once, masks))

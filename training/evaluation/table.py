@@ -1,0 +1,253 @@
+"""The rows of an evaluation: every method at every mask ratio, on the same masks.
+
+S: segments   P: passes   M: masked tokens   R: mask ratios
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from training.evaluation.causal import Scorer
+from training.evaluation.lookups import (
+    Held,
+    Rules,
+    against_lookups,
+    best_depths,
+    halting_depths,
+    rising_hull,
+    unchanged,
+    with_ends,
+)
+from training.evaluation.measures import RUN_LENGTHS, Bleu, per_segment, resamples, runs, share
+from training.evaluation.restoring import Evaluation, Measured, Outcome, at_depth
+from training.evaluation.rounds import ancestral, mask_predict
+from training.report import Comparison, Row
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is evaluated; an empty list leaves a method out."""
+
+    mask_ratios: Sequence[float] = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    max_depth: int = 16
+    thresholds: Sequence[float] = (0.01, 0.02, 0.05, 0.1, 0.2)
+    unchanged: Sequence[float] = (0.0, 0.02, 0.05, 0.1, 0.2)
+    budgets: Sequence[float] = (1.5, 2, 3, 4)
+    settle_passes: Sequence[int] = (2, 4, 8, 16)
+    settle_thresholds: Sequence[float] = (0.05, 0.1, 0.2, 0.4)
+    mask_predict: Sequence[int] = (2, 4, 10)
+    ancestral: Sequence[int] = (4, 10, 32)
+    round_depth: int = 1
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    rows: list[Row]
+    comparisons: list[Comparison]
+    tables: dict[float, dict[float, int]] = field(default_factory=dict)  # budget -> mask ratio -> depth
+    original_lm_bits: dict[float, float] = field(default_factory=dict)  # what the text itself scores at the masks
+
+
+class Deep:
+    """Every depth of one text at one mask ratio, and the rules that can be read off it."""
+
+    def __init__(self, evaluation: Evaluation, mask_ratio: float, plan: Plan) -> None:
+        self.scores, self.levels = evaluation.depths(mask_ratio, plan.max_depth)
+        self.plan, self.n_segments = plan, self.levels.shape[1]
+        self.config, self.length = evaluation.model.config, evaluation.targets.shape[1]
+
+    def fixed(self, depth: int) -> Outcome:
+        return at_depth(self.scores, torch.full((self.n_segments,), depth))
+
+    def gate(self, threshold: float) -> Outcome:
+        return at_depth(self.scores, halting_depths(self.levels, threshold))
+
+    def unchanged(self, at_most: float) -> Outcome:
+        return unchanged(self.scores, self.n_segments, at_most)
+
+    @property
+    def quality(self) -> list[float]:
+        """Exact match of every depth."""
+        return self.scores.correct.mean(1).tolist()
+
+    def gate_rules(self) -> Rules:
+        return self._rules([self.gate(threshold) for threshold in self.plan.thresholds])
+
+    def settle_rules(self, settled: list[Outcome]) -> Rules:
+        return self._rules([self.fixed(1), *settled]).by_passes()  # settling in one pass is one pass
+
+    def lookups(self, table_quality: list[float] | None) -> dict[str, Rules]:
+        """The free rules; the table's depths are chosen by `table_quality`, exact match on validation text."""
+        fixed = self._rules([self.fixed(depth) for depth in range(1, self.plan.max_depth + 1)])
+        found = {"fixed": fixed}
+        if table_quality is not None:
+            found["table"] = fixed.at(rising_hull(table_quality))
+        if self.plan.unchanged:
+            stops = [self.unchanged(at_most) for at_most in self.plan.unchanged]
+            found["unchanged"] = self._rules(with_ends(stops, self.scores, self.n_segments)).by_passes()
+        return found
+
+    def _rules(self, outcomes: list[Outcome]) -> Rules:
+        return Rules.of(outcomes, self.config, self.length)
+
+
+class Judge:
+    """Turns what a method wrote into a row."""
+
+    def __init__(self, evaluation: Evaluation, scorer: Scorer | None) -> None:
+        self.evaluation, self.scorer = evaluation, scorer
+        self.targets = evaluation.targets.cpu()
+        self.n_segments, self.length = self.targets.shape
+        self.weights = resamples(self.n_segments, evaluation.seed)
+        self.bleu = Bleu(evaluation.tokenizer, self.targets, self.weights)
+        self.original_bits = None if scorer is None else scorer.bits(self.targets)  # (S, L)
+
+    def row(self, kind: str, setting: float, ratio: float, outcome: Outcome, depth: int | None = None) -> Row:
+        masked = self.evaluation.masked(ratio)
+        masks = masked.sum(1).double()
+        restored = self.restored(masked, outcome.scores)
+        exact = share(self._sums(outcome.scores, outcome.scores.correct), masks)
+        assert exact is not None, f"nothing is masked at a mask ratio of {ratio}"
+        return Row(
+            kind,
+            setting,
+            ratio,
+            exact_match=exact.value,
+            interval=exact.interval,
+            bits=outcome.scores.nats.mean().item() / math.log(2),
+            passes=outcome.effort.passes.double().mean().item(),
+            flops_per_token=self._flops(outcome) / (self.n_segments * self.length),
+            depth=depth,
+            **self._runs(masked, restored),
+            **self._bleu(restored),
+            **self._lm_bits(masked, masks, restored),
+        )
+
+    def restored(self, masked: Tensor, scores: Measured) -> Tensor:
+        """The text with the guesses in place, `(S, L)`."""
+        return self.targets.masked_scatter(masked, scores.guesses)
+
+    def original_lm_bits(self, ratio: float) -> float:
+        assert self.original_bits is not None
+        return self.original_bits[self.evaluation.masked(ratio)].mean().item()
+
+    def _sums(self, scores: Measured, values: Tensor) -> Tensor:
+        return per_segment(values, scores.segments, self.n_segments)
+
+    def _flops(self, outcome: Outcome) -> float:
+        return outcome.effort.flops(self.evaluation.model.config, self.length).sum().item()
+
+    def _runs(self, masked: Tensor, restored: Tensor) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for length in RUN_LENGTHS:
+            estimate = share(*runs(masked, restored == self.targets, length))
+            if estimate is not None:
+                found |= {f"run_{length}": estimate.value, f"run_{length}_interval": estimate.interval}
+        return found
+
+    def _bleu(self, restored: Tensor) -> dict[str, float]:
+        bleu = self.bleu.of(restored)
+        return {"bleu": bleu.value, "bleu_interval": bleu.interval}
+
+    def _lm_bits(self, masked: Tensor, masks: Tensor, restored: Tensor) -> dict[str, float]:
+        if self.scorer is None or self.original_bits is None:
+            return {}
+        bits = self.scorer.bits(restored)
+        own = share((bits * masked).sum(1), masks)
+        excess = share((bits - self.original_bits).sum(1), masks)
+        assert own is not None
+        assert excess is not None
+        return {
+            "lm_bits": own.value,
+            "lm_bits_interval": own.interval,
+            "lm_excess_bits": excess.value,
+            "lm_excess_bits_interval": excess.interval,
+        }
+
+
+def evaluate(
+    evaluation: Evaluation, plan: Plan, validation: Evaluation | None = None, scorer: Scorer | None = None
+) -> Evaluated:
+    """The whole table. Whatever is chosen, is chosen on `validation`; without it there are no tables."""
+    judge = Judge(evaluation, scorer)
+    ratios = list(plan.mask_ratios)
+    held: dict[float, Deep] = {}
+    if validation is not None:
+        held = {ratio: Deep(validation, ratio, plan) for ratio in tqdm(ratios, desc="validation", disable=None)}
+    tables = choose_tables(held, plan) if held else {}
+    found = Evaluated([], [], tables)
+    for ratio in tqdm(ratios, desc="mask ratios", disable=None):
+        deep = Deep(evaluation, ratio, plan)
+        settled = [evaluation.settling(ratio, n_passes) for n_passes in plan.settle_passes]
+        sure = [evaluation.settling(ratio, plan.max_depth, threshold) for threshold in plan.settle_thresholds]
+        for kind, setting, outcome, depth in [
+            *_read_off(deep, tables, ratio),
+            *(("settle", n, outcome, None) for n, outcome in zip(plan.settle_passes, settled, strict=True)),
+            *(("settle-gate", t, outcome, None) for t, outcome in zip(plan.settle_thresholds, sure, strict=True)),
+            *_rounds(evaluation, plan, ratio),
+        ]:
+            found.rows.append(judge.row(kind, setting, ratio, outcome, depth))
+        found.comparisons.extend(_gate_against_lookups(deep, held.get(ratio), judge, ratio))
+        if settled and sure:
+            found.comparisons.extend(_sure_against_even(deep, sure, settled, judge, ratio))
+        if scorer is not None:
+            found.original_lm_bits[ratio] = judge.original_lm_bits(ratio)
+    return found
+
+
+def choose_tables(held: dict[float, Deep], plan: Plan) -> dict[float, dict[float, int]]:
+    """Of each budget of mean passes, the depth of each mask ratio that is best on validation text."""
+    quality = [deep.quality for deep in held.values()]
+    return {budget: dict(zip(held, best_depths(quality, budget), strict=True)) for budget in plan.budgets}
+
+
+Point = tuple[str, float, Outcome, int | None]  # kind, setting, what came out, depth
+
+
+def _read_off(deep: Deep, tables: dict[float, dict[float, int]], ratio: float) -> Iterator[Point]:
+    for depth in range(1, deep.plan.max_depth + 1):
+        yield "fixed", depth, deep.fixed(depth), None
+    for threshold in deep.plan.thresholds:
+        yield "gate", threshold, deep.gate(threshold), None
+    for budget, table in tables.items():
+        yield "table", budget, deep.fixed(table[ratio]), table[ratio]
+    for at_most in deep.plan.unchanged:
+        yield "unchanged", at_most, deep.unchanged(at_most), None
+
+
+def _rounds(evaluation: Evaluation, plan: Plan, ratio: float) -> Iterator[Point]:
+    depth = plan.round_depth
+    for n_rounds in plan.mask_predict:
+        yield "mask-predict", n_rounds, mask_predict(evaluation, ratio, n_rounds, depth), depth
+    for kind, greedy in (("ancestral", False), ("ancestral-greedy", True)):
+        for n_steps in plan.ancestral:
+            yield kind, n_steps, ancestral(evaluation, ratio, n_steps, depth, greedy=greedy), depth
+
+
+def _gate_against_lookups(deep: Deep, held: Deep | None, judge: Judge, ratio: float) -> list[Comparison]:
+    if not deep.plan.thresholds:
+        return []
+    quality = None if held is None else held.quality
+    on_validation = None if held is None else Held(held.gate_rules(), held.lookups(quality))
+    point: tuple[str, Sequence[float], float] = ("gate", deep.plan.thresholds, ratio)
+    return against_lookups(point, deep.gate_rules(), deep.lookups(quality), on_validation, **_common(judge, ratio))
+
+
+def _sure_against_even(
+    deep: Deep, sure: list[Outcome], settled: list[Outcome], judge: Judge, ratio: float
+) -> list[Comparison]:
+    point: tuple[str, Sequence[float], float] = ("settle-gate", deep.plan.settle_thresholds, ratio)
+    rules = Rules.of(sure, deep.config, deep.length)
+    return against_lookups(point, rules, {"settle": deep.settle_rules(settled)}, None, **_common(judge, ratio))
+
+
+def _common(judge: Judge, ratio: float) -> dict[str, Any]:
+    masks = judge.evaluation.masked(ratio).sum(1).double()
+    return {"masks": masks, "weights": judge.weights, "length": judge.length}

@@ -1,0 +1,147 @@
+"""`python -m training.scorer --text F --tokenizer F --output F`: train what `rdt-evaluate --scorer` scores with.
+
+A small left-to-right model of the evaluated models' word pieces. Give it other text than they learned from:
+one that has read what they have read finds their mistakes likely.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+
+from rdt_core.checkpoint import CheckpointError
+from rdt_core.tokenizer import Tokenizer
+from training.config import ConfigError
+from training.data import VALIDATION_TOKENS, Corpus, load_tokenizer, local_corpus, stable_seed
+from training.evaluation.causal import CausalConfig, CausalLM, save_scorer
+from training.evaluation.restoring import cut_segments
+
+WARMUP_RATIO = 0.05
+HELD_OUT_SEGMENTS = 64
+
+
+def drawn_texts(corpus: Corpus, tokenizer: Tokenizer, length: int, n: int, seed: int) -> Tensor:
+    """`n` random stretches of a text, framed as those of an evaluation are: `(n, length)`, the same for a seed."""
+    generator = torch.Generator().manual_seed(seed)
+    body = length - 2
+    starts = torch.randint(len(corpus) - body + 1, (n,), generator=generator).tolist()
+    bodies = np.stack([corpus.tokens[start : start + body] for start in starts]).astype(np.int64)
+    ends = (torch.full((n, 1), token) for token in (tokenizer.cls_id, tokenizer.sep_id))
+    first, last = ends
+    return torch.cat((first, torch.from_numpy(bodies), last), 1)
+
+
+def train(
+    model: CausalLM,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    *,
+    n_steps: int,
+    batch_size: int,
+    length: int,
+    learning_rate: float,
+    seed: int,
+) -> Iterator[float]:
+    """One AdamW step for each value asked for: the loss in nats a token. The rate rises linearly, then falls to 0."""
+    device = model.embedding.weight.device
+    optimizer = AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    warmup = max(1, round(WARMUP_RATIO * n_steps))
+    schedule = LambdaLR(optimizer, lambda step: min((step + 1) / warmup, (n_steps - step) / max(1, n_steps - warmup)))
+    for step in range(n_steps):
+        texts = drawn_texts(corpus, tokenizer, length, batch_size, stable_seed(seed, step)).to(device)
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=device.type == "cuda"):
+            loss = model.nats(texts)[:, :-1].mean()  # what follows the last word is no text
+        loss.backward()
+        clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        yield loss.item()
+
+
+@torch.no_grad()
+def bits_a_token(model: CausalLM, segments: Sequence[Tensor]) -> float:
+    """Mean surprise in bits over the words of held-out segments."""
+    device = model.embedding.weight.device
+    nats = [model.nats(segment[None].to(device))[:, :-1].mean().item() for segment in segments]
+    return sum(nats) / len(nats) / math.log(2)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="rdt-scorer", description="Train a left-to-right model to score text with.")
+    parser.add_argument("--text", required=True, help="local .txt or .txt.xz files, comma-separated")
+    parser.add_argument("--tokenizer", required=True, help="a tokenizer.json, or the checkpoint that carries it")
+    parser.add_argument("--output", required=True, type=Path, help="the file to write")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch-size", type=int, default=16, help="texts a step (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=128, help="tokens a text (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--d-model", type=int, default=256)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--cache-dir", default="runs/cache")
+    options = parser.parse_args(arguments)
+    try:
+        bits = _run(options)
+    except (ConfigError, CheckpointError) as error:
+        print(f"rdt-scorer: {error}", file=sys.stderr)
+        return 2
+    print(f"{options.output}: {bits:.3f} bits a token on the end of the text, which it did not learn from")
+    return 0
+
+
+def _run(options: argparse.Namespace) -> float:
+    for name, minimum in (("steps", 1), ("batch_size", 1), ("length", 3)):
+        if getattr(options, name) < minimum:
+            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(options, name)}: want >= {minimum}")
+    tokenizer = load_tokenizer(options.tokenizer)
+    whole = local_corpus(options.text, tokenizer, options.cache_dir)
+    corpus, held_out = whole.split(min(VALIDATION_TOKENS, len(whole) // 10))
+    if len(corpus) < options.length:
+        raise ConfigError(f"--text has {len(whole)} tokens: want more than --length = {options.length}")
+    tokens = torch.from_numpy(held_out.tokens.astype("int64"))
+    segments = cut_segments(tokens, tokenizer, options.length, HELD_OUT_SEGMENTS)
+    try:
+        config = CausalConfig(
+            tokenizer.vocab_size, options.d_model, options.heads, options.layers, d_ff=4 * options.d_model
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    torch.manual_seed(stable_seed(options.seed))
+    model = CausalLM(config).to(options.device)
+    steps = train(
+        model,
+        corpus,
+        tokenizer,
+        n_steps=options.steps,
+        batch_size=options.batch_size,
+        length=options.length,
+        learning_rate=options.learning_rate,
+        seed=options.seed,
+    )
+    with tqdm(steps, total=options.steps, desc="scorer", unit="step", disable=None) as bar:
+        for loss in bar:
+            bar.set_postfix(nats=f"{loss:.3f}", refresh=False)
+    bits = bits_a_token(model.eval(), segments)
+    names = ",".join(Path(name.strip()).name for name in options.text.split(","))
+    training = {"text": names, "steps": options.steps, "batch_size": options.batch_size, "length": options.length,
+                "learning_rate": options.learning_rate, "seed": options.seed, "held_out_bits": bits}  # fmt: skip
+    save_scorer(options.output, model, tokenizer, options.output.stem, training)
+    return bits
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -14,9 +14,10 @@ from benchmarks.peer_servers import batched
 from rdt_core import RDT, restore
 from rdt_core.flops import sequence_flops
 from rdt_core.inference import Restoration
+from service.engine.backend import Backend
 from service.engine.eager import EagerBackend
 from service.engine.scheduler import Scheduler, SchedulerLimits
-from service.engine.types import Job
+from service.engine.types import Job, Result
 
 STATIC_SIZES = (4, 8, 16, 32)
 
@@ -24,12 +25,13 @@ STATIC_SIZES = (4, 8, 16, 32)
 def loop(model: RDT, jobs: Sequence[Job]) -> None:
     """The reference, one request after another."""
     for job in jobs:
-        _restore(model, job)
+        restored(model, job)
 
 
-def _restore(model: RDT, job: Job) -> Restoration:
+def restored(model: RDT, job: Job) -> Restoration:
+    """One request by the reference."""
     return restore(
-        model, torch.tensor(job.tokens), torch.tensor(job.masked),
+        model, torch.tensor(job.tokens, device=model.device), torch.tensor(job.masked, device=model.device),
         max_steps=job.max_steps, threshold=job.threshold, halting=job.halting,
     )  # fmt: skip
 
@@ -42,7 +44,7 @@ def static(model: RDT, jobs: Sequence[Job], size: int) -> None:
 
 def with_depths(model: RDT, jobs: Sequence[Job]) -> list[Job]:
     """The same jobs, told beforehand after how many passes their gate halts them."""
-    return [replace(job, max_steps=_restore(model, job).steps, threshold=0.0) for job in jobs]
+    return [replace(job, max_steps=restored(model, job).steps, threshold=0.0) for job in jobs]
 
 
 def by_cost(jobs: Sequence[Job]) -> list[Job]:
@@ -56,15 +58,21 @@ def batches(jobs: Sequence[Job], size: int) -> list[Sequence[Job]]:
 
 def ours(model: RDT, jobs: Sequence[Job], token_budget: int, max_live: int) -> None:
     """The server's scheduler and backend, all requests waiting from the start."""
+    serve(EagerBackend(model), jobs, token_budget, max_live)
+
+
+def serve(backend: Backend, jobs: Sequence[Job], token_budget: int, max_live: int) -> list[Result]:
+    """The same with any backend; the results in the order of the jobs."""
     tokens = sum(len(job.tokens) for job in jobs)
     scheduler = Scheduler(SchedulerLimits(token_budget, max_live, max_waiting=len(jobs), max_waiting_tokens=tokens))
-    backend = EagerBackend(model)
+    tickets, results = [], {}
     for job in jobs:
         with scheduler.line.reserve() as place:
-            scheduler.submit(job, place, now=0.0)
+            tickets.append(scheduler.submit(job, place, now=0.0))
     while not scheduler.idle:
         plan = scheduler.plan(now=0.0)
-        scheduler.commit(plan, backend.run(plan), now=0.0)
+        results.update(scheduler.commit(plan, backend.run(plan), now=0.0))
+    return [results[ticket] for ticket in tickets]
 
 
 def useful_flops(model: RDT, jobs: Sequence[Job]) -> int:

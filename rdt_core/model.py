@@ -66,6 +66,7 @@ class RDT(nn.Module):
         self.decoder_norm = nn.LayerNorm(config.d_model)
         self.decoder_bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.projection: nn.Module | None = None  # onto the vocabulary, when it is not the plain tied one
+        self.precision = "fp32"  # of the matrix products, see `rdt_core.precision`
         self.row_multiple = 1  # layers run on a multiple of so many rows
         self.gate = Gate(config.d_model, config.gate_hidden_dim)
         self._initialise()

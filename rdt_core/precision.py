@@ -3,8 +3,12 @@
 R: rows   I: inputs of a layer   O: its outputs
 
     fp32   weights laid out once in the order the processor's instructions read them; same arithmetic
+    tf32   as fp32, with products of 10-bit fractions; CUDA only, and for the whole process
     bf16   products of bfloat16, summed in float32; the residual stream, norms and the gate stay float32
-    int8   weights rounded per output, inputs per row, sums exact in int32; the rest as in fp32
+    fp16   the same with float16: a longer fraction, a smaller range; CUDA only
+    int8   weights rounded per output, inputs per row, sums exact in int32; the rest as in fp32; CPU only
+
+Levels, and so the decision to halt, are float32 in all of them.
 
 Each row is rounded by itself, never with its neighbours, so an answer does not depend on what else is in
 the batch, in any format. (The usual dynamic quantisation takes one scale for the whole batch.)
@@ -21,9 +25,10 @@ from torch import Tensor, nn
 from rdt_core.layers import FeedForward, SelfAttention, rotate_pairs
 from rdt_core.model import RDT, rounded_up
 
-Precision = Literal["fp32", "bf16", "int8"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16", "int8"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 INT8_MAX = 127
 ROW_MULTIPLE = 32
 """oneDNN compiles a kernel for every number of rows it meets, which takes as long as a pass: let it meet few."""
@@ -39,7 +44,12 @@ def prepare(model: RDT, precision: Precision = "fp32") -> RDT:
     packs = model.device.type == "cpu" and _has_onednn()
     if precision == "int8" and not packs:
         raise ValueError(f"precision is int8: want a CPU with oneDNN, not {model.device}")
-    if precision == "fp32" and not packs:
+    if precision in ("tf32", "fp16") and model.device.type != "cuda":
+        raise ValueError(f"precision is {precision}: want a CUDA device, not {model.device}")
+    model.precision = precision
+    if model.device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    if precision in ("fp32", "tf32") and not packs:
         return model
     for module in (*model.prelude.modules(), *model.encoder.modules(), *model.decoder.modules()):
         if isinstance(module, SelfAttention):
@@ -58,6 +68,11 @@ def prepare(model: RDT, precision: Precision = "fp32") -> RDT:
     return model.requires_grad_(False).eval()
 
 
+def natural_precision(device: torch.device) -> Precision:
+    """What a device is best at: on a CPU exactness costs a factor of two to three, on CUDA of ten and more."""
+    return "bf16" if device.type == "cuda" else "fp32"
+
+
 def _replace(module: nn.Module, **parts: nn.Module) -> None:
     for name, part in parts.items():
         setattr(module, name, part)
@@ -67,7 +82,7 @@ def _ready(linear: nn.Linear, precision: Precision, inner: bool = False, gelu: b
     """`inner`: what comes out goes into another product and may keep its format; else it is float32."""
     if precision == "int8":
         return Int8Linear(linear, gelu)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = DTYPES.get(precision, torch.float32)
     return PackedLinear(linear, dtype, dtype if inner else torch.float32, gelu)
 
 

@@ -15,11 +15,15 @@ from typing import Literal
 
 import torch
 
-from rdt_core import LoadedModel, ModelConfig, Tokenizer
+from rdt_core import RDT, LoadedModel, Tokenizer
+from rdt_core.checkpoint import CheckpointError
 from service.cores import usable_cores
 from service.denoiser import Denoiser
+from service.engine.backend import Backend, OutOfMemory
+from service.engine.cuda_graph import CapturedPasses
 from service.engine.eager import EagerBackend
 from service.engine.engine import BatchingEngine, Engine
+from service.engine.lookahead import LookaheadBackend
 from service.engine.scheduler import SchedulerLimits
 from service.engine.types import Job
 from service.errors import FailedPrecondition, ServiceError
@@ -35,6 +39,9 @@ log = logging.getLogger(__name__)
 
 WARM_TICKS, WARM_TOKENS = 16, 2048
 """So many sizes of tick are run before the first request, up to this one at the most."""
+
+UNSERVABLE = (ValueError, OSError, RuntimeError, OutOfMemory)
+"""What a checkpoint may fail by: what it holds (`CheckpointError`), how it reads, whether there is memory for it."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +90,8 @@ class Host:
         """
         began = time.monotonic()
         torch.set_num_threads(self._settings.threads)
-        loaded = await self._read()
-        engine = await self._warm_engine(loaded)
+        loaded, *more = await asyncio.to_thread(read_models, self._settings)
+        engine = await self._warm_engine(loaded, *more)
         gc.collect()
         self._open(loaded, engine)
         log.info("ready after %.1f s: %s on %s", time.monotonic() - began, loaded.name, loaded.model.device)
@@ -126,19 +133,17 @@ class Host:
     def _engines(self) -> list[BatchingEngine]:
         return [engine for engine in (self._engine, self._retiring) if engine is not None]
 
-    async def _read(self) -> LoadedModel:
-        settings = self._settings
-        return await asyncio.to_thread(load_model, settings.checkpoint, settings.device, settings.precision)
-
-    async def _warm_engine(self, loaded: LoadedModel) -> BatchingEngine:
+    async def _warm_engine(self, loaded: LoadedModel, *more: LoadedModel) -> BatchingEngine:
         settings, metrics = self._settings, self._metrics
-        limits = scheduler_limits(settings, loaded.model.config)
+        limits = scheduler_limits(settings, loaded)
         n_replicas = settings.replicas or default_replicas(loaded.model.device)
-        metrics.describe_bounds(settings, n_replicas)
-        backends = [EagerBackend(loaded.model) for _ in range(n_replicas)]
-        engine = BatchingEngine(backends, limits, on_tick=metrics.ticked, on_broken_tick=metrics.tick_broke)
+        metrics.describe_bounds(limits, n_replicas * (1 + len(more)))
+        backends = [make_backend(one.model, limits) for one in (loaded, *more) for _ in range(n_replicas)]
+        engine = BatchingEngine(backends, limits, watcher=metrics)
         try:
-            await engine.warm(warm_jobs(loaded.tokenizer, min(settings.token_budget, WARM_TOKENS)))
+            await engine.warm(rehearsals(loaded, limits))
+            if engine.largest_tick < loaded.model.config.max_seq_len:
+                raise OutOfMemory(f"there is memory for texts of {engine.largest_tick} tokens only")
             await engine.start()
         except BaseException:
             await engine.stop()
@@ -147,11 +152,11 @@ class Host:
 
     async def _replace(self, serving: ModelCard) -> Reload:
         try:
-            loaded = await self._read()
+            loaded, *more = await asyncio.to_thread(read_models, self._settings)
             if loaded.digest == serving.digest:
                 return Reload("unchanged", serving.label, serving.label)
-            engine = await self._warm_engine(loaded)
-        except (ValueError, OSError, RuntimeError) as error:  # what it holds, how it reads, whether there is memory
+            engine = await self._warm_engine(loaded, *more)
+        except UNSERVABLE as error:
             log.error("%s stays: the checkpoint cannot be served: %s", serving.label, error)
             raise FailedPrecondition(f"the checkpoint cannot be served, {serving.label} stays: {error}") from error
         if self._lifecycle.state != "ready":  # asked to end meanwhile
@@ -177,12 +182,31 @@ class Host:
 
     async def _retire(self) -> None:
         assert self._retiring is not None
+        await self._lifecycle.handed_over()
         await self._retiring.retire()
         self._retiring = None
 
     async def _watch(self, engine: BatchingEngine) -> None:
         await engine.failed.wait()
         self.failed.set()
+
+
+def read_models(settings: Settings) -> list[LoadedModel]:
+    """The checkpoint on every device, in memory once for each."""
+    devices = [f"cuda:{number}" for number in settings.devices.split(",") if number] or [settings.device]
+    models = [load_model(settings.checkpoint, device, settings.precision) for device in devices]
+    if len({one.digest for one in models}) > 1:
+        raise CheckpointError(settings.checkpoint, "was replaced while it was being read: try again")
+    return models
+
+
+def make_backend(model: RDT, limits: SchedulerLimits) -> Backend:
+    """On CUDA in half precision captured passes, launched ahead. In other formats attention asks the host how long
+    sequences are, and on a CPU there is nobody to run ahead of.
+    """
+    if model.device.type == "cuda" and model.precision in ("bf16", "fp16"):
+        return LookaheadBackend(model, limits.token_budget, limits.max_live, CapturedPasses(model))
+    return EagerBackend(model)
 
 
 def default_replicas(device: torch.device) -> int:
@@ -192,11 +216,12 @@ def default_replicas(device: torch.device) -> int:
     return usable_cores() if device.type == "cpu" else 1
 
 
-def scheduler_limits(settings: Settings, config: ModelConfig) -> SchedulerLimits:
+def scheduler_limits(settings: Settings, loaded: LoadedModel) -> SchedulerLimits:
     """Raises `ValueError` for a tick that could not hold the longest text the model takes."""
-    if settings.token_budget < config.max_seq_len:
-        raise ValueError(f"token_budget is {settings.token_budget}: want at least max_seq_len = {config.max_seq_len}")
-    return settings.scheduler_limits
+    limits, longest = settings.limits_on(loaded.model.device.type), loaded.model.config.max_seq_len
+    if limits.token_budget < longest:
+        raise ValueError(f"token_budget is {limits.token_budget}: want at least max_seq_len = {longest}")
+    return limits
 
 
 def build_denoiser(
@@ -212,8 +237,8 @@ def build_denoiser(
     card = ModelCard(
         name=loaded.name,
         digest=loaded.digest,
-        device=str(loaded.model.device),
-        precision=settings.precision,
+        device=",".join(f"cuda:{n}" for n in settings.devices.split(",") if n) or str(loaded.model.device),
+        precision=loaded.model.precision,
         n_parameters=loaded.model.n_parameters,
         configuration=config.to_mapping(),
         limits=limits.shown,
@@ -224,11 +249,22 @@ def build_denoiser(
     )  # fmt: skip
 
 
-def warm_jobs(tokenizer: Tokenizer, max_tokens: int) -> list[Job]:
-    """The first pass of a thread is slow, and so is the first of each size; no caller should meet one."""
-    jobs = []
-    for n_tokens in range(max_tokens, 2, -max(1, max_tokens // WARM_TICKS)):
-        masked = [row % 8 == 1 for row in range(n_tokens)]
-        tokens = [tokenizer.mask_id if hidden else tokenizer.cls_id for hidden in masked]
-        jobs.append(Job(tokens, masked, max_steps=1, threshold=0.0, halting="gate"))
-    return jobs
+def rehearsals(loaded: LoadedModel, limits: SchedulerLimits) -> list[list[Job]]:
+    """The heaviest tick there can be, again at half of that and so on, since memory may end; then one of each size:
+    the first pass of a thread is slow, and so is the first of each size; no caller should meet one.
+    """
+    ticks, longest = [], loaded.model.config.max_seq_len
+    n_tokens = limits.token_budget
+    while n_tokens >= longest:
+        texts = min(n_tokens // longest, limits.max_live)
+        ticks.append([_rehearsal(loaded.tokenizer, [True] * longest) for _ in range(texts)])
+        n_tokens = 0 if loaded.model.device.type == "cpu" else n_tokens // 2
+    most = min(limits.token_budget, WARM_TOKENS)
+    for n_tokens in range(most, 2, -max(1, most // WARM_TICKS)):
+        ticks.append([_rehearsal(loaded.tokenizer, [row % 8 == 1 for row in range(n_tokens)])])
+    return ticks
+
+
+def _rehearsal(tokenizer: Tokenizer, masked: list[bool]) -> Job:
+    tokens = [tokenizer.mask_id if hidden else tokenizer.cls_id for hidden in masked]
+    return Job(tokens, masked, max_steps=1, threshold=0.0, halting="gate")

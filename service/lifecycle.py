@@ -49,6 +49,9 @@ class Lifecycle:
         """Loaded and warmed: take requests, from now on with this one."""
         self._denoiser = denoiser
 
+    async def handed_over(self) -> None:
+        """Returns once nobody takes the denoiser before this one any more. Here all callers are on one event loop."""
+
     async def drain(self, grace_seconds: float) -> None:
         """Turn new requests away, and give those accepted the grace period to finish."""
         self._draining = True

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from rdt_core import LoadedModel, checkpoint
-from rdt_core.precision import Precision, prepare
+from rdt_core.precision import Precision, natural_precision, prepare
 
 
-def load_model(path: Path, device_name: str, precision: Precision = "fp32") -> LoadedModel:
+def load_model(path: Path, device_name: str, precision: Precision | Literal["auto"] = "fp32") -> LoadedModel:
     """Ready for inference. Raises `CheckpointError` for the file and `ValueError` for the device or the precision."""
     loaded = checkpoint.load(path, pick_device(device_name))
-    prepare(loaded.model, precision)
+    prepare(loaded.model, natural_precision(loaded.model.device) if precision == "auto" else precision)
     return loaded
 
 

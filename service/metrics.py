@@ -111,6 +111,7 @@ class Metrics:
         self.decoded_rows = self._counter("decoded_rows", "Rows that went through the vocabulary projection.")
         self.decode_seconds = self._counter("decode_seconds", "Seconds of ticks spent in the vocabulary projection.")
         self.broken_ticks = self._counter("broken_ticks", "Ticks that failed, and with them their live requests.")
+        self.out_of_memory = self._counter("out_of_memory", "Ticks without enough memory; each halves the budget.")
         self.reloads = self._counter("model_reloads", "Attempts to take in the checkpoint file again.", outcome=RELOADS)
         self.ready = self._gauge("ready", "1 while requests are taken, else 0.")
         self.live_requests = self._gauge("live_requests", "Requests being computed now.")
@@ -184,6 +185,15 @@ class Metrics:
     def tick_broke(self) -> None:
         """Accounts for a tick that failed."""
         self.broken_ticks.inc()
+
+    def memory_ran_out(self, token_budget: int) -> None:
+        """Accounts for a tick that was too large, and for the smaller ones to come."""
+        self.out_of_memory.inc()
+        self.tick_tokens_limit.set(token_budget)
+
+    async def scrape(self) -> bytes:
+        """What a scraper is shown: everything of the whole server, wherever the rest of it runs."""
+        return self.exposition()
 
     def exposition(self) -> bytes:
         """Everything, in Prometheus' text format."""

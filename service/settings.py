@@ -28,16 +28,26 @@ class Settings(BaseSettings):
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
         description="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one.",
     )
-    precision: Literal["fp32", "bf16", "int8"] = Field(
-        "fp32", description="Number format of the matrix products; fp32 is the reference, the others are faster."
+    devices: str = Field(
+        "",
+        pattern=r"^(\d+(,\d+)*)?$",
+        description="Several CUDA devices by their numbers, such as 0,1: each computes, all fed from one queue.",
+    )
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16", "int8"] = Field(
+        "auto",
+        description="Number format of the matrix products; fp32 is the reference, the others are faster; auto: fp32 on "
+        "a CPU, bf16 on CUDA.",
     )
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on.")
     http_port: int = Field(8000, ge=0, le=65_535, description="Port of the REST interface; 0 picks a free one.")
     grpc_port: int = Field(50_051, ge=0, le=65_535, description="Port of the gRPC interface; 0 picks a free one.")
     token_budget: int = Field(
-        512, ge=1, description="Packed tokens of a replica's tick; at least the model's max_seq_len."
+        0,
+        ge=0,
+        description="Packed tokens of a replica's tick, at least the model's max_seq_len; 0: 512 on a CPU, on CUDA up "
+        "to 16384, as memory allows.",
     )
-    max_live: int = Field(64, ge=1, description="Sequences of one tick of a replica.")
+    max_live: int = Field(0, ge=0, description="Sequences of one tick of a replica; 0: 64 on a CPU, 512 on CUDA.")
     # Six and ten seconds of work for the bundled model on two cores, as `benchmarks.simulate --choose` sees it.
     max_waiting: int = Field(256, ge=1, description="Requests that may wait; more are refused.")
     max_waiting_tokens: int = Field(16_384, ge=1, description="Tokens that may wait; more are refused.")
@@ -62,6 +72,9 @@ class Settings(BaseSettings):
         0, ge=0, le=1024, description="Batches computed side by side; 0: one for each core of a CPU, one on CUDA."
     )
     threads: int = Field(1, ge=1, le=1024, description="Compute threads of each replica on a CPU.")
+    api_workers: int = Field(
+        0, ge=0, le=64, description="Processes that answer callers, apart from the engine's; 0: all in one process."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity to log.")
     log_format: Literal["text", "json"] = Field("text", description="Form of the log: text, or one JSON object a line.")
     otel_endpoint: str | None = Field(
@@ -72,9 +85,15 @@ class Settings(BaseSettings):
 
     @property
     def scheduler_limits(self) -> SchedulerLimits:
+        """Those of a CPU."""
+        return self.limits_on("cpu")
+
+    def limits_on(self, device_type: str) -> SchedulerLimits:
+        """What is left to us, chosen for the device. A budget that CUDA has no memory for shrinks while warming."""
+        token_budget, max_live = (16_384, 512) if device_type == "cuda" else (512, 64)
         return SchedulerLimits(
-            token_budget=self.token_budget,
-            max_live=self.max_live,
+            token_budget=self.token_budget or token_budget,
+            max_live=self.max_live or max_live,
             max_waiting=self.max_waiting,
             max_waiting_tokens=self.max_waiting_tokens,
             shed_min_steps=self.shed_min_steps if self.shed == "depth" else None,

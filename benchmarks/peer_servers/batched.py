@@ -50,7 +50,8 @@ def restore(model: RDT, batch: Sequence[Job]) -> list[Restored]:
     for row, job in enumerate(batch):
         tokens[row, : len(job.tokens)] = torch.tensor(job.tokens)
         masked[row, : len(job.masked)] = torch.tensor(job.masked)
-    packing = Packing.of([longest] * len(batch))
+    tokens, masked = tokens.to(model.device), masked.to(model.device)
+    packing = Packing.of([longest] * len(batch), model.device)
     state = model.begin(tokens.flatten(), masked.flatten(), packing)
     steps = [0] * len(batch)  # 0: not halted
     step = 0

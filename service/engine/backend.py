@@ -7,11 +7,18 @@ from typing import Protocol
 from service.engine.types import Outcome, Plan
 
 
+class OutOfMemory(Exception):
+    """There was not enough memory for a tick. Fewer tokens may do."""
+
+
 class Backend(Protocol):
     """Holds the live batch between ticks. Called from one thread."""
 
     def run(self, plan: Plan) -> Outcome:
-        """Drop and admit as planned, one pass over everything live, decode what settles or leaves, retire."""
+        """Drop and admit as planned, one pass over everything live, decode what settles or leaves, retire.
+
+        Raises `OutOfMemory`; whatever else it raises is a defect.
+        """
 
     def reset(self) -> None:
         """Forget the live batch: after a tick that failed, nothing of it can be trusted."""

@@ -12,7 +12,7 @@ about any single one; what the host must know is read back once a tick.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from rdt_core.gate import GateState
 from rdt_core.model import RDT, State
 from rdt_core.packing import Packing, rows_of
+from service.engine.backend import OutOfMemory
 from service.engine.types import Admission, Choice, HaltReason, Outcome, Plan, Reading, Ticket
 
 REASONS: tuple[HaltReason | None, ...] = (None, "gate", "max_steps", "deadline")
@@ -61,9 +62,17 @@ class EagerBackend:
 
     def reset(self) -> None:
         self._batch = None
+        if self._model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def run(self, plan: Plan) -> Outcome:
+        try:
+            return self._run(plan)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(str(error)) from None  # without its traceback, which would keep the tick's tensors
 
     @torch.inference_mode()
-    def run(self, plan: Plan) -> Outcome:
+    def _run(self, plan: Plan) -> Outcome:
         batch = self._without(plan.dropped)
         if plan.admitted:
             newcomers = self._begin(plan.admitted)
@@ -124,7 +133,7 @@ class EagerBackend:
         shown = fixed | (state.masked & terms.streams[packing.sequence_ids])
         rows = shown.nonzero().squeeze(1)  # (R,)
         began = time.perf_counter()
-        decoded = _Decoded.of(self._model, state, packing, rows, max(batch.top_k))
+        decoded = Decoded.of(self._model, state.hidden, packing, rows, max(batch.top_k))
         decode_seconds = time.perf_counter() - began  # on CUDA: of the launch, whose work the read-back below waits for
 
         writes = fixed[rows]
@@ -138,7 +147,7 @@ class EagerBackend:
         return Outcome(readings, n_decoded=len(rows), decode_seconds=decode_seconds)
 
 
-class _Decoded(NamedTuple):
+class Decoded(NamedTuple):
     """What the coda says of `R` rows."""
 
     rows: Tensor  # (R,)
@@ -148,15 +157,23 @@ class _Decoded(NamedTuple):
     top_probabilities: Tensor  # (R, K)
 
     @classmethod
-    def of(cls, model: RDT, state: State, packing: Packing, rows: Tensor, top_k: int) -> _Decoded:
+    def of(cls, model: RDT, hidden: Tensor, packing: Packing, rows: Tensor, top_k: int) -> Decoded:
         if len(rows) == 0:
             none = torch.zeros(0, top_k, device=rows.device)
             return cls(rows, rows, none.sum(1), none.long(), none)
-        logits = model.decode(state.hidden, packing, rows).float()  # (R, V)
+        logits = model.decode(hidden, packing, rows).float()  # (R, V)
         total = logits.logsumexp(-1)  # (R,)
         best, tokens = logits.max(-1)
         top = logits.topk(top_k, dim=-1)
         return cls(rows, tokens, (best - total).exp(), top.indices, (top.values - total[:, None]).exp())
+
+    def choices(self) -> list[Choice]:
+        """As plain values, one for each row; `row` counts packed rows."""
+        columns = (self.rows, self.tokens, self.probabilities, self.top_tokens, self.top_probabilities)
+        return [
+            Choice(row, token, probability, list(zip(others, shares, strict=True)))
+            for row, token, probability, others, shares in zip(*(c.tolist() for c in columns), strict=True)
+        ]
 
 
 def _settling_rows(state: State, packing: Packing, terms: Terms) -> Tensor:
@@ -185,12 +202,19 @@ def _settled_level(state: State, open_after: Tensor, packing: Packing, terms: Te
 
 
 def _reasons(terms: Terms, none_open: Tensor, late: Tensor) -> Tensor:
-    """`rdt_core.halting.halt_reason` for all sequences at once: codes `(N,)`, indices into `REASONS`."""
-    last = terms.step >= terms.ceiling
     all_settled = terms.settles & none_open
-    below = (terms.level.double() < terms.threshold) & ~(all_settled & last)
+    return reasons_of(terms.level, terms.threshold, terms.step >= terms.ceiling, late, all_settled)
+
+
+def reasons_of(
+    level: Tensor, threshold: Tensor, last: Tensor, late: Tensor, all_settled: Tensor | None = None
+) -> Tensor:
+    """`rdt_core.halting.halt_reason` for all sequences at once: codes `(N,)`, indices into `REASONS`."""
+    below = level.double() < threshold
     code = torch.where(late, DEADLINE, GO_ON)
-    code = torch.where(all_settled, GATE, code)
+    if all_settled is not None:
+        below &= ~(all_settled & last)
+        code = torch.where(all_settled, GATE, code)
     code = torch.where(last, MAX_STEPS, code)
     return torch.where(below, GATE, code)
 
@@ -201,21 +225,13 @@ def _count(rows: Tensor, packing: Packing) -> Tensor:
     return zero.index_add_(0, packing.sequence_ids, rows.long())
 
 
-def _hand_out(decoded: _Decoded, writes: Tensor, batch: Batch, readings: list[Reading]) -> None:
+def _hand_out(decoded: Decoded, writes: Tensor, batch: Batch, readings: list[Reading]) -> None:
     """Back to plain values, each row to the reading of the sequence it belongs to."""
-    columns = (
-        batch.packing.sequence_ids[decoded.rows],
-        batch.packing.positions[decoded.rows],
-        decoded.tokens,
-        decoded.probabilities,
-        decoded.top_tokens,
-        decoded.top_probabilities,
-        writes,
-    )
-    for i, row, token, probability, others, shares, written in zip(*(c.tolist() for c in columns), strict=True):
-        candidates = list(zip(others, shares, strict=True))[: batch.top_k[i]]
-        choice = Choice(row, token, probability, candidates)
-        (readings[i].chosen if written else readings[i].guesses).append(choice)
+    owners, rows = batch.packing.sequence_ids[decoded.rows], batch.packing.positions[decoded.rows]
+    columns = (owners.tolist(), rows.tolist(), writes.tolist(), decoded.choices())
+    for i, row, written, choice in zip(*columns, strict=True):
+        own = replace(choice, row=row, candidates=choice.candidates[: batch.top_k[i]])
+        (readings[i].chosen if written else readings[i].guesses).append(own)
 
 
 def _keep(batch: Batch, sequences: list[int]) -> Batch | None:

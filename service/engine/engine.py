@@ -18,20 +18,35 @@ from contextlib import AbstractContextManager
 from contextvars import Context
 from typing import Protocol
 
-from service.engine.backend import Backend
+from service.engine.backend import Backend, OutOfMemory
 from service.engine.queue import Place
-from service.engine.scheduler import Line, Scheduler, SchedulerLimits
+from service.engine.scheduler import Line, Scheduler, SchedulerLimits, told
 from service.engine.types import Admission, Job, Outcome, Plan, Reading, Result, Ticket
-from service.errors import DeadlineExceeded, Internal, ServiceError, Unavailable
+from service.errors import DeadlineExceeded, Internal, ResourceExhausted, ServiceError, Unavailable
 
 log = logging.getLogger(__name__)
 
 Clock = Callable[[], float]
 OnReading = Callable[[Reading], None]
-OnTick = Callable[[float, Plan, Outcome], None]  # seconds, what was planned, what was done
 
 FATAL_WINDOW_SECONDS = 60.0
 """A second broken tick within this time ends the process: whatever is wrong, a restart is the better cure."""
+
+
+class Watcher(Protocol):
+    """Who keeps the accounts."""
+
+    def ticked(self, seconds: float, plan: Plan, outcome: Outcome) -> None:
+        """A tick was made as planned."""
+
+    def tick_broke(self) -> None:
+        """A tick failed, and its jobs with it."""
+
+    def memory_ran_out(self, token_budget: int) -> None:
+        """A tick was too large; the next ones have so many tokens at the most."""
+
+
+SHORTEST_TEXT = 3  # tokens: [CLS], something, [SEP]
 
 RETIRING_TURNS = 16
 """Between taking an engine to submit to and submitting to it lie at most the starts of two or three tasks."""
@@ -75,7 +90,14 @@ class _Caller:
 
     def __init__(self, on_reading: OnReading | None) -> None:
         self.answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        self.on_reading = on_reading
+        self._on_reading = on_reading
+        self._shown = 0  # passes
+
+    def show(self, reading: Reading, step: int) -> None:
+        """A job that had to begin anew reads the same again, which nobody needs to see twice."""
+        if self._on_reading is not None and step > self._shown:
+            self._shown = step
+            self._on_reading(reading)
 
     def fail(self, error: ServiceError) -> None:
         if not self.answer.done():  # a caller who left has cancelled it
@@ -104,14 +126,13 @@ class BatchingEngine:
         backends: Sequence[Backend],
         limits: SchedulerLimits,
         clock: Clock = time.monotonic,
-        on_tick: OnTick | None = None,
-        on_broken_tick: Callable[[], None] | None = None,
+        watcher: Watcher | None = None,
     ) -> None:
+        self._limits = limits
         self._line = Line(limits)
         self._replicas = [_Replica(backend, Scheduler(limits, self._line)) for backend in backends]
         self._clock = clock
-        self._on_tick = on_tick
-        self._on_broken_tick = on_broken_tick
+        self._watcher = watcher
         self._callers: dict[Ticket, _Caller] = {}
         self._idle = asyncio.Event()  # nothing waiting, nothing live
         self._accepting = self._broken = False
@@ -136,10 +157,19 @@ class BatchingEngine:
     def live(self) -> int:
         return sum(replica.scheduler.n_live for replica in self._replicas)
 
-    async def warm(self, jobs: Sequence[Job]) -> None:
-        """Before `start`: one pass of each job on every replica. Nothing of it is counted, and no bound applies."""
-        loop = asyncio.get_running_loop()
-        await asyncio.gather(*(loop.run_in_executor(r.worker, _rehearse, r.backend, jobs) for r in self._replicas))
+    async def warm(self, ticks: Sequence[Sequence[Job]]) -> None:
+        """Before `start`: one pass of each of these on every replica. Nothing of it is counted, and no bound applies.
+
+        A tick that there is no memory for halves the budget, which `largest_tick` tells: the largest should come first.
+        """
+        await asyncio.gather(*(self._warm(replica, ticks) for replica in self._replicas))
+
+    async def _warm(self, replica: _Replica, ticks: Sequence[Sequence[Job]]) -> None:
+        for jobs in ticks:
+            try:
+                await asyncio.get_running_loop().run_in_executor(replica.worker, _rehearse, replica.backend, jobs)
+            except OutOfMemory as error:
+                self._shrink(replica, sum(len(job.tokens) for job in jobs), error)
 
     async def start(self) -> None:
         self._accepting = True
@@ -156,6 +186,8 @@ class BatchingEngine:
 
     async def submit(self, job: Job, place: Place, on_reading: OnReading | None = None) -> Result:
         self._check_ready()
+        if self.largest_tick < len(job.tokens) <= self._limits.token_budget:
+            raise _no_memory(self.largest_tick)
         ticket = self._replicas[0].scheduler.submit(job, place, self._clock())
         caller = self._callers[ticket] = _Caller(on_reading)
         timer = None if job.deadline is None else self._at(job.deadline, self._expire, ticket)
@@ -213,10 +245,12 @@ class BatchingEngine:
                 continue
             try:
                 outcome = await self._tick(replica, plan)
-                for ticket, reading in zip(plan.live, outcome.readings, strict=True):
-                    self._show(ticket, reading)
+                for ticket, reading in told(plan, outcome):
+                    self._show(ticket, reading, replica.scheduler.depth(ticket) + 1)
                 for ticket, result in replica.scheduler.commit(plan, outcome, self._clock()):
                     self._answer(ticket, result)
+            except OutOfMemory as error:
+                await self._make_room(replica, plan, error)
             except Exception as error:
                 await self._recover(replica, error)
 
@@ -224,8 +258,8 @@ class BatchingEngine:
         began = self._clock()
         outcome = await asyncio.get_running_loop().run_in_executor(replica.worker, replica.backend.run, plan)
         replica.tick_seconds = self._clock() - began
-        if self._on_tick is not None:
-            self._on_tick(replica.tick_seconds, plan, outcome)
+        if self._watcher is not None:
+            self._watcher.ticked(replica.tick_seconds, plan, outcome)
         return outcome
 
     @property
@@ -242,12 +276,38 @@ class BatchingEngine:
         for replica in self._replicas:
             self._fail(replica.scheduler.drop_all(), make_error)
 
+    async def _make_room(self, replica: _Replica, plan: Plan, error: OutOfMemory) -> None:
+        """Half of the tokens from now on. Nobody fails but those whose text alone is too large for any replica."""
+        self._shrink(replica, plan.n_tokens, error)
+        await asyncio.get_running_loop().run_in_executor(replica.worker, replica.backend.reset)
+        largest = self.largest_tick
+        homeless = [entry.ticket for entry in self._line if entry.n_tokens > largest]
+        for ticket in homeless:
+            self._line.withdraw(ticket)
+        self._fail(homeless, lambda: _no_memory(largest))
+        if largest < SHORTEST_TEXT:
+            log.critical("there is no memory for any text")
+            self._give_up()
+        self._wake()
+
+    def _shrink(self, replica: _Replica, n_tokens: int, error: OutOfMemory) -> None:
+        replica.scheduler.shrink(n_tokens)
+        budget = replica.scheduler.token_budget
+        log.warning("no memory for a tick of %d tokens, %d at the most from now on: %s", n_tokens, budget, error)
+        if self._watcher is not None:
+            self._watcher.memory_ran_out(budget)
+
+    @property
+    def largest_tick(self) -> int:
+        """Tokens of the longest text that some replica has memory for."""
+        return max(replica.scheduler.token_budget for replica in self._replicas)
+
     async def _recover(self, replica: _Replica, error: Exception) -> None:
         """A tick broke: its jobs fail, the backend starts afresh. Twice in a minute, and the engine gives up."""
         log.error("a tick failed with %d sequences live", replica.scheduler.n_live, exc_info=error)
         self._broken = True
-        if self._on_broken_tick is not None:
-            self._on_broken_tick()
+        if self._watcher is not None:
+            self._watcher.tick_broke()
         message = "the model failed while this request was live; the server has logged why"
         self._fail(replica.scheduler.lose_live(), lambda: Internal(message))
         now = self._clock()
@@ -273,10 +333,10 @@ class BatchingEngine:
             log.critical("the engine's loop broke", exc_info=error)
             self._give_up()
 
-    def _show(self, ticket: Ticket, reading: Reading) -> None:
+    def _show(self, ticket: Ticket, reading: Reading, step: int) -> None:
         caller = self._callers.get(ticket)
-        if caller is not None and caller.on_reading is not None:
-            caller.on_reading(reading)
+        if caller is not None:
+            caller.show(reading, step)
 
     def _answer(self, ticket: Ticket, result: Result) -> None:
         caller = self._callers.pop(ticket, None)
@@ -305,13 +365,24 @@ class BatchingEngine:
 
 
 def _rehearse(backend: Backend, jobs: Sequence[Job]) -> None:
-    for job in jobs:
-        backend.run(Plan((Admission(0, job, ceiling=1),), (), frozenset(), (), live=(0,), n_tokens=len(job.tokens)))
-    backend.reset()
+    """As often as it takes until all are told of, which a backend that looks ahead does later."""
+    admitted = tuple(Admission(ticket, job, job.max_steps) for ticket, job in enumerate(jobs))
+    n_tokens, live = sum(len(job.tokens) for job in jobs), tuple(range(len(jobs)))
+    try:
+        while live:
+            plan = Plan(admitted, (), frozenset(), (), live, n_tokens)
+            ended = {ticket for ticket, reading in told(plan, backend.run(plan)) if reading.reason is not None}
+            admitted, live = (), tuple(ticket for ticket in live if ticket not in ended)
+    finally:
+        backend.reset()
 
 
 def _too_late() -> DeadlineExceeded:
     return DeadlineExceeded("the time was over before the first pass")
+
+
+def _no_memory(n_tokens: int) -> ResourceExhausted:
+    return ResourceExhausted(f"memory has run short: texts of up to {n_tokens} tokens can be computed now", "memory")
 
 
 def _shut_down() -> Unavailable:

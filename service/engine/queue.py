@@ -8,7 +8,7 @@ used from one thread, knows neither time nor futures.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Generic, Protocol, TypeVar
 
@@ -77,6 +77,11 @@ class BoundedQueue(Generic[Entry]):
             raise ResourceExhausted(message, "queue_tokens")
         self._entries.append(entry)
         self.n_tokens += entry.n_tokens
+
+    def put_back(self, entries: Sequence[Entry]) -> None:
+        """To the head of the line, in this order: they were accepted before, so no bound applies."""
+        self._entries.extendleft(reversed(entries))
+        self.n_tokens += sum(entry.n_tokens for entry in entries)
 
     def pop(self) -> Entry | None:
         """The entry that has waited longest."""

@@ -10,11 +10,12 @@ that fits may pass the head of the line that does not, but only so often, so tha
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
 
 from service.engine.queue import BoundedQueue, Place
-from service.engine.types import Admission, Choice, HaltReason, Job, Outcome, Plan, Result, Ticket
+from service.engine.types import Admission, Choice, HaltReason, Job, Outcome, Plan, Reading, Result, Ticket
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ class Scheduler:
 
     def __init__(self, limits: SchedulerLimits, line: Line | None = None) -> None:
         self._limits = limits
+        self.token_budget = limits.token_budget
+        """Packed tokens of one tick; less than the limit once memory has run out."""
         self._line = Line(limits) if line is None else line
         self._live: dict[Ticket, Entry] = {}  # in order of admission, which is the backend's order
         self._left: set[Ticket] = set()  # live sequences whose caller is gone
@@ -85,6 +88,10 @@ class Scheduler:
     @property
     def n_live(self) -> int:
         return len(self._live)
+
+    def depth(self, ticket: Ticket) -> int:
+        """Passes that a live sequence has made; 0 for any other."""
+        return len(self._live[ticket].levels) if ticket in self._live else 0
 
     @property
     def live_tokens(self) -> int:
@@ -98,8 +105,8 @@ class Scheduler:
         """Queue a job in its reserved place. Raises `ResourceExhausted` when its tokens do not fit in the line,
         `ValueError` when they would not fit in any tick.
         """
-        if len(job.tokens) > self._limits.token_budget:
-            budget = self._limits.token_budget
+        budget = self._limits.token_budget
+        if len(job.tokens) > budget:
             raise ValueError(f"the job has {len(job.tokens)} tokens: want at most token_budget = {budget}")
         return self._line.join(job, place, now)
 
@@ -135,9 +142,11 @@ class Scheduler:
         )
 
     def commit(self, plan: Plan, outcome: Outcome, now: float) -> list[tuple[Ticket, Result]]:
-        """Book one pass of every live sequence; the results of those that stop."""
+        """Book one pass of every sequence that the outcome tells of; the results of those that stop."""
         finished = []
-        for ticket, reading in zip(plan.live, outcome.readings, strict=True):
+        for ticket, reading in told(plan, outcome):
+            if ticket not in self._live:
+                continue  # it was dropped while its pass was on its way
             entry = self._live[ticket]
             entry.levels.append(reading.level)
             step = len(entry.levels)
@@ -157,6 +166,19 @@ class Scheduler:
         self._left.clear()
         return lost
 
+    def shrink(self, n_tokens: int) -> None:
+        """There was no memory for a tick of `n_tokens`. From now on half of that at the most.
+
+        What was live goes back to the head of the line and begins anew, which ends with the same answer.
+        """
+        self.token_budget = min(self.token_budget, n_tokens) // 2
+        again = [entry for ticket, entry in self._live.items() if ticket not in self._left]
+        for entry in again:
+            entry.levels, entry.chosen, entry.decode_seconds = [], {}, 0.0
+        self._line.put_back(again)
+        self._live.clear()
+        self._left.clear()
+
     def drop_all(self) -> tuple[Ticket, ...]:
         """Empty the line now and the live batch with the next plan."""
         dropped = list(self._live)
@@ -172,13 +194,15 @@ class Scheduler:
         for entry in self._line:
             if len(self._live) >= self._limits.max_live or used >= share:
                 break
-            if used + entry.n_tokens > self._limits.token_budget:
+            if entry.n_tokens > self.token_budget:
+                continue  # it waits for a batch with more memory
+            if used + entry.n_tokens > self.token_budget:
                 head = head or entry
             elif head is None or head.bypassed < self._limits.max_bypass:
                 if head is not None:
                     head.bypassed += 1
                 used += entry.n_tokens
-                entry.ceiling = self._ceiling(entry.job)
+                entry.ceiling = entry.ceiling or self._ceiling(entry.job)
                 entry.admitted = now
                 self._live[entry.ticket] = entry
                 admitted.append(entry)
@@ -195,6 +219,11 @@ class Scheduler:
         fill = min(1.0, len(self._line) / self._limits.max_waiting)
         floor = min(job.max_steps, self._limits.shed_min_steps)
         return max(floor, round(job.max_steps - fill * (job.max_steps - floor)))
+
+
+def told(plan: Plan, outcome: Outcome) -> Iterator[tuple[Ticket, Reading]]:
+    """Each reading with whose it is. Raises `ValueError` for an outcome that does not fit the plan."""
+    return zip(plan.live if outcome.tickets is None else outcome.tickets, outcome.readings, strict=True)
 
 
 def _result(entry: Entry, reason: HaltReason, now: float) -> Result:

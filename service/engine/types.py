@@ -99,8 +99,9 @@ class Reading:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one tick did."""
+    """What one tick did, or, of a backend that looks ahead, what there is to tell by now of the ticks before."""
 
-    readings: list[Reading]  # (N,) in the order of `Plan.live`
+    readings: list[Reading]  # one for each of `tickets`
     n_decoded: int  # rows that went through the vocabulary
     decode_seconds: float = 0.0  # what that took
+    tickets: tuple[Ticket, ...] | None = None  # whose readings; None: those of `Plan.live`

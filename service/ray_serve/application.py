@@ -22,12 +22,13 @@ HEALTH_SECONDS = 1.0
 
 
 def application(settings: Settings, fleet: Fleet) -> Any:
+    ongoing = max_ongoing(settings, fleet)
     deployment: Any = serve.deployment(
         serve.ingress()(Replica),
         name=NAME,
         ray_actor_options={"num_cpus": fleet.num_cpus, "num_gpus": fleet.num_gpus},
-        max_ongoing_requests=max_ongoing(settings),
-        max_queued_requests=max_ongoing(settings) * fleet.max_replicas,  # or a burst would fail for which there is room
+        max_ongoing_requests=ongoing,
+        max_queued_requests=ongoing * fleet.max_replicas,  # or a burst would fail for which there is room
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_SECONDS),
         graceful_shutdown_timeout_s=settings.grace_seconds + FLUSH_SECONDS,
         graceful_shutdown_wait_loop_s=0.5,
@@ -47,9 +48,10 @@ def application(settings: Settings, fleet: Fleet) -> Any:
     return deployment.bind(settings)
 
 
-def max_ongoing(settings: Settings) -> int:
+def max_ongoing(settings: Settings, fleet: Fleet) -> int:
     """More than the engine holds, live and waiting: so that it is the engine that refuses, at once and in its own
     words, before Serve keeps callers waiting in front of it.
     """
-    holds = settings.max_waiting + settings.max_live * max(1, settings.replicas)
+    max_live = settings.limits_on("cuda" if fleet.num_gpus else "cpu").max_live
+    holds = settings.max_waiting + max_live * max(1, settings.replicas)
     return holds + max(16, holds // 4)

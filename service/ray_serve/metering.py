@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import ray
 
 from service.engine.types import Outcome, Plan
-from service.metrics import Metrics
+from service.metrics import Bounds, Metrics
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class RayBoard:
 class ReplicaMetrics(Metrics):
     """A replica's own metrics, shown together with the others'."""
 
-    def __init__(self, clock: Callable[[], float], replica: str, board: Shared, token_budget: int) -> None:
+    def __init__(self, clock: Callable[[], float], replica: str, board: Shared, token_budget: int = 1) -> None:
         super().__init__(clock)
         self._replica = replica
         self._board = board
@@ -102,6 +102,10 @@ class ReplicaMetrics(Metrics):
         self._others: dict[str, str] = {}
         self._filled_seconds = 0.0
         self._fill_asked = clock()
+
+    def describe_bounds(self, bounds: Bounds, replicas: int) -> None:
+        super().describe_bounds(bounds, replicas)
+        self._token_budget = bounds.token_budget
 
     def ticked(self, seconds: float, plan: Plan, outcome: Outcome) -> None:
         super().ticked(seconds, plan, outcome)

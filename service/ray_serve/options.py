@@ -13,6 +13,7 @@ NOT_HERE = {
     "http_port": "http_options of Serve",
     "grpc_port": "grpc_options of Serve",
     "admin_key": "user_config of the deployment, which reloads every replica",
+    "api_workers": "proxy_location of Serve, whose proxies answer callers",
 }
 """Settings that Serve has in its own hands, and where."""
 

@@ -45,7 +45,7 @@ class Replica:
         self._settings = settings
         self._lifecycle = Lifecycle()
         board = RayBoard(f"{context.app_name}.{context.deployment}.metrics")
-        self._metrics = ReplicaMetrics(time.monotonic, context.replica_tag, board, settings.token_budget)
+        self._metrics = ReplicaMetrics(time.monotonic, context.replica_tag, board)
         self._tracer = open_tracer(settings.otel_endpoint)
         self._host = Host(settings, self._lifecycle, self._metrics, self._tracer)
         self._api_key = None if settings.api_key is None else settings.api_key.get_secret_value()

@@ -13,6 +13,6 @@ def routes(metrics: Metrics) -> APIRouter:
 
     @router.get("/metrics", summary="Metrics in Prometheus' text format")
     async def scrape() -> Response:
-        return Response(metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        return Response(await metrics.scrape(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     return router

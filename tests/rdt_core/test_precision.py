@@ -10,7 +10,7 @@ from torch import nn
 
 from rdt_core import RDT, ModelConfig, Packing, State
 from rdt_core import precision as precision_module
-from rdt_core.precision import PRECISIONS, Int8Linear, PackedLinear, Precision, prepare
+from rdt_core.precision import PRECISIONS, Int8Linear, PackedLinear, Precision, natural_precision, prepare
 
 CONFIGS = {
     "plain": ModelConfig(vocab_size=90, d_model=32, n_heads=4, n_encoder_layers=2, d_ff=64, suppress_tokens=(0, 3)),
@@ -45,7 +45,7 @@ def passes(model: RDT, n: int) -> tuple[State, torch.Tensor]:
         return state, model.decode(state.hidden, packing, masked.nonzero().squeeze(1))
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", TOLERANCE)
 def test_a_prepared_model_computes_the_same(model: RDT, precision: Precision) -> None:
     plain, plain_logits = passes(model, 4)
     state, logits = passes(prepare(copy.deepcopy(model), precision), 4)
@@ -103,7 +103,7 @@ def test_without_onednn(model: RDT, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_unknown_precision_is_named(model: RDT) -> None:
-    with pytest.raises(ValueError, match="precision is 'fp4': want one of fp32, bf16, int8"):
+    with pytest.raises(ValueError, match="precision is 'fp4': want one of fp32, tf32, bf16, fp16, int8"):
         prepare(model, "fp4")  # type: ignore[arg-type]
 
 
@@ -124,3 +124,16 @@ def test_few_row_counts_reach_the_kernels(model: RDT, monkeypatch: pytest.Monkey
             state = prepared.begin(torch.full((length,), 5), torch.ones(length, dtype=torch.bool), packing)
             prepared.decode(prepared(state, packing).hidden, packing, torch.arange(length))
     assert seen == {32, 64, 96}
+
+
+@pytest.mark.parametrize("precision", sorted(set(PRECISIONS) - set(TOLERANCE)))
+def test_formats_of_cuda_are_refused_on_a_cpu(precision: Precision) -> None:
+    with pytest.raises(ValueError, match=f"precision is {precision}: want a CUDA device, not cpu"):
+        prepare(RDT(CONFIGS["plain"]), precision)
+
+
+def test_what_is_left_to_the_device() -> None:
+    assert natural_precision(torch.device("cpu")) == "fp32"
+    assert natural_precision(torch.device("cuda:1")) == "bf16"
+    assert RDT(CONFIGS["plain"]).precision == "fp32"
+    assert prepare(RDT(CONFIGS["plain"]), "bf16").precision == "bf16"

@@ -16,9 +16,11 @@ import pytest
 import torch
 
 from rdt_core import RDT, Checkpoint, ModelConfig, checkpoint
+from service import hosting
 from service.errors import FailedPrecondition, Unavailable
 from service.hosting import Host
 from service.lifecycle import Lifecycle
+from service.loading import load_model
 from service.metrics import Metrics
 from service.rest.app import create_app
 from service.settings import Settings
@@ -32,8 +34,12 @@ BRIEF = {"text": "a [MASK]", "max_steps": 3, "threshold": 0.0}
 class Hosted:
     """A host of a tiny model, and the HTTP interface over it."""
 
-    def __init__(self, path: Path, api_key: str | None = None, admin_key: str | None = ADMIN_KEY) -> None:
-        self.settings = Settings(checkpoint=path, device="cpu", threads=1, replicas=2, max_steps_limit=10**6)
+    def __init__(
+        self, path: Path, api_key: str | None = None, admin_key: str | None = ADMIN_KEY, devices: str = ""
+    ) -> None:
+        self.settings = Settings(
+            checkpoint=path, device="cpu", devices=devices, threads=1, replicas=2, max_steps_limit=10**6
+        )
         self.lifecycle = Lifecycle()
         self.metrics = Metrics(FakeClock())
         self.host = Host(self.settings, self.lifecycle, self.metrics)
@@ -146,6 +152,25 @@ async def test_the_old_model_does_not_stay_in_memory(hosted: Hosted, path: Path)
     await hosted.denoise(BRIEF)
     await hosted.until(lambda: hosted.host._retiring is None)
     assert old() is None, "gone at once: what is frozen is never collected"
+
+
+async def test_several_devices_are_fed_from_one_queue(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model once on each; here they are all the same CPU."""
+    asked: list[str] = []
+
+    def load_on_cpu(file: Path, device: str, precision: Any) -> Any:
+        asked.append(device)
+        return load_model(file, "cpu", precision)
+
+    monkeypatch.setattr(hosting, "load_model", load_on_cpu)
+    several = Hosted(path, devices="0,2")
+    await several.host.load()
+    assert asked == ["cuda:0", "cuda:2"]
+    assert several.lifecycle.denoiser.card.device == "cuda:0,cuda:2"
+    assert several.sample("rdt_replicas") == 4, "two on each"
+    answers = await asyncio.gather(*(several.denoise(BRIEF) for _ in range(8)))
+    assert {answer.text for answer in answers} == {answers[0].text}
+    await several.host.stop()
 
 
 async def test_the_same_file_changes_nothing(hosted: Hosted) -> None:

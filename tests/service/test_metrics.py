@@ -19,7 +19,7 @@ NAMES = {
     "rdt_tick_duration_seconds", "rdt_tick_tokens", "rdt_decoded_rows",
     "rdt_compute_duration_seconds", "rdt_decode_seconds", "rdt_broken_ticks", "rdt_model_reloads", "rdt_ready",
     "rdt_waiting_requests_limit", "rdt_waiting_tokens", "rdt_waiting_tokens_limit", "rdt_tick_tokens_limit",
-    "rdt_replicas",
+    "rdt_replicas", "rdt_out_of_memory",
 }  # fmt: skip
 
 
@@ -70,7 +70,7 @@ async def test_failures_outside_the_use_case_are_counted_too(service: Service) -
 async def test_the_numbers_after_a_known_load(service: Service, tiny_model: RDT) -> None:
     """The real engine and the real backend: what was asked for is what is counted."""
     limits = SchedulerLimits(token_budget=64, max_live=8, max_waiting=16, max_waiting_tokens=400)
-    engine = BatchingEngine([EagerBackend(tiny_model)], limits, on_tick=service.metrics.ticked)
+    engine = BatchingEngine([EagerBackend(tiny_model)], limits, watcher=service.metrics)
     await engine.start()
     service.denoiser.engine = engine
     service.metrics.watch(engine)

@@ -29,7 +29,7 @@ def held() -> HeldBackend:
 
 @pytest.fixture
 async def engine(service: Service, held: HeldBackend) -> AsyncIterator[BatchingEngine]:
-    engine = BatchingEngine([held], SchedulerLimits(32, MAX_LIVE, MAX_WAITING, 1000), on_tick=service.metrics.ticked)
+    engine = BatchingEngine([held], SchedulerLimits(32, MAX_LIVE, MAX_WAITING, 1000), watcher=service.metrics)
     await engine.start()
     service.denoiser.engine = engine
     service.metrics.watch(engine)

@@ -168,8 +168,8 @@ def test_the_bounds_agree_with_the_engines(monkeypatch: pytest.MonkeyPatch) -> N
     settings, fleet = read_arguments({"max_waiting": "10", "max_live": 1, "num_cpus": 4})
     config = application(settings, fleet)._bound_deployment._deployment_config
     assert settings.replicas == 4
-    assert config.max_ongoing_requests == max_ongoing(settings) > 10 + 4
-    assert config.max_queued_requests == 4 * max_ongoing(settings), "a burst that all can hold is not refused"
+    assert config.max_ongoing_requests == max_ongoing(settings, fleet) > 10 + 4
+    assert config.max_queued_requests == 4 * max_ongoing(settings, fleet), "a burst that all can hold is not refused"
     assert config.graceful_shutdown_timeout_s > 7
     assert (config.autoscaling_config.min_replicas, config.autoscaling_config.max_replicas) == (1, 4)
 

@@ -21,7 +21,7 @@ def test_defaults() -> None:
         "127.0.0.1",
         8000,
         "auto",
-        "fp32",
+        "auto",
     )
     assert (settings.grpc_port, settings.max_batch_items) == (50051, 64)
     assert settings.api_key is None

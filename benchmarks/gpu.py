@@ -1,0 +1,184 @@
+"""`python -m benchmarks.gpu`: what a card makes of the engine, step by step, and whether its answers stay the same.
+
+Needs torch, numpy, tokenizers and this repository. Runs on a CPU too, where it proves the program and no speed.
+
+    agreement   2,000 mixed requests in every number format against the float32 reference loop: tokens and steps
+    ladder      requests a second of the plain loop, of padded batches (in the order of arrival, and sorted), and of the
+                engine with each step added: refill by depth, looking a tick ahead, captured passes
+    idle        share of the time in which nothing ran on the card, at saturation
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import contenders, record
+from benchmarks.engine import load
+from benchmarks.workloads import WORKLOADS, make_jobs
+from rdt_core import RDT
+from rdt_core.precision import Precision, prepare
+from service.engine.backend import Backend
+from service.engine.cuda_graph import CapturedPasses
+from service.engine.eager import EagerBackend
+from service.engine.lookahead import LookaheadBackend
+from service.engine.types import Job
+
+LOOP_REQUESTS = 48
+"""The loop needs no more to be measured."""
+PEAK_SIZE, PEAK_REPEATS = 8192, 20
+FORMATS: dict[str, tuple[Precision, ...]] = {"cuda": ("tf32", "bf16", "fp16"), "cpu": ("bf16", "int8")}
+
+
+def agreement(model: RDT, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Share of requests with the very tokens, and the very number of passes, of the reference.
+
+    A threshold in the middle of the levels, so that passes are the gate's to decide.
+    """
+    jobs = make_jobs("mixed", options.agreement, model.config.vocab_size, seed=1)
+    levels = sorted(contenders.restored(model, job).levels[-1] for job in jobs[:32])
+    threshold = statistics.median(levels)
+    jobs = [Job(j.tokens, j.masked, j.max_steps, threshold, "gate") for j in jobs]
+    alone = [contenders.restored(model, job) for job in jobs]
+    rows = []
+    for precision in ("fp32", *FORMATS[options.device]):
+        served = prepare(copy.deepcopy(model), precision)
+        results = contenders.serve(backend_of(served, options), jobs, options.token_budget, options.max_live)
+        pairs = list(zip(results, alone, strict=True))
+        n_tokens = sum(len(one.rows) for one in alone)
+        same = sum(a == b for ours, one in pairs for a, b in zip(ours.tokens, one.tokens, strict=True))
+        total = sum(len(one.tokens) for one in alone)
+        row = {
+            "precision": precision,
+            "requests": len(jobs),
+            "same_tokens_and_steps": sum(o.tokens == a.tokens and o.steps == a.steps for o, a in pairs) / len(pairs),
+            "same_steps": sum(ours.steps == one.steps for ours, one in pairs) / len(pairs),
+            "masked_tokens_changed": (total - same) / n_tokens,
+        }
+        print(row, flush=True)
+        rows.append(row)
+    return rows
+
+
+def backend_of(model: RDT, options: argparse.Namespace) -> Backend:
+    """As the server chooses it."""
+    if model.device.type == "cuda" and model.precision in ("bf16", "fp16"):
+        return LookaheadBackend(model, options.token_budget, options.max_live, CapturedPasses(model))
+    return EagerBackend(model)
+
+
+def ladder(model: RDT, workload: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Requests a second, medians of rounds in which all take their turns."""
+    jobs = make_jobs(workload, options.requests, model.config.vocab_size)
+    few = jobs[:LOOP_REQUESTS]
+    bounds = (options.token_budget, options.max_live)
+    runs: dict[str, tuple[int, Callable[[], object]]] = {"loop": (len(few), partial(contenders.loop, model, few))}
+    for size in options.sizes:
+        runs[f"static {size}"] = (len(jobs), partial(contenders.static, model, jobs, size))
+        runs[f"sorted {size}"] = (len(jobs), partial(contenders.static, model, contenders.by_cost(jobs), size))
+    backends: dict[str, Backend] = {
+        "refill": EagerBackend(model),
+        "+ lookahead": LookaheadBackend(model, *bounds),
+    }
+    if model.device.type == "cuda":
+        backends["+ captured passes"] = LookaheadBackend(model, *bounds, CapturedPasses(model))
+    for name, backend in backends.items():
+        runs[name] = (len(jobs), partial(contenders.serve, backend, jobs, *bounds))
+    for _, run in runs.values():  # kernels, workspaces, captures
+        run()
+    rates: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(options.rounds):
+        for name, (n, run) in runs.items():
+            rates[name].append(n / seconds(run, model.device))
+    rate = {name: statistics.median(found) for name, found in rates.items()}
+    best = {kind: max((n for n in rate if n.startswith(kind)), key=rate.__getitem__) for kind in ("static", "sorted")}
+    ours = list(backends)[-1]
+    useful = contenders.useful_flops(model, jobs)
+    theory = contenders.static_flops(model, jobs, int(best["static"].split()[1])) / useful
+    return {
+        "workload": workload,
+        "requests_per_second": {name: round(value, 1) for name, value in rate.items()},
+        "tokens_per_second": round(rate[ours] * sum(len(job.tokens) for job in jobs) / len(jobs)),
+        "over_loop": round(rate[ours] / rate["loop"], 2),
+        "over_static": round(rate[ours] / rate[best["static"]], 2),
+        "over_sorted": round(rate[ours] / rate[best["sorted"]], 2),
+        "realised_over_theoretical": round(rate[ours] / rate[best["static"]] / theory, 3),
+        "share_of_peak": round(useful / len(jobs) * rate[ours] / options.peak, 3),
+        "idle_share": round(idle_share(backends[ours], jobs, options), 4) if model.device.type == "cuda" else None,
+    }
+
+
+def idle_share(backend: Backend, jobs: Sequence[Job], options: argparse.Namespace) -> float:
+    """Of the time from the first kernel to the last, in which none ran."""
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        contenders.serve(backend, jobs[: options.requests // 2], options.token_budget, options.max_live)
+        torch.cuda.synchronize()
+    spans = sorted((e.time_range.start, e.time_range.end) for e in seen.events() if e.device_time > 0)
+    busy, until = 0.0, float("-inf")
+    for start, end in spans:
+        busy += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return 1 - busy / (until - spans[0][0])
+
+
+def matrix_peak(device: torch.device) -> float:
+    """FLOP/s of a large product in bfloat16."""
+    n = PEAK_SIZE if device.type == "cuda" else PEAK_SIZE // 8
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+
+    def products() -> None:
+        for _ in range(PEAK_REPEATS):
+            torch.mm(a, b)
+
+    products()
+    return 2 * n**3 * PEAK_REPEATS / min(seconds(products, device) for _ in range(3))
+
+
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    began = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    has_cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=tuple(FORMATS), default="cuda" if has_cuda else "cpu")
+    parser.add_argument("--models", nargs="+", default=["models/rdt-small/best_model.pt", "base", "large"])
+    parser.add_argument("--workloads", nargs="+", choices=tuple(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument("--requests", type=int, default=4096 if has_cuda else 32)
+    parser.add_argument("--agreement", type=int, default=2000 if has_cuda else 32, help="requests compared")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[16, 64, 256] if has_cuda else [4, 16])
+    parser.add_argument("--token-budget", type=int, default=16_384 if has_cuda else 512)
+    parser.add_argument("--max-live", type=int, default=512 if has_cuda else 64)
+    parser.add_argument("--rounds", type=int, default=3)
+    record.add_arguments(parser)
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    options.peak = matrix_peak(device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    print(f"{name}: {options.peak / 1e12:.2f} TFLOP/s in bfloat16", flush=True)
+    agreements, results = {}, {}
+    for weights in options.models:
+        model = load(weights).to(device)
+        agreements[weights] = agreement(model, options)
+        prepare(model, "bf16")
+        results[weights] = []
+        for workload in options.workloads:
+            results[weights].append(ladder(model, workload, options))
+            print(weights, results[weights][-1], flush=True)
+    record.finish("gpu", options, accelerator=name, agreement=agreements, ladder=results)
+
+
+if __name__ == "__main__":
+    main()

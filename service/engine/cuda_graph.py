@@ -1,0 +1,86 @@
+"""A pass captured once for each size of batch, and replayed: one launch for the host instead of hundreds.
+
+What a graph reads and writes lies in fixed places (`static_batch`), and where sequences begin is read on the device
+(variable-length attention), so one graph serves every batch of its size.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from rdt_core.model import RDT
+from service.engine.static_batch import Bucket, Buffers, Size, one_pass
+
+log = logging.getLogger(__name__)
+
+WARM_PASSES = 2
+"""Before a capture: libraries choose their kernels and take their workspaces the first time, outside of a graph."""
+
+
+class CapturedPasses:
+    """`Passes` by CUDA graphs; once a capture fails, by plain launches. One for each backend, since it holds addresses.
+
+    Wants a model in half precision: elsewhere attention looks at the lengths on the host.
+    """
+
+    def __init__(self, model: RDT) -> None:
+        self._model = model
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        self._captures = True
+
+    def prepare(self, buffers: Buffers, sizes: Sequence[Size]) -> None:
+        """All sizes, the largest first, since what it takes of the shared pool is enough for the others."""
+        for size in reversed(sizes):
+            self._capture(buffers, size)
+
+    def __call__(self, buffers: Buffers, bucket: Bucket) -> None:
+        if self._captures and bucket.n_rows not in self._graphs:
+            self._capture(buffers, Size(bucket.n_rows, bucket.n_places))
+        graph = self._graphs.get(bucket.n_rows)
+        if graph is None:
+            one_pass(self._model, buffers, bucket)
+        else:
+            graph.replay()
+
+    def _capture(self, buffers: Buffers, size: Size) -> None:
+        """Raises `torch.OutOfMemoryError`; any other failure ends capturing for good."""
+        if not self._captures:
+            return
+        held = [buffer.clone() for buffer in buffers]  # passes to warm up are real ones
+        try:
+            self._graphs[size.n_rows] = self._captured(buffers, self._any_batch(buffers, size))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            log.warning("passes cannot be captured, they are launched one kernel at a time: %s", error)
+            self._captures = False
+            self._graphs.clear()
+        finally:
+            for buffer, was in zip(buffers, held, strict=True):
+                buffer.copy_(was)
+
+    def _captured(self, buffers: Buffers, bucket: Bucket) -> torch.cuda.CUDAGraph:
+        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_PASSES):
+                one_pass(self._model, buffers, bucket)
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            one_pass(self._model, buffers, bucket)
+        return graph
+
+    def _any_batch(self, buffers: Buffers, size: Size) -> Bucket:
+        """The same for all batches of the size: nothing of a layout but its places is baked into a graph."""
+        return Bucket(
+            lengths=(min(size.n_rows, self._model.config.max_seq_len),),  # no sequence is longer
+            offsets=buffers.offsets[: size.n_places + 1],
+            positions=buffers.positions[: size.n_rows],
+            sequence_ids=buffers.sequence_ids[: size.n_rows],
+            n_rows=size.n_rows,
+            n_places=size.n_places,
+        )

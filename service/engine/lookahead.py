@@ -1,0 +1,267 @@
+"""The next pass is launched before the last one has been read: a device never waits for the host.
+
+T: rows of the bucket   N: its sequences   D: model width   G: features of the gate   R: rows decoded
+
+Halting is decided on the device. A sequence that has halted is frozen where it lies: the pass that is launched before
+the host knows leaves it untouched, and is counted nowhere. One tick is
+
+    arrange   rows of those that go on close up, newcomers' join           device-side gathers, when membership changed
+    launch    one pass over a bucket of fixed size, levels and reasons      in fixed places: `static_batch`
+    collect   the readings of the tick before, and what was decoded for it  one small read-back
+    decode    the rows of those that turn out to have halted                launched now, collected in the next tick
+
+so a plain reading is told one tick late, a last one two. Sequences that settle or are streamed need to be read
+after every pass: they take the eager way, beside.
+
+Everything here runs on a CPU too, where nothing is asynchronous and the answers must be those of `EagerBackend`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rdt_core.model import RDT
+from rdt_core.packing import Packing
+from service.engine.backend import OutOfMemory
+from service.engine.eager import GO_ON, REASONS, Decoded, EagerBackend
+from service.engine.static_batch import (
+    Bucket,
+    Buffers,
+    Passes,
+    PlainPasses,
+    Size,
+    close_up,
+    lay_out,
+    sizes_up_to,
+)
+from service.engine.types import Admission, Job, Outcome, Plan, Reading, Ticket
+
+
+@dataclass(eq=False)
+class Sequence:
+    """Who lies where. `job` knows its masked rows, which stay masked until the end."""
+
+    ticket: Ticket
+    job: Job
+    first_row: int
+
+    @property
+    def rows(self) -> range:
+        """Of the bucket."""
+        return range(self.first_row, self.first_row + len(self.job.tokens))
+
+    @property
+    def due_rows(self) -> list[int]:
+        """Rows of the bucket that are decoded when it halts."""
+        if self.job.decode_all:
+            return list(self.rows)
+        return [row for row, hidden in zip(self.rows, self.job.masked, strict=True) if hidden]
+
+    @property
+    def n_due(self) -> int:
+        return len(self.job.tokens) if self.job.decode_all else sum(self.job.masked)
+
+
+class Launched(NamedTuple):
+    """A pass on its way: who was in it, in the order of places, and what will be read of it."""
+
+    sequences: list[Sequence]
+    level: Tensor  # (N,) on the host, once `done`
+    reason: Tensor  # (N,) on the host, once `done`
+    done: Callable[[], None]  # waits
+
+
+class Decoding(NamedTuple):
+    """Rows of halted sequences on their way through the vocabulary."""
+
+    halted: list[tuple[Sequence, Reading]]  # the readings without their choices
+    first_rows: list[int]  # of each, when it was sent
+    decoded: Decoded  # on the host, once `done`
+    done: Callable[[], None]
+
+
+class LookaheadBackend:
+    """A `Backend` whose outcomes come a tick late. `passes` carries out a pass over the static batch."""
+
+    def __init__(self, model: RDT, token_budget: int, max_live: int, passes: Passes | None = None) -> None:
+        self._model = model
+        self._sizes = sizes_up_to(token_budget, max_live)
+        self._buffers = Buffers.of(model, *self._sizes[-1])
+        self._passes: Passes = passes or PlainPasses(model)
+        self._prepared = False
+        self._eager = EagerBackend(model)
+        self._forget()
+
+    def reset(self) -> None:
+        self._forget()
+        self._eager.reset()
+
+    @torch.inference_mode()
+    def run(self, plan: Plan) -> Outcome:
+        try:
+            with on_device(self._model.device):
+                return self._run(plan)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(str(error)) from None
+
+    def _forget(self) -> None:
+        self._sequences: list[Sequence] = []  # in the order of their places
+        self._bucket: Bucket | None = None
+        self._halted: set[Ticket] = set()  # frozen, and not yet told
+        self._launched: Launched | None = None
+        self._decoding: Decoding | None = None
+        self._beside: set[Ticket] = set()  # those that take the eager way
+
+    def _run(self, plan: Plan) -> Outcome:
+        if not self._prepared:
+            self._passes.prepare(self._buffers, self._sizes)
+            self._prepared = True
+        beside = self._run_beside(plan)
+        self._arrange(plan)
+        launched = self._launch(plan.overdue)
+        began = time.perf_counter()
+        told = list(self._collect_decoded())
+        decode_seconds = time.perf_counter() - began
+        told += self._collect()
+        self._launched = launched
+        return Outcome(
+            readings=[*(reading for _, reading in told), *beside.readings],
+            n_decoded=sum(len(reading.chosen) for _, reading in told) + beside.n_decoded,
+            decode_seconds=decode_seconds + beside.decode_seconds,
+            tickets=(*(ticket for ticket, _ in told), *(beside.tickets or ())),
+        )
+
+    def _run_beside(self, plan: Plan) -> Outcome:
+        """Those that have to be read after every pass."""
+        admitted = tuple(a for a in plan.admitted if a.job.stream or a.job.halting == "settle")
+        self._beside.update(a.ticket for a in admitted)
+        live = tuple(ticket for ticket in plan.live if ticket in self._beside)
+        dropped = tuple(ticket for ticket in plan.dropped if ticket in self._beside)
+        self._beside.difference_update(dropped)
+        if not live and not dropped:
+            return Outcome([], 0)
+        outcome = self._eager.run(replace(plan, admitted=admitted, dropped=dropped, live=live))
+        ended = (ticket for ticket, read in zip(live, outcome.readings, strict=True) if read.reason is not None)
+        self._beside.difference_update(ended)
+        return replace(outcome, tickets=live)
+
+    def _arrange(self, plan: Plan) -> None:
+        """Those that halted or were dropped go, and newcomers join."""
+        newcomers = [a for a in plan.admitted if a.ticket not in self._beside]
+        stay = set(plan.live) - self._halted
+        kept = [(place, one) for place, one in enumerate(self._sequences) if one.ticket in stay]
+        if not newcomers and len(kept) == len(self._sequences):
+            return
+        if kept and len(kept) < len(self._sequences):
+            close_up(self._buffers, [(place, one.rows) for place, one in kept])
+        self._sequences = [one for _, one in kept]
+        first_row = 0
+        for one in self._sequences:
+            one.first_row, first_row = first_row, first_row + len(one.job.tokens)
+        if newcomers:
+            self._begin(newcomers, first_row)
+        lengths = [len(one.job.tokens) for one in self._sequences]
+        self._bucket = lay_out(self._buffers, lengths, self._fitting(lengths)) if lengths else None
+
+    def _fitting(self, lengths: list[int]) -> Size:
+        n_rows, n_live = sum(lengths), len(lengths)
+        return next(size for size in self._sizes if size.n_rows >= n_rows and size.n_places > n_live)
+
+    def _begin(self, admitted: list[Admission], first_row: int) -> None:
+        """The prelude of all newcomers at once, behind those that are there."""
+        buffers, device, jobs = self._buffers, self._model.device, [a.job for a in admitted]
+        first_place = len(self._sequences)
+        packing = Packing.of([len(job.tokens) for job in jobs], device)
+        tokens = torch.tensor([token for job in jobs for token in job.tokens], device=device)
+        masked = torch.tensor([hidden for job in jobs for hidden in job.masked], device=device)
+        state = self._model.begin(tokens, masked, packing)
+        rows, places = slice(first_row, first_row + len(tokens)), slice(first_place, first_place + len(jobs))
+        buffers.hidden[rows], buffers.embedded[rows], buffers.masked[rows] = state.hidden, state.embedded, masked
+        buffers.token_level[rows] = state.gate.token_level
+        buffers.level[places], buffers.summary[places] = state.gate.level, state.gate.summary
+        buffers.threshold[places] = torch.tensor([job.threshold for job in jobs], dtype=torch.float64, device=device)
+        buffers.ceiling[places] = torch.tensor([a.ceiling for a in admitted], device=device)
+        buffers.step[places], buffers.reason[places] = 0, GO_ON
+        for a in admitted:
+            self._sequences.append(Sequence(a.ticket, a.job, first_row))
+            first_row += len(a.job.tokens)
+
+    def _launch(self, overdue: frozenset[Ticket]) -> Launched | None:
+        if self._bucket is None:
+            return None
+        n = len(self._sequences)
+        late = [one.ticket in overdue for one in self._sequences]
+        self._buffers.late[:n] = torch.tensor(late, device=self._model.device)
+        self._passes(self._buffers, self._bucket)
+        (level, reason), done = to_host(self._buffers.level[:n], self._buffers.reason[:n])
+        return Launched(list(self._sequences), level, reason, done)
+
+    def _collect(self) -> list[tuple[Ticket, Reading]]:
+        """What the pass before this one came to. Those that have halted in it are sent through the vocabulary."""
+        if self._launched is None:
+            return []
+        sequences, level, reason, done = self._launched
+        done()
+        present = {one.ticket for one in self._sequences}
+        told: list[tuple[Ticket, Reading]] = []
+        halted: list[tuple[Sequence, Reading]] = []
+        for one, at, code in zip(sequences, level.tolist(), reason.tolist(), strict=True):
+            if one.ticket not in present:
+                continue  # frozen since the pass before, or dropped
+            reading = Reading(at, REASONS[code], [], [])
+            if reading.reason is None:
+                told.append((one.ticket, reading))
+            else:
+                halted.append((one, reading))
+        if halted:
+            self._halted.update(one.ticket for one, _ in halted)
+            self._decode(halted)
+        return told
+
+    def _decode(self, halted: list[tuple[Sequence, Reading]]) -> None:
+        assert self._bucket is not None
+        rows = torch.tensor([row for one, _ in halted for row in one.due_rows], dtype=torch.int64).to(
+            self._model.device
+        )
+        hidden = self._buffers.hidden[: self._bucket.n_rows]
+        top_k = max(one.job.top_k for one, _ in halted)
+        decoded = Decoded.of(self._model, hidden, self._bucket, rows, top_k)
+        on_host, done = to_host(*decoded)
+        self._decoding = Decoding(halted, [one.first_row for one, _ in halted], Decoded(*on_host), done)
+
+    def _collect_decoded(self) -> Iterator[tuple[Ticket, Reading]]:
+        if self._decoding is None:
+            return
+        halted, first_rows, decoded, done = self._decoding
+        self._decoding = None
+        done()
+        choices = iter(decoded.choices())
+        for (one, reading), first_row in zip(halted, first_rows, strict=True):
+            own = [next(choices) for _ in range(one.n_due)]
+            chosen = [replace(c, row=c.row - first_row, candidates=c.candidates[: one.job.top_k]) for c in own]
+            self._halted.discard(one.ticket)
+            yield one.ticket, replace(reading, chosen=chosen)
+
+
+def to_host(*tensors: Tensor) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
+    """Copies that are there once the second value has been called."""
+    if not tensors[0].is_cuda:
+        return tuple(tensor.clone() for tensor in tensors), lambda: None
+    copies = tuple(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors)
+    for copy, tensor in zip(copies, tensors, strict=True):
+        copy.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+    return copies, copied.synchronize
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Streams and events are those of the current device, which every thread has to choose for itself."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,0 +1,192 @@
+"""A batch of fixed size in fixed places, so that a pass over it can be captured once and replayed.
+
+T: rows of the bucket   N: its places   D: model width   G: features of the gate
+
+Sequences lie end to end at the front, as in any packing; the rows behind them are dead and belong to the last
+place, which is nobody's. A place whose reason is not `GO_ON` is frozen: passes leave it and its rows untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from rdt_core.gate import GateState
+from rdt_core.model import RDT, State
+from rdt_core.packing import Packing
+from service.engine.eager import GATE, GO_ON, reasons_of
+
+SMALLEST_BUCKET = 64
+ROWS_A_SEQUENCE = 8
+"""A bucket of T rows has room for T / 8 sequences: of shorter ones there are fewer than would fit."""
+
+
+class Size(NamedTuple):
+    """Of a bucket."""
+
+    n_rows: int
+    n_places: int
+
+
+def sizes_up_to(token_budget: int, max_live: int) -> list[Size]:
+    """64, 96, 128, 192, 256, … rows up to the budget: at most a third of a bucket's rows are dead."""
+    steps = [SMALLEST_BUCKET]
+    while steps[-1] < token_budget:
+        steps += [steps[-1] * 3 // 2, steps[-1] * 2]
+    sizes = [Size(n_rows, n_rows // ROWS_A_SEQUENCE + 1) for n_rows in steps if n_rows < token_budget]
+    return [*sizes, Size(token_budget, max(token_budget // ROWS_A_SEQUENCE, max_live) + 1)]
+
+
+@dataclass(frozen=True, eq=False)
+class Bucket(Packing):
+    """A packing of fixed size: dead rows belong to the last sequence, which is nobody's."""
+
+    n_rows: int = 0
+    n_places: int = 0
+
+    @property
+    def n_sequences(self) -> int:
+        return self.n_places
+
+    @property
+    def n_tokens(self) -> int:
+        return self.n_rows
+
+    @property
+    def equal_lengths(self) -> bool:
+        return False
+
+
+class Buffers(NamedTuple):
+    """What a pass reads and writes in place: capacity `T` and `N`, of which a bucket uses the first part."""
+
+    hidden: Tensor  # (T, D)
+    embedded: Tensor  # (T, D)
+    masked: Tensor  # (T,) bool
+    token_level: Tensor  # (T,)
+    positions: Tensor  # (T,) int64
+    sequence_ids: Tensor  # (T,) int64
+    offsets: Tensor  # (N + 1,) int32
+    level: Tensor  # (N,)
+    summary: Tensor  # (N, G)
+    threshold: Tensor  # (N,) float64
+    ceiling: Tensor  # (N,) int64
+    step: Tensor  # (N,) int64
+    late: Tensor  # (N,) bool
+    reason: Tensor  # (N,) int64, an index into `REASONS`; anything but `GO_ON` is frozen
+
+    @classmethod
+    def of(cls, model: RDT, n_rows: int, n_places: int) -> Buffers:
+        config, device = model.config, model.device
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        width = config.d_model
+        return cls(
+            hidden=zeros(n_rows, width),
+            embedded=zeros(n_rows, width),
+            masked=zeros(n_rows, dtype=torch.bool),
+            token_level=zeros(n_rows),
+            positions=zeros(n_rows, dtype=torch.int64),
+            sequence_ids=zeros(n_rows, dtype=torch.int64),
+            offsets=zeros(n_places + 1, dtype=torch.int32),
+            level=zeros(n_places),
+            summary=zeros(n_places, config.gate_hidden_dim),
+            threshold=zeros(n_places, dtype=torch.float64),
+            ceiling=zeros(n_places, dtype=torch.int64),
+            step=zeros(n_places, dtype=torch.int64),
+            late=zeros(n_places, dtype=torch.bool),
+            reason=zeros(n_places, dtype=torch.int64),
+        )
+
+
+ROW_BUFFERS = ("hidden", "embedded", "masked", "token_level")
+PLACE_BUFFERS = ("level", "summary", "threshold", "ceiling", "step", "reason")
+"""What moves with a sequence when the batch closes up."""
+
+
+class Passes(Protocol):
+    """Carries out `one_pass`."""
+
+    def prepare(self, buffers: Buffers, sizes: Sequence[Size]) -> None:
+        """Before the first request: make what can be made ahead."""
+
+    def __call__(self, buffers: Buffers, bucket: Bucket) -> None:
+        """One pass over the bucket's rows and places, in place."""
+
+
+def one_pass(model: RDT, buffers: Buffers, bucket: Bucket) -> None:
+    """The arithmetic of a tick: nothing here asks the device about a value, so that it can be captured."""
+    rows, places = slice(bucket.n_rows), slice(bucket.n_places)
+    gate = GateState(buffers.level[places], buffers.summary[places], buffers.token_level[rows])
+    before = State(buffers.hidden[rows], buffers.embedded[rows], buffers.masked[rows], gate)
+    after = model(before, bucket)
+    goes_on = buffers.reason[places] == GO_ON  # (N,)
+    row_goes_on = goes_on[bucket.sequence_ids]  # (T,)
+    buffers.hidden[rows] = torch.where(row_goes_on[:, None], after.hidden.float(), before.hidden)
+    buffers.token_level[rows] = torch.where(row_goes_on, after.gate.token_level, gate.token_level)
+    buffers.summary[places] = torch.where(goes_on[:, None], after.gate.summary, gate.summary)
+    buffers.level[places] = torch.where(goes_on, after.gate.level, gate.level)
+    buffers.step[places] += goes_on
+    reason = reasons_of(
+        level=buffers.level[places],
+        threshold=buffers.threshold[places],
+        last=buffers.step[places] >= buffers.ceiling[places],
+        late=buffers.late[places],
+    )
+    buffers.reason[places] = torch.where(goes_on, reason, buffers.reason[places])
+
+
+class PlainPasses:
+    """Each operation as it comes."""
+
+    def __init__(self, model: RDT) -> None:
+        self._model = model
+
+    def prepare(self, buffers: Buffers, sizes: Sequence[Size]) -> None:
+        pass
+
+    def __call__(self, buffers: Buffers, bucket: Bucket) -> None:
+        one_pass(self._model, buffers, bucket)
+
+
+def lay_out(buffers: Buffers, lengths: Sequence[int], size: Size) -> Bucket:
+    """Write where sequences of these lengths lie, one behind the other, and freeze the places behind them."""
+    n_live, n_tokens = len(lengths), sum(lengths)
+    n_dead = size.n_rows - n_tokens
+    layout = Packing.of([*lengths, n_dead] if n_dead else lengths)
+    nobody = size.n_places - 1
+    sequence_ids = layout.sequence_ids.masked_fill(layout.sequence_ids == n_live, nobody)
+    ends = layout.offsets[: n_live + 1]
+    offsets = torch.cat((ends, ends[-1:].expand(size.n_places - n_live)))
+    rows = slice(size.n_rows)
+    buffers.positions[rows] = layout.positions.to(buffers.positions.device)
+    buffers.sequence_ids[rows] = sequence_ids.to(buffers.sequence_ids.device)
+    buffers.offsets[: size.n_places + 1] = offsets.to(buffers.offsets.device)
+    buffers.masked[n_tokens : size.n_rows] = False
+    buffers.reason[n_live : size.n_places] = GATE
+    return Bucket(
+        lengths=layout.lengths,
+        offsets=buffers.offsets[: size.n_places + 1],
+        positions=buffers.positions[rows],
+        sequence_ids=buffers.sequence_ids[rows],
+        n_rows=size.n_rows,
+        n_places=size.n_places,
+    )
+
+
+def close_up(buffers: Buffers, kept: Sequence[tuple[int, range]]) -> None:
+    """Move kept places, each with its rows, to the front in this order."""
+    device = buffers.hidden.device
+    places = torch.tensor([place for place, _ in kept], device=device)
+    rows = torch.tensor(list(chain.from_iterable(rows for _, rows in kept)), device=device)
+    for names, chosen in ((ROW_BUFFERS, rows), (PLACE_BUFFERS, places)):
+        for name in names:
+            buffer: Tensor = getattr(buffers, name)
+            buffer[: len(chosen)] = buffer[chosen]  # gathered first, then written

@@ -1,0 +1,138 @@
+"""Captured passes: the rules of capturing with a graph of our own making, and on a card the real thing."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from rdt_core import RDT
+from rdt_core.precision import prepare
+from service.engine import cuda_graph
+from service.engine.cuda_graph import CapturedPasses
+from service.engine.lookahead import LookaheadBackend
+from service.engine.reference import run_reference
+from service.engine.static_batch import Bucket, Buffers
+from tests.service.test_eager import LIMITS, random_job, run_all
+
+
+class Recording:
+    """A graph on a CPU: remembers the pass that was made while it recorded, and makes it again."""
+
+    current: Recording | None = None
+    made = 0
+
+    def __init__(self) -> None:
+        self.pass_of: tuple[RDT, Buffers, Bucket] | None = None
+        Recording.made += 1
+
+    def replay(self) -> None:
+        assert self.pass_of is not None
+        model, buffers, bucket = self.pass_of
+        lengths = (buffers.offsets.diff()[: bucket.n_places]).tolist()  # what varlen attention reads on the device
+        dead = bucket.n_rows - sum(lengths)
+        seen = [length for length in lengths if length] + [dead] * (dead > 0)
+        static = Bucket(tuple(seen), bucket.offsets, bucket.positions, bucket.sequence_ids, *bucket_size(bucket))
+        real_one_pass(model, buffers, static)
+
+
+def bucket_size(bucket: Bucket) -> tuple[int, int]:
+    return bucket.n_rows, bucket.n_places
+
+
+real_one_pass = cuda_graph.one_pass
+
+
+@pytest.fixture
+def graphs_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captures record instead of computing, as on a card; passes to warm up spoil whatever they touch."""
+
+    @contextlib.contextmanager
+    def graph(recording: Recording, **_: Any) -> Iterator[None]:
+        Recording.current = recording
+        yield
+        Recording.current = None
+
+    def one_pass(model: RDT, buffers: Buffers, bucket: Bucket) -> None:
+        if Recording.current is None:
+            for buffer in buffers:
+                buffer.fill_(1)
+        else:
+            Recording.current.pass_of = (model, buffers, bucket)
+
+    stream: Any = type("Stream", (), {"wait_stream": lambda *_: None})
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    monkeypatch.setattr(cuda_graph, "one_pass", one_pass)
+    Recording.made = 0
+
+
+@pytest.mark.usefixtures("graphs_on_cpu")
+def test_replays_answer_as_the_reference_does(tiny_model: RDT) -> None:
+    """What a graph holds is a size, never a batch: every batch of that size comes out right."""
+    rng = random.Random(1)
+    jobs = [random_job(rng, tiny_model.config.vocab_size) for _ in range(40)]
+    backend = LookaheadBackend(tiny_model, LIMITS.token_budget, LIMITS.max_live, CapturedPasses(tiny_model))
+    for job, result in zip(jobs, run_all(backend, jobs, rng), strict=True):
+        alone = run_reference(tiny_model, job)
+        assert (result.tokens, result.steps, result.reason) == (alone.tokens, alone.steps, alone.reason)
+    assert Recording.made == 2, "sizes of 64 and 80 rows, once each"
+
+
+@pytest.mark.usefixtures("graphs_on_cpu")
+def test_what_cannot_be_captured_is_launched(
+    tiny_model: RDT, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuses(*_: Any, **__: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", refuses)
+    passes = CapturedPasses(tiny_model)
+    backend = LookaheadBackend(tiny_model, LIMITS.token_budget, LIMITS.max_live, passes)
+    passes.prepare(backend._buffers, backend._sizes)
+    backend._prepared = True
+    monkeypatch.setattr(cuda_graph, "one_pass", real_one_pass)
+    rng = random.Random(2)
+    jobs = [random_job(rng, tiny_model.config.vocab_size) for _ in range(10)]
+    for job, result in zip(jobs, run_all(backend, jobs, rng), strict=True):
+        assert result.tokens == run_reference(tiny_model, job).tokens
+    assert "one kernel at a time: operation not permitted" in caplog.text
+
+
+@pytest.mark.usefixtures("graphs_on_cpu")
+def test_no_memory_for_a_capture_is_no_reason_to_give_up_capturing(
+    tiny_model: RDT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    passes, buffers = CapturedPasses(tiny_model), Buffers.of(tiny_model, 64, 9)
+    buffers.level.fill_(0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "graph", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            passes.prepare(buffers, [cuda_graph.Size(64, 9)])
+    assert buffers.level.tolist() == [0.5] * 9, "a capture leaves no trace in the batch"
+    passes.prepare(buffers, [cuda_graph.Size(64, 9)])
+    assert len(passes._graphs) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_on_a_card_captured_passes_are_plain_ones(tiny_model: RDT, precision: Any) -> None:
+    model = prepare(copy.deepcopy(tiny_model).to("cuda"), precision)
+    rng = random.Random(3)
+    jobs = [random_job(rng, tiny_model.config.vocab_size) for _ in range(100)]
+    captured = LookaheadBackend(model, LIMITS.token_budget, LIMITS.max_live, CapturedPasses(model))
+    plain = LookaheadBackend(model, LIMITS.token_budget, LIMITS.max_live)
+    pairs = zip(run_all(captured, jobs, random.Random(4)), run_all(plain, jobs, random.Random(4)), strict=True)
+    assert all((ours.tokens, ours.steps) == (theirs.tokens, theirs.steps) for ours, theirs in pairs)

@@ -1,0 +1,171 @@
+"""Looking a tick ahead must not be seen in any answer. On a CPU nothing is asynchronous; all else is as on a card."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from rdt_core import RDT, ModelConfig
+from rdt_core.precision import prepare
+from service.engine.engine import BatchingEngine
+from service.engine.lookahead import LookaheadBackend
+from service.engine.reference import run_reference
+from service.engine.scheduler import Scheduler, SchedulerLimits
+from service.engine.static_batch import Buffers, Size, close_up, lay_out, one_pass, sizes_up_to
+from service.engine.types import Job, Reading, Result
+from tests.service.test_eager import LIMITS, random_job, run_all
+
+
+def backend_of(model: RDT) -> LookaheadBackend:
+    return LookaheadBackend(model, LIMITS.token_budget, LIMITS.max_live)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_any_mix_answers_as_the_reference_does(tiny_model: RDT, seed: int, prepared: bool) -> None:
+    rng = random.Random(seed)
+    jobs = [random_job(rng, tiny_model.config.vocab_size) for _ in range(60)]
+    served = prepare(copy.deepcopy(tiny_model)) if prepared else tiny_model
+    for job, result in zip(jobs, run_all(backend_of(served), jobs, rng), strict=True):
+        assert_same(result, run_reference(tiny_model, job))
+
+
+def assert_same(result: Result, alone: Result) -> None:
+    assert result.tokens == alone.tokens
+    assert (result.steps, result.reason, result.rows, result.fixed_at) == (
+        alone.steps, alone.reason, alone.rows, alone.fixed_at,
+    )  # fmt: skip
+    assert result.levels == pytest.approx(alone.levels, abs=1e-5)
+    assert result.probabilities == pytest.approx(alone.probabilities, abs=1e-5)
+    for ours, theirs in zip(result.candidates, alone.candidates, strict=True):
+        assert [token for token, _ in ours] == [token for token, _ in theirs]
+
+
+@pytest.mark.parametrize("changes", [{"level_conditioning": True, "n_prelude_layers": 1}, {"decoder": True}])
+def test_models_with_more_parts(tiny_config: ModelConfig, changes: dict[str, bool | int]) -> None:
+    if changes.pop("decoder", False):
+        changes = {"decoder_type": "transformer", "n_decoder_layers": 1}  # type: ignore[dict-item]
+    torch.manual_seed(0)
+    model = RDT(tiny_config.with_changes(**changes)).eval().requires_grad_(False)
+    rng = random.Random(5)
+    jobs = [random_job(rng, tiny_config.vocab_size) for _ in range(20)]
+    for job, result in zip(jobs, run_all(backend_of(model), jobs, rng), strict=True):
+        assert_same(result, run_reference(model, job))
+
+
+def plain_job(n_masked: int = 2, depth: int = 3, **changes: object) -> Job:
+    tokens = [2, *([4] * n_masked), 40, 3]
+    masked = [token == 4 for token in tokens]
+    return Job(tokens, masked, max_steps=depth, threshold=0.0, halting="gate", **changes)  # type: ignore[arg-type]
+
+
+def test_readings_come_a_tick_late_and_last_ones_two(tiny_model: RDT) -> None:
+    backend, scheduler = backend_of(tiny_model), Scheduler(LIMITS)
+    with scheduler.line.reserve() as place:
+        scheduler.submit(plain_job(depth=2), place, now=0.0)
+    told: list[list[Reading]] = []
+    while not scheduler.idle:
+        plan = scheduler.plan(now=0.0)
+        outcome = backend.run(plan)
+        told.append(outcome.readings)
+        finished = scheduler.commit(plan, outcome, now=0.0)
+    assert [[reading.reason for reading in readings] for readings in told] == [[], [None], [], ["max_steps"]]
+    [(_, result)] = finished
+    assert (result.steps, len(result.levels)) == (2, 2), "the pass made meanwhile is counted nowhere"
+
+
+def test_who_is_dropped_is_gone_and_the_others_stay(tiny_model: RDT) -> None:
+    backend, scheduler = backend_of(tiny_model), Scheduler(LIMITS)
+    jobs = [plain_job(n_masked=1 + i, depth=6) for i in range(4)]
+    tickets = []
+    for job in jobs:
+        with scheduler.line.reserve() as place:
+            tickets.append(scheduler.submit(job, place, now=0.0))
+    results: dict[int, Result] = {}
+    for tick in range(20):
+        if tick == 2:
+            scheduler.cancel(tickets[1])
+        plan = scheduler.plan(now=0.0)
+        results.update(scheduler.commit(plan, backend.run(plan), now=0.0))
+        if scheduler.idle:
+            break
+    assert sorted(results) == [tickets[0], *tickets[2:]]
+    for ticket, result in results.items():
+        assert_same(result, run_reference(tiny_model, jobs[tickets.index(ticket)]))
+
+
+async def test_warming_goes_all_the_way_through_the_vocabulary(
+    tiny_model: RDT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[int] = []
+    decode = RDT.decode
+
+    def counted(model: RDT, hidden: torch.Tensor, packing: Any, rows: Any = None) -> torch.Tensor:
+        decoded.append(len(rows))
+        return decode(model, hidden, packing, rows)
+
+    monkeypatch.setattr(RDT, "decode", counted)
+    engine = BatchingEngine([backend_of(tiny_model)], LIMITS)
+    await engine.warm([[plain_job(n_masked=3, depth=1)] * 4, [plain_job(depth=1)]])
+    assert decoded == [12, 2]
+
+
+async def test_in_the_engine_deadlines_hold_and_every_job_ends_once(tiny_model: RDT) -> None:
+    engine = BatchingEngine([backend_of(tiny_model), backend_of(tiny_model)], SchedulerLimits(80, 8, 100, 10_000))
+    await engine.start()
+    rng = random.Random(3)
+    jobs = [random_job(rng, tiny_model.config.vocab_size) for _ in range(60)]
+
+    async def submit(job: Job) -> Result:
+        with engine.reserve() as place:
+            return await engine.submit(job, place)
+
+    loop = asyncio.get_running_loop()
+    endless = plain_job(depth=10**9, deadline=loop.time() + 0.3)
+    late, *results = await asyncio.gather(submit(endless), *map(submit, jobs))
+    assert late.reason == "deadline"
+    assert late.steps > 1
+    for job, result in zip(jobs, results, strict=True):
+        assert_same(result, run_reference(tiny_model, job))
+    await engine.drain(1)
+    assert engine.live == engine.waiting == 0
+    await engine.stop()
+
+
+def test_a_pass_leaves_frozen_and_dead_rows_alone(tiny_model: RDT) -> None:
+    buffers = Buffers.of(tiny_model, 64, 9)
+    for buffer in (buffers.hidden, buffers.embedded):
+        buffer.normal_()
+    bucket = lay_out(buffers, [5, 7, 4], Size(64, 9))
+    buffers.reason[:3] = torch.tensor([0, 1, 0])
+    buffers.hidden[16:] = torch.nan  # whatever is there
+    buffers.level[:3], buffers.ceiling[:3] = 1.0, 10
+    before = buffers.hidden.clone()
+    with torch.inference_mode():
+        one_pass(tiny_model, buffers, bucket)
+    changed = (buffers.hidden != before).any(1) & ~before.isnan().any(1)
+    assert changed.nonzero().squeeze(1).tolist() == [*range(5), *range(12, 16)]
+    assert buffers.hidden[:16].isfinite().all()
+    assert buffers.step[:3].tolist() == [1, 0, 1]
+    assert buffers.level[1] == 1.0
+    assert buffers.level[:3].isfinite().all()
+
+
+def test_closing_up_moves_rows_and_places_together(tiny_model: RDT) -> None:
+    buffers = Buffers.of(tiny_model, 64, 9)
+    buffers.hidden[:16] = torch.arange(16.0)[:, None]
+    buffers.level[:3] = torch.tensor([0.1, 0.2, 0.3])
+    close_up(buffers, [(1, range(5, 12)), (2, range(12, 16))])
+    assert buffers.hidden[:11, 0].tolist() == [*range(5, 16)]
+    assert buffers.level[:2].tolist() == pytest.approx([0.2, 0.3])
+
+
+def test_sizes_have_room_for_the_budget_and_the_batch() -> None:
+    assert [size.n_rows for size in sizes_up_to(400, 10)] == [64, 96, 128, 192, 256, 384, 400]
+    assert sizes_up_to(80, 64)[-1] == Size(80, 65), "as many sequences as may be live"
+    assert sizes_up_to(64, 1) == [Size(64, 9)]

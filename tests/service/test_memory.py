@@ -1,0 +1,158 @@
+"""When memory runs out in a tick: smaller ticks, the same answers, and nobody fails who can still be served."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rdt_core import RDT
+from service.engine.backend import OutOfMemory
+from service.engine.eager import EagerBackend
+from service.engine.engine import BatchingEngine
+from service.engine.reference import run_reference
+from service.engine.scheduler import SchedulerLimits
+from service.engine.types import Job, Outcome, Plan, Reading, Result
+from service.errors import ResourceExhausted, Unavailable
+from service.metrics import Metrics
+from tests.fakes import FakeClock
+from tests.service.scripted import ScriptedBackend, scripted_job
+
+LIMITS = SchedulerLimits(token_budget=32, max_live=8, max_waiting=20, max_waiting_tokens=400)
+
+
+class Small(ScriptedBackend):
+    """Has memory for ticks of so many tokens."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+
+    def run(self, plan: Plan) -> Outcome:
+        if plan.n_tokens > self.room:
+            raise OutOfMemory("none left")
+        return super().run(plan)
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics(FakeClock())
+
+
+@pytest.fixture
+def backend() -> Small:
+    return Small(room=12)
+
+
+@pytest.fixture
+async def engine(backend: Small, metrics: Metrics) -> AsyncIterator[BatchingEngine]:
+    engine = BatchingEngine([backend], LIMITS, watcher=metrics)
+    await engine.start()
+    yield engine
+    await engine.stop()
+
+
+async def submit(engine: BatchingEngine, job: Job, seen: list[Reading] | None = None) -> Result:
+    with engine.reserve() as place:
+        return await engine.submit(job, place, None if seen is None else seen.append)
+
+
+async def test_smaller_ticks_and_everybody_is_answered(
+    engine: BatchingEngine, backend: Small, metrics: Metrics
+) -> None:
+    jobs = [scripted_job(4, depth) for depth in (1, 2, 3, 4, 5, 6)]
+    results = await asyncio.gather(*(submit(engine, job) for job in jobs))
+    assert [result.steps for result in results] == [1, 2, 3, 4, 5, 6]
+    assert max(plan.n_tokens for plan in backend.ticks) == 12, "24 had been taken, 12 are allowed"
+    assert engine.ready, "this is no defect"
+    assert metrics.registry.get_sample_value("rdt_out_of_memory_total") == 1
+    assert metrics.registry.get_sample_value("rdt_tick_tokens_limit") == 12
+    assert metrics.registry.get_sample_value("rdt_broken_ticks_total") == 0
+
+
+async def test_what_was_live_begins_anew_and_shows_no_pass_twice(engine: BatchingEngine, backend: Small) -> None:
+    seen: list[Reading] = []
+    long = asyncio.create_task(submit(engine, scripted_job(4, 50, stream=True), seen))
+    while len(seen) < 3:
+        await asyncio.sleep(0)
+    others = [submit(engine, scripted_job(4, 2)) for _ in range(4)]
+    await asyncio.gather(*others)
+    assert backend.resets == 1
+    result = await long
+    assert result.steps == 50 == len(result.levels)
+    assert [reading.level for reading in seen] == result.levels
+
+
+async def test_a_text_too_large_for_what_is_left_is_refused(engine: BatchingEngine) -> None:
+    with pytest.raises(ResourceExhausted, match="texts of up to 10 tokens can be computed now"):
+        await submit(engine, scripted_job(20, 1))
+    with pytest.raises(ResourceExhausted, match="up to 10 tokens"):
+        await submit(engine, scripted_job(11, 1))
+    assert (await submit(engine, scripted_job(10, 2))).steps == 2
+    assert engine.waiting == engine.live == 0
+
+
+async def test_a_replica_with_more_memory_takes_what_another_cannot() -> None:
+    engine = BatchingEngine([Small(room=10), Small(room=32)], LIMITS)
+    await engine.start()
+    jobs = [scripted_job(20, 2), scripted_job(20, 2), scripted_job(4, 1), scripted_job(20, 3)]
+    results = await asyncio.gather(*(submit(engine, job) for job in jobs))
+    await engine.stop()
+    assert [result.steps for result in results] == [2, 2, 1, 3]
+
+
+async def test_no_memory_for_anything_ends_the_process(metrics: Metrics) -> None:
+    engine = BatchingEngine([Small(room=0)], LIMITS, watcher=metrics)
+    await engine.start()
+    with pytest.raises((ResourceExhausted, Unavailable)):
+        await submit(engine, scripted_job(4, 1))
+    assert engine.failed.is_set()
+    await engine.stop()
+
+
+async def test_callers_who_left_do_not_come_back(engine: BatchingEngine, backend: Small) -> None:
+    leaving = asyncio.create_task(submit(engine, scripted_job(8, 10**6)))
+    while not backend.ticks:
+        await asyncio.sleep(0)
+    leaving.cancel()
+    await asyncio.gather(*(submit(engine, scripted_job(4, 2)) for _ in range(5)))
+    assert engine.waiting == engine.live == 0
+
+
+async def test_warming_finds_how_much_there_is_room_for(backend: Small, metrics: Metrics) -> None:
+    engine = BatchingEngine([backend], LIMITS, watcher=metrics)
+    await engine.warm([[scripted_job(8, 1)] * n for n in (4, 2, 1)])
+    assert engine.largest_tick == 8
+    assert [plan.n_tokens for plan in backend.ticks] == [8]
+    await engine.start()
+    assert (await submit(engine, scripted_job(8, 3))).steps == 3
+    await engine.stop()
+
+
+async def test_the_real_backend_answers_as_if_nothing_had_happened(
+    tiny_model: RDT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch's own error in the middle of a tick, when all are at different depths."""
+    jobs = [
+        Job([2, *([4, 40 + i] * (1 + i % 3)), 3], [False, *([True, False] * (1 + i % 3)), False], 3 + i, 0.0, halting)
+        for i, halting in enumerate(("gate", "settle") * 4)
+    ]
+    expected = [run_reference(tiny_model, job) for job in jobs]
+    forward, ticks = RDT.forward, 0
+
+    def scarce(*arguments: object) -> object:
+        nonlocal ticks
+        ticks += 1
+        if ticks in (3, 5):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(RDT, "forward", scarce)
+    engine = BatchingEngine([EagerBackend(tiny_model)], replace(LIMITS, token_budget=64))
+    await engine.start()
+    results = await asyncio.gather(*(submit(engine, job) for job in jobs))
+    await engine.stop()
+    assert [(result.tokens, result.steps) for result in results] == [(one.tokens, one.steps) for one in expected]

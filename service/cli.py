@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from service import logs
 from service.errors import ServiceError
-from service.settings import SettingsError, read_settings, unknown_variables
+from service.settings import Settings, SettingsError, read_settings, unknown_variables
 from service.tracing import NotInstalledError
 
 if TYPE_CHECKING:
@@ -32,14 +32,23 @@ def serve(arguments: Sequence[str] | None = None) -> int:
     for name in unknown_variables(os.environ):
         logging.getLogger(__name__).warning("%s is set but is no setting", name)
 
-    from service import runtime  # noqa: PLC0415 - torch takes seconds; --help and bad settings need not wait
-
     try:
-        return asyncio.run(runtime.serve(settings))
+        return asyncio.run(_serve(settings))
     except NotInstalledError as error:
         return _complain("rdt-serve", error, EXIT_BAD_INPUT)
     except OSError as error:
         return _complain("rdt-serve", error, 1)
+
+
+async def _serve(settings: Settings) -> int:
+    if settings.api_workers > 0:
+        from service.workers.supervisor import supervise  # noqa: PLC0415 - nobody else needs it
+
+        return await supervise(settings)
+
+    from service.runtime import serve  # noqa: PLC0415 - torch takes seconds; --help and bad settings need not wait
+
+    return await serve(settings)
 
 
 def denoise(arguments: Sequence[str] | None = None) -> int:

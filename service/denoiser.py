@@ -63,6 +63,14 @@ class Denoiser:
         self._clock = clock
         self._tracer = tracer
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._tokenizer
+
+    @property
+    def limits(self) -> Limits:
+        return self._limits
+
     def read(self, fields: object) -> DenoiseRequest:
         """Raises `InvalidArgument` naming every bad field."""
         return read_request(fields, self._limits)

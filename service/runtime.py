@@ -10,12 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
-import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 
 import uvicorn
 from pydantic import SecretStr
@@ -25,9 +23,11 @@ from service.hosting import Host
 from service.lifecycle import Lifecycle
 from service.metrics import Metrics
 from service.rest.app import create_app
+from service.rest.reload import Change
 from service.rpc.server import RpcServer
 from service.settings import Settings
-from service.tracing import open_tracer
+from service.signals import asked_to_end, on_hangup
+from service.tracing import Tracer, open_tracer
 
 log = logging.getLogger(__name__)
 
@@ -35,96 +35,105 @@ FLUSH_SECONDS = 5
 """How long slow callers may take to read their answers once the engine has finished."""
 
 
+class FrontEnd:
+    """The two listening servers over a lifecycle, wherever the engine behind it computes."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        lifecycle: Lifecycle,
+        metrics: Metrics,
+        tracer: Tracer,
+        reload: Callable[[], Awaitable[Change]],
+        *,
+        share_port: bool = False,
+    ) -> None:
+        self._settings = settings
+        n_bytes = settings.max_body_bytes
+        api_key, admin_key = _secret(settings.api_key), _secret(settings.admin_key)
+        self.app = create_app(
+            lifecycle, metrics, max_body_bytes=n_bytes, api_key=api_key, admin_key=admin_key, reload=reload,
+            tracer=tracer,
+        )  # fmt: skip
+        self.rpc = RpcServer(
+            lifecycle, metrics, max_message_bytes=n_bytes, api_key=api_key, tracer=tracer, share_port=share_port
+        )
+        self._server = _Server(
+            uvicorn.Config(
+                self.app, log_config=None, access_log=False, lifespan="off", ws="none",
+                server_header=False, timeout_graceful_shutdown=FLUSH_SECONDS,
+            )
+        )  # fmt: skip
+        self._answering: asyncio.Task[None] | None = None
+
+    async def open(self, listener: socket.socket) -> None:
+        """Raises `OSError` if the gRPC address cannot be had."""
+        settings = self._settings
+        await self.rpc.start(settings.host, settings.grpc_port)
+        log.info("listening on http://%s:%d", *listener.getsockname()[:2])
+        log.info("listening on grpc://%s:%d", settings.host, self.rpc.port)
+        self._answering = asyncio.create_task(self._server.serve(sockets=[listener]))
+
+    async def close(self) -> None:
+        """Take no more connections; callers get some seconds to read their answers."""
+        self._server.should_exit = True
+        answering = () if self._answering is None else (self._answering,)
+        await asyncio.gather(*answering, self.rpc.stop(FLUSH_SECONDS))
+
+
 class Runtime:
-    """One server: what it is made of, before and after its model is there."""
+    """One server in one process: what it is made of, before and after its model is there."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings = settings
         self.lifecycle = Lifecycle()
         self.metrics = Metrics(time.monotonic)
         self.tracer = open_tracer(settings.otel_endpoint)
         self.host = Host(settings, self.lifecycle, self.metrics, self.tracer)
-        parts, n_bytes = (self.lifecycle, self.metrics), settings.max_body_bytes
-        api_key, admin_key = _secret(settings.api_key), _secret(settings.admin_key)
-        self.app = create_app(
-            *parts, max_body_bytes=n_bytes, api_key=api_key, admin_key=admin_key, reload=self.host.reload,
-            tracer=self.tracer,
-        )  # fmt: skip
-        self.rpc = RpcServer(*parts, max_message_bytes=n_bytes, api_key=api_key, tracer=self.tracer)
+        self.front = FrontEnd(settings, self.lifecycle, self.metrics, self.tracer, self.host.reload)
 
 
 async def serve(settings: Settings) -> int:
     """Run until a signal comes. Returns the exit status; raises `OSError` if the address cannot be had."""
-    stopped = _signalled()
+    stopped = asked_to_end()
     runtime = Runtime(settings)
-    _on_hangup(runtime.host, stopped)
+    on_hangup(reloader(runtime.host), stopped)
     with listen(settings.host, settings.http_port) as listener:
-        await runtime.rpc.start(settings.host, settings.grpc_port)
-        log.info("listening on http://%s:%d", *listener.getsockname()[:2])
-        log.info("listening on grpc://%s:%d", settings.host, runtime.rpc.port)
-        server = _Server(
-            uvicorn.Config(
-                runtime.app, log_config=None, access_log=False, lifespan="off", ws="none",
-                server_header=False, timeout_graceful_shutdown=FLUSH_SECONDS,
-            )
-        )  # fmt: skip
-        answering = asyncio.create_task(server.serve(sockets=[listener]))
-        status = await _load_and_wait(runtime.host, stopped)
+        await runtime.front.open(listener)
+        status = await load_and_wait(runtime.host, stopped)
         await runtime.host.drain(settings.grace_seconds)
-        server.should_exit = True
-        await asyncio.gather(answering, runtime.rpc.stop(FLUSH_SECONDS))
+        await runtime.front.close()
         await runtime.host.stop()
     await asyncio.to_thread(runtime.tracer.close)
     return status
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Raises `OSError` naming the address.
+def listen(host: str, port: int, *, share: bool = False) -> socket.socket:
+    """Raises `OSError` naming the address. With `share`, others that share it get some of its connections.
 
     Accepted connections send at once (they inherit the option): an answer is a head and a body, and with
     Nagle's algorithm the body of every second one would wait 40 ms for the caller's acknowledgement.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listener = socket.create_server((host, port), family=family, backlog=2048)
+        listener = socket.create_server((host, port), family=family, backlog=2048, reuse_port=share)
     except OSError as error:
         raise OSError(f"cannot listen on {host}:{port}: {error}") from error
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
 
-def _signalled() -> asyncio.Event:
-    """Set once the process has been asked to end."""
-    stopped = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-    return stopped
-
-
-def _on_hangup(host: Host, stopped: asyncio.Event) -> None:
-    """SIGHUP asks for the checkpoint file to be taken in again, or says that the terminal has gone, and ends us."""
-    in_terminal = _has_terminal()
+def reloader(host: Host) -> Callable[[], None]:
+    """What SIGHUP calls."""
     reloads: set[asyncio.Task[None]] = set()
 
-    def hang_up() -> None:
-        if in_terminal and not _has_terminal():
-            stopped.set()
-            return
+    def reload() -> None:
         reloads.add(task := asyncio.create_task(_reload(host)))
         task.add_done_callback(reloads.discard)
 
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hang_up)
+    return reload
 
 
-def _has_terminal() -> bool:
-    try:
-        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
-    except OSError:
-        return False
-    return True
-
-
-async def _load_and_wait(host: Host, stopped: asyncio.Event) -> int:
+async def load_and_wait(host: Host, stopped: asyncio.Event) -> int:
     """Until a signal comes (0), loading fails or the engine gives up (1)."""
     stopping = asyncio.create_task(stopped.wait())
     loading = asyncio.create_task(host.load())
@@ -148,7 +157,7 @@ async def _load_and_wait(host: Host, stopped: asyncio.Event) -> int:
 
 
 async def _reload(host: Host) -> None:
-    """What SIGHUP asks for. The host has logged what became of it, but for a time when nothing can be reloaded."""
+    """Asked for by no caller. The host has logged what became of it, but for a time when nothing can be reloaded."""
     try:
         change = await host.reload()
     except ServiceError as error:

@@ -34,6 +34,7 @@ class RpcServer:
         max_message_bytes: int,
         api_key: str | None = None,
         tracer: Tracer = NO_TRACER,
+        share_port: bool = False,
     ) -> None:
         self.port = 0
         self._server = grpc.aio.server(
@@ -41,7 +42,7 @@ class RpcServer:
             options=[
                 ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.max_connection_age_ms", round(CONNECTION_MINUTES * 60_000)),
-                ("grpc.so_reuseport", 0),  # two servers on one port would each get some of the calls
+                ("grpc.so_reuseport", int(share_port)),  # else a second server would get some of the calls unnoticed
             ],
         )
         self._server.add_generic_rpc_handlers((DenoiserCalls(lifecycle, metrics).handler(),))

@@ -1,0 +1,194 @@
+"""`python -m benchmarks.front_end`: the front end alone, in one process and in several.
+
+Whatever parses, validates, tokenises and writes answers is the product's; the model is not: a backend in its place
+answers every sequence after one pass, at once. What is left is what a fast card would wait for.
+
+Client and server share the machine. With fewer cores than processes the rate cannot grow with workers, and says
+little; what does is the processor time that each process spends on a request (`*_us`): on cores of their own, a
+worker answers at most a second's worth of `worker_us` a second, and the engine's process can feed at most a second's
+worth of `engine_us` to the card, however many workers there are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from benchmarks import record
+from benchmarks.load import Http, Request, Send, Unsuccessful, check_steps, freeze, rest_sender, saturate, texts
+from benchmarks.server import BUNDLED, wait_until_ready
+from rdt_core import Tokenizer, checkpoint
+from service import hosting
+from service.engine.types import Choice, Outcome, Plan, Reading
+from service.rpc.pb import denoiser_pb2 as pb
+from service.rpc.pb.denoiser_pb2_grpc import DenoiserStub
+
+ROOM = ("--token_budget=16384", "--max_live=1024", "--max_waiting=4096", "--max_waiting_tokens=1000000")
+TICK = os.sysconf("SC_CLK_TCK")
+CHANNELS = 16
+"""gRPC connections: all calls of one go to one worker."""
+WARM_REQUESTS = 300
+PROBES = 30
+WORD = 2000
+"""A token that is some word."""
+
+
+class InstantBackend:
+    """Reads every mask as the same word, after one pass."""
+
+    def __init__(self, _model: object) -> None:
+        pass
+
+    def run(self, plan: Plan) -> Outcome:
+        readings = []
+        for job in (admission.job for admission in plan.admitted):
+            rows = (row for row, masked in enumerate(job.masked) if masked)
+            readings.append(Reading(0.5, "max_steps", [Choice(row, WORD, 0.5, []) for row in rows], []))
+        return Outcome(readings, n_decoded=sum(len(reading.chosen) for reading in readings))
+
+    def reset(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Target:
+    url: str
+    rpc_address: str
+    engine: int  # process
+    workers: tuple[int, ...]
+
+    def seconds(self) -> tuple[float, float]:
+        """Processor time that the engine's process and the workers have taken."""
+        return cpu_seconds(self.engine), sum(map(cpu_seconds, self.workers))
+
+
+def cpu_seconds(pid: int) -> float:
+    """As Linux counts it."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICK
+
+
+@contextmanager
+def serving(n_workers: int, weights: Path) -> Iterator[Target]:
+    """A server with a backend that answers at once; killed at the end, and its children end with it."""
+    flags = [f"--checkpoint={weights}", "--http_port=0", "--grpc_port=0", f"--api_workers={n_workers}", "--replicas=1"]
+    command = [sys.executable, "-m", "benchmarks.front_end", "--serve", *flags, "--device=cpu", *ROOM]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RDT_")}
+    with tempfile.NamedTemporaryFile() as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        try:
+            url, address = wait_until_ready(process, Path(log.name))
+            while (said := Path(log.name).read_text(encoding="utf-8")).count("listening on http") < n_workers:
+                time.sleep(0.05)
+            children = {name: int(pid) for name, pid in re.findall(r"started (.*) as process (\d+)", said)}
+            engine = children.pop("engine", process.pid)
+            yield Target(url, address, engine, tuple(children.values()))
+        finally:
+            process.terminate()
+            process.wait(timeout=60)
+
+
+def serve(arguments: Sequence[str] | None) -> int:
+    """The product with that backend; None: one of its children."""
+    from service import cli  # noqa: PLC0415 - the product, in a process of its own
+    from service.workers import __main__ as child  # noqa: PLC0415
+    from service.workers.children import Child  # noqa: PLC0415
+
+    Child.command = (sys.executable, "-m", "benchmarks.front_end", "--child")
+    setattr(hosting, "EagerBackend", InstantBackend)  # noqa: B010 - it is imported there, not exported
+    return child.main() if arguments is None else cli.serve(arguments)
+
+
+@asynccontextmanager
+async def grpc_senders(address: str) -> AsyncIterator[Send[Request]]:
+    """Calls over many connections in turn."""
+    async with AsyncExitStack() as stack:
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        channels = [grpc.aio.insecure_channel(address, options=options) for _ in range(CHANNELS)]
+        stubs = cycle([DenoiserStub(await stack.enter_async_context(channel)) for channel in channels])
+
+        async def send(request: Request) -> None:
+            try:
+                answer = await next(stubs).Denoise(pb.DenoiseRequest(**request.body()), timeout=60)
+            except grpc.aio.AioRpcError as error:
+                raise Unsuccessful(error.code().name) from None
+            check_steps(request, answer.steps)
+
+        yield send
+
+
+async def until_all_ready(url: str) -> None:
+    """Every worker: each connection may meet another."""
+    n_ready = 0
+    async with asyncio.timeout(60):
+        while n_ready < PROBES:
+            async with Http(url) as http:
+                status, _ = await http.exchange("GET", "/health/ready")
+            n_ready = n_ready + 1 if status == 200 else 0
+            await asyncio.sleep(0.01)
+
+
+async def measure(transport: str, target: Target, requests: Sequence[Request], concurrency: int) -> dict[str, Any]:
+    """Closed loop over one transport."""
+    sender = rest_sender(target.url) if transport == "rest" else grpc_senders(target.rpc_address)
+    await until_all_ready(target.url)
+    async with sender as send:
+        await saturate(send, requests[:WARM_REQUESTS], concurrency)
+        before, own = target.seconds(), time.process_time()
+        rate = await saturate(send, requests, concurrency)
+        after, client = target.seconds(), time.process_time() - own
+    engine_us, worker_us = (round((b - a) / len(requests) * 1e6) for a, b in zip(before, after, strict=True))
+    return {
+        "transport": transport, "workers": len(target.workers), "requests_per_second": round(rate),
+        "engine_us": engine_us, "worker_us": worker_us, "client_us": round(client / len(requests) * 1e6),
+    }  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given[:1] == ["--serve"]:
+        return serve(given[1:])
+    if given == ["--child"]:
+        return serve(None)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="0 is one process for all")
+    parser.add_argument("--requests", type=int, default=3000)
+    parser.add_argument("--concurrency", type=int, default=64)
+    parser.add_argument("--weights", type=Path, default=BUNDLED)
+    record.add_arguments(parser)
+    options = parser.parse_args(given)
+
+    tokenizer = Tokenizer(checkpoint.read(options.weights).tokenizer)
+    requests = [replace(request, max_steps=1) for request in texts("mixed", options.requests, tokenizer)]
+    freeze()
+    rows = []
+    print("transport  workers  requests/s  engine us  workers us  client us  (processor time a request)")
+    for n_workers in options.workers:
+        with serving(n_workers, options.weights) as target:
+            for transport in ("rest", "grpc"):
+                row = asyncio.run(measure(transport, target, requests, options.concurrency))
+                rows.append(row)
+                print(
+                    f"{transport:9}  {n_workers:7}  {row['requests_per_second']:10}  {row['engine_us']:9}  "
+                    f"{row['worker_us']:10}  {row['client_us']:9}", flush=True,
+                )  # fmt: skip
+    record.finish("front_end", options, load_average=os.getloadavg()[0], rows=rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

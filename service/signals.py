@@ -1,0 +1,37 @@
+"""What the operating system asks of a server: to end (SIGTERM, SIGINT), or to take in its checkpoint anew (SIGHUP)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable
+
+
+def asked_to_end(*numbers: signal.Signals) -> asyncio.Event:
+    """Set once the process has been sent one of these: SIGTERM and SIGINT unless told otherwise."""
+    stopped = asyncio.Event()
+    for number in numbers or (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    return stopped
+
+
+def on_hangup(reload: Callable[[], None], stopped: asyncio.Event) -> None:
+    """SIGHUP asks for a reload, or says that the terminal has gone, and ends us."""
+    in_terminal = _has_terminal()
+
+    def hang_up() -> None:
+        if in_terminal and not _has_terminal():
+            stopped.set()
+        else:
+            reload()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hang_up)
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True

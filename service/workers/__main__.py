@@ -1,0 +1,69 @@
+"""A child of the supervisor: the engine's process or a worker, as the first line of standard input says."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from service import logs
+from service.settings import Settings
+from service.signals import asked_to_end
+from service.tracing import NotInstalledError
+from service.workers.children import BAD_INPUT, CANNOT_START, CRASHED, Orders, end_with_parent
+
+log = logging.getLogger(__name__)
+
+
+def main() -> int:
+    orders = Orders.read(read_line(sys.stdin.fileno()))
+    settings = Settings(**orders.settings)
+    logs.configure(settings.log_level, settings.log_format)
+    try:
+        return asyncio.run(run(orders, settings))
+    except NotInstalledError as error:
+        return complain(error, BAD_INPUT)
+    except OSError as error:
+        return complain(error, CANNOT_START)
+    except Exception:
+        log.exception("the %s has crashed", orders.role)
+        return CRASHED
+
+
+async def run(orders: Orders, settings: Settings) -> int:
+    stopped = asked_to_end(signal.SIGTERM)
+    orphaned, path = end_with_parent(stopped), Path(orders.socket)
+    if orders.role == "worker":
+        from service.workers import worker  # noqa: PLC0415 - each loads what it needs
+
+        return await worker.run(settings, orders.name, path, stopped)
+
+    from service.workers import engine  # noqa: PLC0415
+
+    status = await engine.run(settings, path, stopped)
+    if orphaned.is_set():
+        with suppress(OSError):  # who made the folder cannot remove it any more
+            path.unlink(missing_ok=True)
+            path.parent.rmdir()
+    return status
+
+
+def read_line(pipe: int) -> str:
+    """Byte by byte: what comes after it must stay in the pipe, where its end is looked for."""
+    line = bytearray()
+    while (byte := os.read(pipe, 1)) not in (b"\n", b""):
+        line += byte
+    return line.decode()
+
+
+def complain(problem: object, status: int) -> int:
+    print(f"rdt-serve: {' '.join(str(problem).split())}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

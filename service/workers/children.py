@@ -1,0 +1,122 @@
+"""How processes are born here and how they end.
+
+A child learns what to do from the first line of its standard input, keys included: a command line can be read by
+everybody on the machine. The rest of the pipe stays silent; its end means that the supervisor is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import SecretStr
+
+from service.settings import Settings
+
+log = logging.getLogger(__name__)
+
+CANNOT_START = 1
+"""To try again would come to the same."""
+BAD_INPUT = 2
+"""Likewise, and it is the settings."""
+ENGINE_FAILED = 3
+"""It has run, and a fresh process may do better."""
+
+CRASHED = 70
+"""A defect of ours."""
+
+Role = Literal["engine", "worker"]
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What a child is told."""
+
+    role: Role
+    name: str
+    socket: str
+    settings: dict[str, Any]
+
+    @classmethod
+    def of(cls, role: Role, name: str, socket: Path, settings: Settings) -> Orders:
+        return cls(role, name, str(socket), {key: _plain(value) for key, value in settings})
+
+    def line(self) -> bytes:
+        return json.dumps(asdict(self)).encode() + b"\n"
+
+    @classmethod
+    def read(cls, line: str) -> Orders:
+        return cls(**json.loads(line))
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, SecretStr):
+        return value.get_secret_value()
+    return str(value) if isinstance(value, Path) else value
+
+
+class Child:
+    """A process of ours, as the supervisor sees it."""
+
+    command: ClassVar[tuple[str, ...]] = (sys.executable, "-m", "service.workers")
+
+    def __init__(self, orders: Orders, process: asyncio.subprocess.Process) -> None:
+        self.name = f"{orders.role} {orders.name}".strip()
+        self._process = process
+
+    @classmethod
+    async def start(cls, orders: Orders) -> Child:
+        """In a group of its own: a key pressed at a terminal is for the supervisor alone."""
+        process = await asyncio.create_subprocess_exec(*cls.command, stdin=asyncio.subprocess.PIPE, process_group=0)
+        assert process.stdin is not None
+        with suppress(ConnectionError):  # it died at once, as its status will say
+            process.stdin.write(orders.line())
+            await process.stdin.drain()
+        return cls(orders, process)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    async def wait(self) -> int:
+        """Its exit status, or minus the number of the signal that killed it."""
+        return await self._process.wait()
+
+    def send(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):
+            self._process.send_signal(number)
+
+    async def end(self, seconds: float) -> None:
+        """Ask it to end; make it, if it has not after so long."""
+        self.send(signal.SIGTERM)
+        try:
+            await asyncio.wait_for(self._process.wait(), seconds)
+        except TimeoutError:
+            log.error("%s did not end in %g s: killing it", self.name, seconds)
+            await self.kill()
+
+    async def kill(self) -> None:
+        self.send(signal.SIGKILL)
+        await self._process.wait()
+
+
+def end_with_parent(stopped: asyncio.Event) -> asyncio.Event:
+    """In a child: the end of standard input asks it to end. What is returned is set then too, and by nothing else."""
+    loop, pipe, orphaned = asyncio.get_running_loop(), sys.stdin.fileno(), asyncio.Event()
+
+    def look() -> None:
+        if not os.read(pipe, 4096):
+            loop.remove_reader(pipe)
+            orphaned.set()
+            stopped.set()
+
+    loop.add_reader(pipe, look)
+    return orphaned

@@ -1,0 +1,80 @@
+"""The lifecycle in the engine's process: which model is served, and which one workers still send jobs for."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection
+from typing import Protocol
+
+from service.denoiser import Denoiser
+from service.engine.engine import Engine
+from service.errors import Unavailable
+from service.lifecycle import REFUSALS, Lifecycle
+from service.workers.messages import Serving
+
+log = logging.getLogger(__name__)
+
+ADOPTION_SECONDS = 10.0
+"""A worker that has not taken up a new model by then is cut off; it comes back with it."""
+LOOK_SECONDS = 0.005
+
+
+class Adopter(Protocol):
+    """A worker, as far as models go."""
+
+    adopted: str
+
+    def abort(self) -> None: ...
+
+
+class Models(Lifecycle):
+    """`opened` is called with each model that is served from then on; `adopters` are the workers there are."""
+
+    def __init__(self, adopters: Callable[[], Collection[Adopter]], opened: Callable[[Serving], None]) -> None:
+        super().__init__()
+        self._adopters = adopters
+        self._opened = opened
+        self._engines: dict[str, Engine] = {}  # by the digest of their model
+        self.serving: Serving | None = None
+
+    def open(self, denoiser: Denoiser) -> None:
+        super().open(denoiser)
+        limits = denoiser.limits
+        self._engines[denoiser.card.digest] = denoiser.engine
+        self.serving = Serving(
+            denoiser.tokenizer.json,
+            denoiser.card.model_dump(),
+            limits.max_seq_len,
+            limits.max_steps,
+            limits.max_top_k,
+            limits.max_batch_items,
+        )
+        self._opened(self.serving)
+
+    def engine(self, digest: str) -> Engine:
+        """That of the model which a job was made for. Raises `Unavailable`."""
+        engine = self._engines.get(digest)
+        if engine is None:
+            raise Unavailable(*REFUSALS["failed"])
+        return engine
+
+    async def handed_over(self) -> None:
+        """Returns once every worker has said that it sends no more jobs for the model before."""
+        await self.adoption()
+        if self.serving is not None:
+            self._engines = {self.serving.digest: self._engines[self.serving.digest]}
+
+    async def adoption(self) -> None:
+        try:
+            async with asyncio.timeout(ADOPTION_SECONDS):
+                while self._behind():
+                    await asyncio.sleep(LOOK_SECONDS)
+        except TimeoutError:
+            for adopter in self._behind():
+                log.error("a worker does not take up the new model: cutting it off")
+                adopter.abort()
+
+    def _behind(self) -> list[Adopter]:
+        digest = None if self.serving is None else self.serving.digest
+        return [adopter for adopter in self._adopters() if adopter.adopted != digest]

@@ -1,0 +1,233 @@
+"""The engine as a worker sees it: an `Engine` like any other, at the other end of a connection.
+
+`Link` finds the engine, and finds it again when it has died; whoever was waiting then is told at once.
+`RemoteEngine` is one model of the engine on one connection; with either of them it ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from itertools import count
+from pathlib import Path
+
+from service.engine.engine import Clock, OnReading
+from service.engine.queue import BoundedQueue, Place, Sized
+from service.engine.types import Job, Result
+from service.errors import Internal, ResourceExhausted, ServiceError, Unavailable
+from service.workers.messages import (
+    Answered,
+    Base,
+    Cancel,
+    Failed,
+    Hello,
+    Message,
+    Pass,
+    Reloaded,
+    Scraped,
+    Serving,
+    Status,
+    Submit,
+)
+from service.workers.wire import Wire
+
+log = logging.getLogger(__name__)
+
+RETRY_SECONDS = 0.05
+"""How often an engine is looked for that is not there."""
+NO_ENGINE = Status("failed", 0, 0, 0)
+
+
+class Asked:
+    """Who waits for an answer."""
+
+    def __init__(self, on_reading: OnReading | None) -> None:
+        self.answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        self.on_reading = on_reading
+
+    def end(self, end: Message | ServiceError) -> None:
+        if self.answer.done():  # a caller who left has cancelled it
+            return
+        if isinstance(end, ServiceError):
+            self.answer.set_exception(end)
+        else:
+            self.answer.set_result(end)
+
+
+class Link:
+    """A worker's connection to the engine. `hear` is told what is not an answer, of the connection it came on."""
+
+    def __init__(self, path: Path, worker: str, hear: Callable[[Wire, Message], None]) -> None:
+        self._path = path
+        self._worker = worker
+        self._hear = hear
+        self._ids = count(1)
+        self._asked: dict[int, Asked] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._base = Base("", {})
+        self._lost = asyncio.Event()
+        self.wire: Wire | None = None
+        self.status = NO_ENGINE
+        self.draining = False
+
+    async def run(self) -> None:
+        """Keep the connection, for ever."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                _, wire = await loop.create_unix_connection(lambda: Wire(self._heard, self._ended), str(self._path))
+            except OSError:
+                await asyncio.sleep(RETRY_SECONDS)
+                continue
+            self._lost.clear()
+            self.wire = wire
+            wire.send(Hello(self._worker, self._base.engine, self._base.counters))
+            await self._lost.wait()
+
+    async def ask(self, question: Callable[[int], Message], on_reading: OnReading | None = None) -> Message:
+        """The answer. Raises the error that was answered instead, and `Unavailable` when the engine is lost.
+
+        Cancelling it tells the engine that nobody waits any more.
+        """
+        if self.wire is None:
+            raise Unavailable("the engine has failed and is restarting", "failed")
+        number, wire = next(self._ids), self.wire
+        asked = self._asked[number] = Asked(on_reading)
+        self._idle.clear()
+        wire.send(question(number))
+        try:
+            return await asked.answer
+        finally:
+            if self._asked.pop(number, None) is not None:
+                wire.send(Cancel(number))
+                self._note_idle()
+
+    async def drain(self, grace_seconds: float) -> None:
+        self.draining = True
+        try:
+            async with asyncio.timeout(grace_seconds):
+                await self._idle.wait()
+        except TimeoutError:
+            log.warning("grace period of %g s is over: %d requests are left", grace_seconds, len(self._asked))
+            for number, asked in tuple(self._asked.items()):
+                asked.end(Unavailable("the server shut down before this request was finished", "draining"))
+                self.send(Cancel(number))
+            self._asked.clear()
+
+    def send(self, message: Message) -> None:
+        if self.wire is not None:
+            self.wire.send(message)
+
+    def close(self) -> None:
+        if self.wire is not None:
+            self.wire.close()
+
+    def _heard(self, wire: Wire, message: Message) -> None:
+        if isinstance(message, Pass):
+            asked = self._asked.get(message.id)
+            if asked is not None and asked.on_reading is not None:
+                asked.on_reading(message.reading)
+        elif isinstance(message, Answered | Failed | Reloaded | Scraped):
+            asked = self._asked.pop(message.id, None)
+            self._note_idle()
+            if asked is not None:
+                asked.end(message.error if isinstance(message, Failed) else message)
+        elif isinstance(message, Status):
+            self.status = message
+        elif isinstance(message, Base):
+            self._base = message
+        else:
+            self._hear(wire, message)
+
+    def _ended(self, _wire: Wire) -> None:
+        if not self.draining:
+            level = logging.ERROR if self._asked else logging.WARNING
+            log.log(level, "the connection to the engine is lost, and with it %d requests", len(self._asked))
+        self.wire, self.status = None, NO_ENGINE
+        for asked in self._asked.values():
+            asked.end(Unavailable("the engine was lost before it answered: send the request again", "failed"))
+        self._asked.clear()
+        self._note_idle()
+        self._lost.set()
+
+    def _note_idle(self) -> None:
+        if not self._asked:
+            self._idle.set()
+
+
+class ToldQueue(BoundedQueue[Sized]):
+    """The engine's queue as it was told last, and the places that are being prepared here.
+
+    It refuses before any work is done on a request; what passes, the engine still may refuse.
+    """
+
+    def __init__(self, link: Link, max_requests: int, max_tokens: int) -> None:
+        super().__init__(max_requests, max_tokens)
+        self._link = link
+
+    def __len__(self) -> int:
+        return super().__len__() + self._link.status.waiting
+
+    def place(self) -> AbstractContextManager[Place]:
+        self.n_tokens = self._link.status.waiting_tokens
+        return self.reserve()
+
+    def leave(self, place: Place) -> None:
+        self._give_up(place)
+
+
+class RemoteEngine:
+    """One model, on the connection that it was told of on."""
+
+    def __init__(
+        self, link: Link, wire: Wire, serving: Serving, queue: ToldQueue, clock: Clock = time.monotonic
+    ) -> None:
+        self._link = link
+        self._wire = wire
+        self._digest = serving.digest
+        self._queue = queue
+        self._clock = clock
+
+    @property
+    def ready(self) -> bool:
+        link = self._link
+        return self._wire is link.wire and link.status.state == "ready" and not link.draining
+
+    @property
+    def waiting(self) -> int:
+        return len(self._queue)
+
+    @property
+    def live(self) -> int:
+        return self._link.status.live
+
+    def reserve(self) -> AbstractContextManager[Place]:
+        self._check_ready()
+        if self._wire.crowded:
+            raise ResourceExhausted("the engine is behind: try again later", "queue_requests")
+        return self._queue.place()
+
+    async def submit(self, job: Job, place: Place, on_reading: OnReading | None = None) -> Result:
+        self._check_ready()
+        self._queue.leave(place)
+        seconds_left = None if job.deadline is None else job.deadline - self._clock()
+        watched = on_reading is not None
+        answer = await self._link.ask(
+            lambda number: Submit(number, self._digest, job, seconds_left, watched), on_reading
+        )
+        if not isinstance(answer, Answered):
+            raise Internal("the engine answered something else")
+        return answer.result
+
+    async def drain(self, grace_seconds: float) -> None:
+        await self._link.drain(grace_seconds)
+
+    def _check_ready(self) -> None:
+        if self._link.draining:
+            raise Unavailable("the server is shutting down and takes no new work", "draining")
+        if not self.ready:
+            raise Unavailable("the engine has failed and is restarting", "failed")

@@ -1,0 +1,211 @@
+"""The engine's end of the connections: jobs in, results out, and what the workers need to know.
+
+A connection's end is its worker's end: whatever it asked for is cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from service.engine.engine import Clock
+from service.engine.types import Reading
+from service.errors import Internal, ServiceError
+from service.hosting import Reload as Change
+from service.workers.messages import (
+    Adopted,
+    Answered,
+    Cancel,
+    Failed,
+    Hello,
+    Message,
+    Pass,
+    Reload,
+    Reloaded,
+    Report,
+    ReportWanted,
+    Scrape,
+    Scraped,
+    Serving,
+    Status,
+    Submit,
+)
+from service.workers.metering import Ledger
+from service.workers.models import Models
+from service.workers.wire import Wire
+
+log = logging.getLogger(__name__)
+
+STATUS_SECONDS = 0.02
+"""How often workers are told of the queue, if it has changed."""
+BASE_SECONDS = 1.0
+"""How often they are told of the counters here."""
+
+
+class Host(Protocol):
+    """The part of `service.hosting.Host` that workers reach."""
+
+    @property
+    def waiting(self) -> int: ...
+
+    @property
+    def waiting_tokens(self) -> int: ...
+
+    @property
+    def live(self) -> int: ...
+
+    async def reload(self) -> Change: ...
+
+
+class Peer:
+    """A worker: its connection, and what it has asked for."""
+
+    def __init__(self, wire: Wire) -> None:
+        self.wire = wire
+        self.name = ""  # until it has said hello
+        self.adopted = ""
+        self.tasks: dict[int, asyncio.Task[None]] = {}
+
+    def abort(self) -> None:
+        self.wire.abort()
+
+
+class EngineServer:
+    """Listens on a socket of the file system; its folder says who may connect."""
+
+    def __init__(self, ledger: Ledger, clock: Clock = time.monotonic) -> None:
+        self._ledger = ledger
+        self._clock = clock
+        self._peers: dict[Wire, Peer] = {}
+        self.models = Models(self._peers.values, self._tell_all)
+        self._reloads: set[asyncio.Task[None]] = set()
+        self._told: Status | None = None
+        self._empty = asyncio.Event()
+        self._empty.set()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._host: Host
+        self._listener: asyncio.Server
+
+    async def start(self, path: Path, host: Host) -> None:
+        self._host = host
+        path.unlink(missing_ok=True)  # of an engine before this one
+        self._listener = await asyncio.get_running_loop().create_unix_server(self._connection, str(path))
+        self._tasks = [asyncio.create_task(self._tell_status()), asyncio.create_task(self._tell_base())]
+
+    async def left(self, grace_seconds: float) -> None:
+        """Returns when no worker is there any more, or after the grace period."""
+        try:
+            await asyncio.wait_for(self._empty.wait(), grace_seconds)
+        except TimeoutError:
+            log.warning("grace period of %g s is over: %d workers are left", grace_seconds, len(self._peers))
+
+    async def stop(self) -> None:
+        self._listener.close()
+        for task in self._tasks:
+            task.cancel()
+        for peer in self._peers.values():
+            peer.wire.close()
+        await asyncio.sleep(0)
+
+    def _connection(self) -> Wire:
+        wire = Wire(self._heard, self._ended)
+        self._peers[wire] = Peer(wire)
+        self._empty.clear()
+        return wire
+
+    def _ended(self, wire: Wire) -> None:
+        peer = self._peers.pop(wire)
+        for task in peer.tasks.values():
+            task.cancel()
+        self._ledger.depart(peer.name)
+        if not self._peers:
+            self._empty.set()
+
+    def _heard(self, wire: Wire, message: Message) -> None:
+        peer = self._peers[wire]
+        match message:
+            case Submit():
+                self._begin(peer, message.id, self._compute(peer, message))
+            case Cancel():
+                if (task := peer.tasks.get(message.id)) is not None:
+                    task.cancel()
+            case Report():
+                self._ledger.book(peer.name, message)
+            case Adopted():
+                peer.adopted = message.digest
+            case Scrape():
+                self._begin(peer, message.id, self._scrape(peer, message))
+            case Reload():
+                self._reloads.add(task := asyncio.create_task(self._reload(peer, message)))  # goes on if it leaves
+                task.add_done_callback(self._reloads.discard)
+            case Hello():
+                peer.name = message.worker
+                self._ledger.inherit(message)
+                if self.models.serving is not None:
+                    wire.send(self.models.serving)
+                wire.send(self._status())
+                wire.send(ReportWanted(self._ledger.asked))  # a scrape may be waiting for all to be there
+
+    def _begin(self, peer: Peer, number: int, work: Coroutine[Any, Any, None]) -> None:
+        task = peer.tasks[number] = asyncio.create_task(work)
+        task.add_done_callback(lambda _: peer.tasks.pop(number, None))
+
+    async def _compute(self, peer: Peer, submit: Submit) -> None:
+        def tell(reading: Reading) -> None:
+            peer.wire.send(Pass(submit.id, reading))
+
+        left = submit.seconds_left
+        job = submit.job if left is None else replace(submit.job, deadline=self._clock() + left)
+        try:
+            engine = self.models.engine(submit.digest)
+            with engine.reserve() as place:
+                result = await engine.submit(job, place, tell if submit.watched else None)
+        except ServiceError as error:
+            peer.wire.send(Failed(submit.id, error))
+        except Exception:
+            log.exception("a job failed")
+            peer.wire.send(Failed(submit.id, Internal("the server has logged what went wrong")))
+        else:
+            peer.wire.send(Answered(submit.id, result))
+
+    async def _reload(self, peer: Peer, asked: Reload) -> None:
+        try:
+            change = await self._host.reload()
+            await self.models.adoption()
+        except ServiceError as error:
+            peer.wire.send(Failed(asked.id, error))
+        except Exception:
+            log.exception("a reload failed")
+            peer.wire.send(Failed(asked.id, Internal("the server has logged what went wrong")))
+        else:
+            peer.wire.send(Reloaded(asked.id, change.outcome, change.previous, change.model))
+
+    async def _scrape(self, peer: Peer, asked: Scrape) -> None:
+        exposition = await self._ledger.total({each.name: each.wire for each in self._peers.values() if each.name})
+        self._tell_all(self._ledger.base())  # before it is shown: the next engine must not show less
+        peer.wire.send(Scraped(asked.id, exposition))
+
+    def _status(self) -> Status:
+        host = self._host
+        return Status(self.models.state, host.waiting, host.waiting_tokens, host.live)
+
+    async def _tell_status(self) -> None:
+        while True:
+            if (status := self._status()) != self._told:
+                self._told = status
+                self._tell_all(status)
+            await asyncio.sleep(STATUS_SECONDS)
+
+    async def _tell_base(self) -> None:
+        while True:
+            self._tell_all(self._ledger.base())
+            await asyncio.sleep(BASE_SECONDS)
+
+    def _tell_all(self, message: Message | Serving) -> None:
+        for peer in self._peers.values():
+            peer.wire.send(message)

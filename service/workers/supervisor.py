@@ -1,0 +1,161 @@
+"""The process that was started: it holds the ports, has the signals, and sees to it that the others live.
+
+A worker that dies is replaced. An engine that dies is replaced, and with a second one within a minute the server
+ends. The end begins with the workers, who finish what they have accepted; then the engine has nothing left to do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from service.engine.engine import FATAL_WINDOW_SECONDS
+from service.settings import Settings
+from service.signals import asked_to_end, on_hangup
+from service.workers.children import BAD_INPUT, CANNOT_START, Child, Orders, Role
+
+log = logging.getLogger(__name__)
+
+MAX_WORKER_DEATHS = 10
+"""More in a minute end the server: whatever is wrong, births do not cure it."""
+PAUSE_SECONDS = 0.5
+"""Before a worker is replaced."""
+MARGIN_SECONDS = 10.0
+"""What a child gets to end, beside the grace period of its requests."""
+
+
+async def supervise(settings: Settings) -> int:
+    """Run until a signal comes. Returns the exit status; raises `OSError` if the addresses cannot be had."""
+    stopped = asked_to_end()
+    with reserved(settings) as chosen, tempfile.TemporaryDirectory(prefix="rdt-") as folder:
+        crew = Crew(chosen, Path(folder) / "engine")
+        on_hangup(crew.reload, stopped)
+        try:
+            return await crew.work(stopped)
+        finally:
+            await crew.kill()
+
+
+class Crew:
+    """The engine's process and the workers."""
+
+    def __init__(self, settings: Settings, path: Path) -> None:
+        self._settings = settings
+        self._path = path
+        self._engine: Child | None = None
+        self._workers: dict[int, Child] = {}  # by slot
+        self._deaths: deque[float] = deque(maxlen=MAX_WORKER_DEATHS)
+
+    async def work(self, stopped: asyncio.Event) -> int:
+        """Until it is asked to end (0), or cannot go on."""
+        slots = range(self._settings.api_workers)
+        keepers = [asyncio.create_task(self._keep_engine()), *(asyncio.create_task(self._keep(slot)) for slot in slots)]
+        stopping = asyncio.create_task(stopped.wait())
+        await asyncio.wait([*keepers, stopping], return_when=asyncio.FIRST_COMPLETED)
+        status = 0 if stopped.is_set() else next(keeper.result() for keeper in keepers if keeper.done())
+        for task in (*keepers, stopping):
+            task.cancel()
+        await asyncio.gather(*keepers, stopping, return_exceptions=True)
+        if status == 0:
+            log.info("draining")
+        await self._end()
+        return status
+
+    def reload(self) -> None:
+        if self._engine is not None:
+            self._engine.send(signal.SIGHUP)
+
+    async def kill(self) -> None:
+        """Whatever happened, nobody is left."""
+        for child in self._children:
+            await child.kill()
+
+    @property
+    def _children(self) -> list[Child]:
+        return [*self._workers.values(), *([] if self._engine is None else [self._engine])]
+
+    async def _end(self) -> None:
+        seconds = self._settings.grace_seconds + MARGIN_SECONDS
+        await asyncio.gather(*(worker.end(seconds) for worker in self._workers.values()))
+        if self._engine is not None:
+            await self._engine.end(MARGIN_SECONDS)
+
+    async def _keep_engine(self) -> int:
+        """Returns when there is no point in another one."""
+        died = float("-inf")
+        while True:
+            self._engine = await self._start("engine", "")
+            status = await self._engine.wait()
+            if status in (CANNOT_START, BAD_INPUT):
+                return status
+            now = time.monotonic()
+            if now - died < FATAL_WINDOW_SECONDS:
+                log.critical("the engine's process has ended twice in a minute: ending the server")
+                return 1
+            log.error("the engine's process has ended (%s): starting it anew", _fate(status))
+            died = now
+
+    async def _keep(self, slot: int) -> int:
+        n_before = 0
+        while True:
+            self._workers[slot] = worker = await self._start("worker", f"{slot}.{n_before}")
+            status = await worker.wait()
+            if status in (CANNOT_START, BAD_INPUT):
+                return status
+            now = time.monotonic()
+            if len(self._deaths) == MAX_WORKER_DEATHS and now - self._deaths[0] < FATAL_WINDOW_SECONDS:
+                log.critical("more than %d workers have ended in a minute: ending the server", MAX_WORKER_DEATHS)
+                return 1
+            self._deaths.append(now)
+            log.error("%s has ended (%s): starting another", worker.name, _fate(status))
+            n_before += 1
+            await asyncio.sleep(PAUSE_SECONDS)
+
+    async def _start(self, role: Role, name: str) -> Child:
+        child = await Child.start(Orders.of(role, name, self._path, self._settings))
+        log.info("started %s as process %d", child.name, child.pid)
+        return child
+
+
+@contextmanager
+def reserved(settings: Settings) -> Iterator[Settings]:
+    """The settings with ports that are ours, for as long as this lasts. Raises `OSError` naming the address.
+
+    The sockets that hold them do not listen: the system passes connections to workers alone.
+    """
+    with _holder(settings.host, settings.http_port) as http, _holder(settings.host, settings.grpc_port) as grpc:
+        ports = {"http_port": http.getsockname()[1], "grpc_port": grpc.getsockname()[1]}
+        yield settings.model_copy(update=ports)
+
+
+def _holder(host: str, port: int) -> socket.socket:
+    """Bound twice: alone, because two servers that both share a port would each get some of the connections."""
+    try:
+        with _bound(host, port, share=False) as alone:
+            port = alone.getsockname()[1]
+        return _bound(host, port, share=True)
+    except OSError as error:
+        raise OSError(f"cannot listen on {host}:{port}: {error}") from error
+
+
+def _bound(host: str, port: int, *, share: bool) -> socket.socket:
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT if share else socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+    except OSError:
+        bound.close()
+        raise
+    return bound
+
+
+def _fate(status: int) -> str:
+    return f"status {status}" if status >= 0 else f"signal {-status}"

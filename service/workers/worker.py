@@ -1,0 +1,126 @@
+"""An API worker: both transports and the use case, with the engine at the other end of a connection."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+from rdt_core import ModelConfig, Tokenizer
+from service.denoiser import Denoiser
+from service.engine.engine import RETIRING_TURNS
+from service.errors import Internal
+from service.lifecycle import Lifecycle
+from service.limits import Limits
+from service.metrics import Metrics
+from service.runtime import FrontEnd, listen
+from service.schema import ModelCard
+from service.settings import Settings
+from service.tracing import NO_TRACER, Tracer, open_tracer
+from service.workers.messages import Adopted, Message, Reload, Reloaded, ReportWanted, Serving
+from service.workers.metering import WorkerMetrics
+from service.workers.remote import Link, RemoteEngine, ToldQueue
+from service.workers.wire import Wire
+
+log = logging.getLogger(__name__)
+
+
+class Worker:
+    """Serves whatever model the engine says it serves."""
+
+    def __init__(self, settings: Settings, name: str, path: Path, tracer: Tracer = NO_TRACER) -> None:
+        self._settings = settings
+        self._tracer = tracer
+        self.lifecycle = Lifecycle()
+        self.link = Link(path, name, self._hear)
+        self.metrics = WorkerMetrics(time.monotonic, lambda: self.link)
+        self._queue = ToldQueue(self.link, settings.max_waiting, settings.max_waiting_tokens)
+        self._tokenizer: Tokenizer | None = None
+        self._adopting = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self) -> None:
+        self._begin(self.link.run())
+        self._begin(self.metrics.report_forever())
+
+    async def reload(self) -> Reloaded:
+        """Ask the engine to. Every worker serves the new model when this returns; raises as `Host.reload` does."""
+        self.lifecycle.check()
+        answer = await self.link.ask(Reload)
+        if not isinstance(answer, Reloaded):
+            raise Internal("the engine answered something else")
+        return answer
+
+    async def drain(self, grace_seconds: float) -> None:
+        await self.lifecycle.drain(grace_seconds)
+
+    async def stop(self) -> None:
+        """Leave the engine, with the last of the counters."""
+        self.link.send(self.metrics.report())
+        self.link.draining = True
+        self.link.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _hear(self, wire: Wire, message: Message) -> None:
+        if isinstance(message, Serving):
+            self._begin(self._adopt(wire, message))
+        elif isinstance(message, ReportWanted):
+            wire.send(self.metrics.report(message.asked))
+
+    async def _adopt(self, wire: Wire, serving: Serving) -> None:
+        """Serve this from now on, and say so once no request can be on its way to the engine with the last one."""
+        async with self._adopting:  # in the order in which they came
+            if wire is not self.link.wire:
+                return
+            if self._tokenizer is None or self._tokenizer.json != serving.tokenizer:
+                self._tokenizer = await asyncio.to_thread(Tokenizer, serving.tokenizer)
+            engine = RemoteEngine(self.link, wire, serving, self._queue)
+            denoiser = build_denoiser(serving, self._tokenizer, engine, self.metrics, self._tracer)
+            self.lifecycle.open(denoiser)
+            gc.freeze()  # what is here now stays: a full collection over it would hold every request up
+            for _ in range(RETIRING_TURNS):
+                await asyncio.sleep(0)
+            wire.send(Adopted(serving.digest))
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks.add(task := asyncio.create_task(work))
+        task.add_done_callback(self._tasks.discard)
+
+
+def build_denoiser(
+    serving: Serving, tokenizer: Tokenizer, engine: RemoteEngine, metrics: Metrics, tracer: Tracer
+) -> Denoiser:
+    card = ModelCard.model_validate(serving.card)
+    return Denoiser(
+        card=card,
+        config=ModelConfig.from_mapping(card.configuration),
+        tokenizer=tokenizer,
+        engine=engine,
+        limits=Limits(
+            serving.max_seq_len, serving.max_steps, serving.max_top_k, max_batch_items=serving.max_batch_items
+        ),
+        metrics=metrics,
+        tracer=tracer,
+    )
+
+
+async def run(settings: Settings, name: str, path: Path, stopped: asyncio.Event) -> int:
+    """Until it is asked to end. Raises `OSError` if the addresses cannot be had."""
+    tracer = open_tracer(settings.otel_endpoint)
+    worker = Worker(settings, name, path, tracer)
+    front = FrontEnd(settings, worker.lifecycle, worker.metrics, tracer, worker.reload, share_port=True)
+    with listen(settings.host, settings.http_port, share=True) as listener:
+        await front.open(listener)
+        worker.start()
+        await stopped.wait()
+        await worker.drain(settings.grace_seconds)
+        await front.close()
+        await worker.stop()
+    await asyncio.to_thread(tracer.close)
+    return 0

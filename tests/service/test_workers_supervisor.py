@@ -1,0 +1,185 @@
+"""Births, deaths and their limits, with processes that only pretend; and the ports that all share."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr
+
+from service.settings import Settings
+from service.workers import supervisor
+from service.workers.children import CANNOT_START, ENGINE_FAILED, Orders, end_with_parent
+from service.workers.supervisor import MAX_WORKER_DEATHS, Crew, reserved
+from tests.service.fleet import until
+
+
+class FakeChild:
+    """Lives until it is told to end, or a test ends it."""
+
+    born: list[FakeChild]
+    signals: list[tuple[str, signal.Signals]]
+
+    def __init__(self, orders: Orders) -> None:
+        self.name = f"{orders.role} {orders.name}".strip()
+        self.pid = 0
+        self.status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    @classmethod
+    async def start(cls, orders: Orders) -> FakeChild:
+        cls.born.append(child := cls(orders))
+        return child
+
+    async def wait(self) -> int:
+        return await asyncio.shield(self.status)
+
+    def send(self, number: signal.Signals) -> None:
+        self.signals.append((self.name, number))
+
+    async def end(self, seconds: float) -> None:
+        assert seconds > 0
+        self.send(signal.SIGTERM)
+        await asyncio.sleep(0.01)
+        self.die(0)
+
+    async def kill(self) -> None:
+        self.die(-9)
+
+    def die(self, status: int) -> None:
+        if not self.status.done():
+            self.status.set_result(status)
+
+
+class Life:
+    """A crew of two workers at work."""
+
+    def __init__(self) -> None:
+        self.stopped = asyncio.Event()
+        self.crew = Crew(Settings(api_workers=2), Path("socket"))
+        self.work = asyncio.create_task(self.crew.work(self.stopped))
+
+    def child(self, name: str) -> FakeChild:
+        return next(child for child in reversed(FakeChild.born) if child.name == name)
+
+    async def has(self, name: str) -> FakeChild:
+        await until(lambda: any(child.name == name for child in FakeChild.born))
+        return self.child(name)
+
+
+@pytest.fixture
+async def life(monkeypatch: pytest.MonkeyPatch) -> Life:
+    FakeChild.born, FakeChild.signals = [], []
+    monkeypatch.setattr(supervisor, "Child", FakeChild)
+    monkeypatch.setattr(supervisor, "PAUSE_SECONDS", 0.001)
+    life = Life()
+    await until(lambda: len(FakeChild.born) == 3)
+    return life
+
+
+async def test_the_end_begins_with_the_workers(life: Life) -> None:
+    life.stopped.set()
+    assert await life.work == 0
+    assert [name for name, _ in FakeChild.signals] == ["worker 0.0", "worker 1.0", "engine"]
+    assert {number for _, number in FakeChild.signals} == {signal.SIGTERM}
+    assert len(FakeChild.born) == 3, "nobody is replaced on the way down"
+
+
+async def test_a_worker_that_dies_is_replaced_under_another_name(life: Life) -> None:
+    life.child("worker 1.0").die(-9)
+    await life.has("worker 1.1")
+    life.stopped.set()
+    assert await life.work == 0
+    assert ("worker 1.1", signal.SIGTERM) in FakeChild.signals
+
+
+async def test_workers_that_die_again_and_again_end_the_server(life: Life) -> None:
+    for turn in range(MAX_WORKER_DEATHS + 1):
+        (await life.has(f"worker 0.{turn}")).die(-11)
+    assert await life.work == 1
+
+
+@pytest.mark.parametrize("status", [ENGINE_FAILED, -9, 0])
+async def test_an_engine_that_dies_is_replaced_once_in_a_minute(life: Life, status: int) -> None:
+    life.child("engine").die(status)
+    await until(lambda: len(FakeChild.born) == 4)
+    life.child("engine").die(status)
+    assert await life.work == 1
+    assert {name for name, _ in FakeChild.signals} >= {"worker 0.0", "worker 1.0"}
+
+
+async def test_an_engine_may_die_again_later(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "FATAL_WINDOW_SECONDS", 0.0)
+    for n_born in (4, 5, 6):
+        life.child("engine").die(-9)
+        await until(lambda n_born=n_born: len(FakeChild.born) == n_born)
+    life.stopped.set()
+    assert await life.work == 0
+
+
+@pytest.mark.parametrize("name", ["engine", "worker 0.0"])
+async def test_what_cannot_start_is_not_tried_again(life: Life, name: str) -> None:
+    life.child(name).die(CANNOT_START)
+    assert await life.work == 1
+    assert len(FakeChild.born) == 3
+
+
+async def test_a_hangup_goes_to_the_engine(life: Life) -> None:
+    life.crew.reload()
+    assert FakeChild.signals == [("engine", signal.SIGHUP)]
+    life.stopped.set()
+    await life.work
+
+
+def test_ports_are_chosen_once_and_held() -> None:
+    with reserved(Settings(http_port=0, grpc_port=0)) as chosen:
+        assert chosen.http_port != chosen.grpc_port
+        for port in (chosen.http_port, chosen.grpc_port):
+            with socket.socket() as another, pytest.raises(OSError, match="in use"):
+                another.bind(("127.0.0.1", port))
+            with socket.socket() as worker:
+                worker.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                worker.bind(("127.0.0.1", port))
+
+
+def test_an_address_that_another_server_shares_is_not_taken() -> None:
+    with (
+        reserved(Settings(http_port=0, grpc_port=0)) as first,
+        pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{first.http_port}: "),
+        reserved(Settings(http_port=first.http_port, grpc_port=0)),
+    ):
+        pass
+
+
+def test_orders_carry_all_settings_and_keys_only_through_the_pipe() -> None:
+    settings = Settings(api_key=SecretStr("s3cret"), checkpoint=Path("x/y.pt"), api_workers=3, shed="depth")
+    orders = Orders.of("worker", "1.0", Path("/run/engine"), settings)
+    back = Orders.read(orders.line().decode())
+    assert back == orders
+    assert Settings(**back.settings) == settings
+    assert Settings(**back.settings).api_key == SecretStr("s3cret")
+
+
+async def test_a_child_ends_when_its_parent_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(reading) as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        stopped = asyncio.Event()
+        orphaned = end_with_parent(stopped)
+        os.write(writing, b"noise")
+        await asyncio.sleep(0.01)
+        assert not stopped.is_set()
+        os.close(writing)
+        await asyncio.wait_for(stopped.wait(), 1)
+        assert orphaned.is_set()
+
+
+def test_the_supervisor_is_light() -> None:
+    script = "import sys, service.cli, service.workers.supervisor; print(*{n.partition('.')[0] for n in sys.modules})"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert not set(run.stdout.split()) & {"torch", "fastapi", "grpc", "tokenizers", "uvicorn"}

@@ -27,6 +27,7 @@ from benchmarks.workloads import WORKLOADS, make_jobs
 from rdt_core import RDT
 from rdt_core.precision import Precision, prepare
 from service.engine.backend import Backend
+from service.engine.backends import make_backend
 from service.engine.cuda_graph import CapturedPasses
 from service.engine.eager import EagerBackend
 from service.engine.lookahead import LookaheadBackend
@@ -48,10 +49,10 @@ def agreement(model: RDT, options: argparse.Namespace) -> list[dict[str, Any]]:
     threshold = statistics.median(levels)
     jobs = [Job(j.tokens, j.masked, j.max_steps, threshold, "gate") for j in jobs]
     alone = [contenders.restored(model, job) for job in jobs]
-    rows = []
+    rows, bounds = [], (options.token_budget, options.max_live)
     for precision in ("fp32", *FORMATS[options.device]):
         served = prepare(copy.deepcopy(model), precision)
-        results = contenders.serve(backend_of(served, options), jobs, options.token_budget, options.max_live)
+        results = contenders.serve(make_backend(served, *bounds), jobs, *bounds)
         pairs = list(zip(results, alone, strict=True))
         n_tokens = sum(len(one.rows) for one in alone)
         same = sum(a == b for ours, one in pairs for a, b in zip(ours.tokens, one.tokens, strict=True))
@@ -66,13 +67,6 @@ def agreement(model: RDT, options: argparse.Namespace) -> list[dict[str, Any]]:
         print(row, flush=True)
         rows.append(row)
     return rows
-
-
-def backend_of(model: RDT, options: argparse.Namespace) -> Backend:
-    """As the server chooses it."""
-    if model.device.type == "cuda" and model.precision in ("bf16", "fp16"):
-        return LookaheadBackend(model, options.token_budget, options.max_live, CapturedPasses(model))
-    return EagerBackend(model)
 
 
 def ladder(model: RDT, workload: str, options: argparse.Namespace) -> dict[str, Any]:

@@ -111,9 +111,9 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> LoadedModel:
 
     Raises `CheckpointError` when the file, its configuration, weights and vocabulary do not fit together.
     """
-    read_digest = digest(path) if Path(path).is_file() else ""
-    checkpoint = read(path)
-    if digest(path) != read_digest:
+    before = _version(path)
+    checkpoint, read_digest = read(path), digest(path)
+    if _version(path) != before:
         raise CheckpointError(path, "was replaced while it was being read: try again")
     config = model_config(path, checkpoint)
     tokenizer = tokenizer_of(path, checkpoint)
@@ -193,6 +193,15 @@ def check_weights(path: str | Path, model: RDT, weights: Any) -> None:
             raise CheckpointError(path, f"{name} has shape {shapes}")
         if not weights[name].is_floating_point() or not torch.isfinite(weights[name]).all():
             raise CheckpointError(path, f"{name} holds values that are not finite numbers")
+
+
+def _version(path: str | Path) -> tuple[int, ...]:
+    """What changes when a file is written again or another takes its place; empty for none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return ()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _without_places(value: Any) -> Any:

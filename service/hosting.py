@@ -15,15 +15,13 @@ from typing import Literal
 
 import torch
 
-from rdt_core import RDT, LoadedModel, Tokenizer
+from rdt_core import LoadedModel, Tokenizer
 from rdt_core.checkpoint import CheckpointError
 from service.cores import usable_cores
 from service.denoiser import Denoiser
-from service.engine.backend import Backend, OutOfMemory
-from service.engine.cuda_graph import CapturedPasses
-from service.engine.eager import EagerBackend
+from service.engine.backend import OutOfMemory
+from service.engine.backends import make_backend
 from service.engine.engine import BatchingEngine, Engine
-from service.engine.lookahead import LookaheadBackend
 from service.engine.scheduler import SchedulerLimits
 from service.engine.types import Job
 from service.errors import FailedPrecondition, ServiceError
@@ -138,7 +136,8 @@ class Host:
         limits = scheduler_limits(settings, loaded)
         n_replicas = settings.replicas or default_replicas(loaded.model.device)
         metrics.describe_bounds(limits, n_replicas * (1 + len(more)))
-        backends = [make_backend(one.model, limits) for one in (loaded, *more) for _ in range(n_replicas)]
+        bounds = limits.token_budget, limits.max_live
+        backends = [make_backend(one.model, *bounds) for one in (loaded, *more) for _ in range(n_replicas)]
         engine = BatchingEngine(backends, limits, watcher=metrics)
         try:
             await engine.warm(rehearsals(loaded, limits))
@@ -198,15 +197,6 @@ def read_models(settings: Settings) -> list[LoadedModel]:
     if len({one.digest for one in models}) > 1:
         raise CheckpointError(settings.checkpoint, "was replaced while it was being read: try again")
     return models
-
-
-def make_backend(model: RDT, limits: SchedulerLimits) -> Backend:
-    """On CUDA in half precision captured passes, launched ahead. In other formats attention asks the host how long
-    sequences are, and on a CPU there is nobody to run ahead of.
-    """
-    if model.device.type == "cuda" and model.precision in ("bf16", "fp16"):
-        return LookaheadBackend(model, limits.token_budget, limits.max_live, CapturedPasses(model))
-    return EagerBackend(model)
 
 
 def default_replicas(device: torch.device) -> int:

@@ -12,7 +12,8 @@ about any single one; what the host must know is read back once a tick.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -167,12 +168,14 @@ class Decoded(NamedTuple):
         top = logits.topk(top_k, dim=-1)
         return cls(rows, tokens, (best - total).exp(), top.indices, (top.values - total[:, None]).exp())
 
-    def choices(self) -> list[Choice]:
-        """As plain values, one for each row; `row` counts packed rows."""
-        columns = (self.rows, self.tokens, self.probabilities, self.top_tokens, self.top_probabilities)
+    def choices(self, rows: Iterable[int], top_k: Iterable[int]) -> list[Choice]:
+        """As plain values: of each, which row of its own sequence it is, and how many runners-up were asked for."""
+        columns = (self.tokens, self.probabilities, self.top_tokens, self.top_probabilities)
         return [
-            Choice(row, token, probability, list(zip(others, shares, strict=True)))
-            for row, token, probability, others, shares in zip(*(c.tolist() for c in columns), strict=True)
+            Choice(row, token, probability, list(zip(others, shares, strict=True))[:k])
+            for row, k, token, probability, others, shares in zip(
+                rows, top_k, *(column.tolist() for column in columns), strict=True
+            )
         ]
 
 
@@ -227,11 +230,10 @@ def _count(rows: Tensor, packing: Packing) -> Tensor:
 
 def _hand_out(decoded: Decoded, writes: Tensor, batch: Batch, readings: list[Reading]) -> None:
     """Back to plain values, each row to the reading of the sequence it belongs to."""
-    owners, rows = batch.packing.sequence_ids[decoded.rows], batch.packing.positions[decoded.rows]
-    columns = (owners.tolist(), rows.tolist(), writes.tolist(), decoded.choices())
-    for i, row, written, choice in zip(*columns, strict=True):
-        own = replace(choice, row=row, candidates=choice.candidates[: batch.top_k[i]])
-        (readings[i].chosen if written else readings[i].guesses).append(own)
+    owners = batch.packing.sequence_ids[decoded.rows].tolist()
+    choices = decoded.choices(batch.packing.positions[decoded.rows].tolist(), (batch.top_k[i] for i in owners))
+    for i, written, choice in zip(owners, writes.tolist(), choices, strict=True):
+        (readings[i].chosen if written else readings[i].guesses).append(choice)
 
 
 def _keep(batch: Batch, sequences: list[int]) -> Batch | None:

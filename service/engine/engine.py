@@ -33,6 +33,12 @@ FATAL_WINDOW_SECONDS = 60.0
 """A second broken tick within this time ends the process: whatever is wrong, a restart is the better cure."""
 
 
+SHORTEST_TEXT = 3  # tokens: [CLS], something, [SEP]
+
+RETIRING_TURNS = 16
+"""Between taking an engine to submit to and submitting to it lie at most the starts of two or three tasks."""
+
+
 class Watcher(Protocol):
     """Who keeps the accounts."""
 
@@ -44,12 +50,6 @@ class Watcher(Protocol):
 
     def memory_ran_out(self, token_budget: int) -> None:
         """A tick was too large; the next ones have so many tokens at the most."""
-
-
-SHORTEST_TEXT = 3  # tokens: [CLS], something, [SEP]
-
-RETIRING_TURNS = 16
-"""Between taking an engine to submit to and submitting to it lie at most the starts of two or three tasks."""
 
 
 class Engine(Protocol):

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -59,14 +60,8 @@ class Sequence:
 
     @property
     def due_rows(self) -> list[int]:
-        """Rows of the bucket that are decoded when it halts."""
-        if self.job.decode_all:
-            return list(self.rows)
-        return [row for row, hidden in zip(self.rows, self.job.masked, strict=True) if hidden]
-
-    @property
-    def n_due(self) -> int:
-        return len(self.job.tokens) if self.job.decode_all else sum(self.job.masked)
+        """Rows of its own that are decoded when it halts."""
+        return [row for row, masked in enumerate(self.job.masked) if masked or self.job.decode_all]
 
 
 class Launched(NamedTuple):
@@ -82,7 +77,6 @@ class Decoding(NamedTuple):
     """Rows of halted sequences on their way through the vocabulary."""
 
     halted: list[tuple[Sequence, Reading]]  # the readings without their choices
-    first_rows: list[int]  # of each, when it was sent
     decoded: Decoded  # on the host, once `done`
     done: Callable[[], None]
 
@@ -227,27 +221,25 @@ class LookaheadBackend:
 
     def _decode(self, halted: list[tuple[Sequence, Reading]]) -> None:
         assert self._bucket is not None
-        rows = torch.tensor([row for one, _ in halted for row in one.due_rows], dtype=torch.int64).to(
-            self._model.device
-        )
+        due = [one.first_row + row for one, _ in halted for row in one.due_rows]
+        rows = torch.tensor(due, dtype=torch.int64, device=self._model.device)
         hidden = self._buffers.hidden[: self._bucket.n_rows]
         top_k = max(one.job.top_k for one, _ in halted)
         decoded = Decoded.of(self._model, hidden, self._bucket, rows, top_k)
         on_host, done = to_host(*decoded)
-        self._decoding = Decoding(halted, [one.first_row for one, _ in halted], Decoded(*on_host), done)
+        self._decoding = Decoding(halted, Decoded(*on_host), done)
 
     def _collect_decoded(self) -> Iterator[tuple[Ticket, Reading]]:
         if self._decoding is None:
             return
-        halted, first_rows, decoded, done = self._decoding
+        halted, decoded, done = self._decoding
         self._decoding = None
         done()
-        choices = iter(decoded.choices())
-        for (one, reading), first_row in zip(halted, first_rows, strict=True):
-            own = [next(choices) for _ in range(one.n_due)]
-            chosen = [replace(c, row=c.row - first_row, candidates=c.candidates[: one.job.top_k]) for c in own]
+        rows = (row for one, _ in halted for row in one.due_rows)
+        choices = iter(decoded.choices(rows, (one.job.top_k for one, _ in halted for _ in one.due_rows)))
+        for one, reading in halted:
             self._halted.discard(one.ticket)
-            yield one.ticket, replace(reading, chosen=chosen)
+            yield one.ticket, replace(reading, chosen=list(islice(choices, len(one.due_rows))))
 
 
 def to_host(*tensors: Tensor) -> tuple[tuple[Tensor, ...], Callable[[], None]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from service.engine.engine import Clock
 from service.engine.types import Reading
 from service.errors import Internal, ServiceError
 from service.hosting import Reload as Change
+from service.metrics import Occupancy
 from service.workers.messages import (
     Adopted,
     Answered,
@@ -47,17 +48,8 @@ BASE_SECONDS = 1.0
 """How often they are told of the counters here."""
 
 
-class Host(Protocol):
+class Host(Occupancy, Protocol):
     """The part of `service.hosting.Host` that workers reach."""
-
-    @property
-    def waiting(self) -> int: ...
-
-    @property
-    def waiting_tokens(self) -> int: ...
-
-    @property
-    def live(self) -> int: ...
 
     async def reload(self) -> Change: ...
 
@@ -159,31 +151,22 @@ class EngineServer:
         def tell(reading: Reading) -> None:
             peer.wire.send(Pass(submit.id, reading))
 
-        left = submit.seconds_left
-        job = submit.job if left is None else replace(submit.job, deadline=self._clock() + left)
-        try:
+        async def answer() -> Answered:
+            left = submit.seconds_left
+            job = submit.job if left is None else replace(submit.job, deadline=self._clock() + left)
             engine = self.models.engine(submit.digest)
             with engine.reserve() as place:
-                result = await engine.submit(job, place, tell if submit.watched else None)
-        except ServiceError as error:
-            peer.wire.send(Failed(submit.id, error))
-        except Exception:
-            log.exception("a job failed")
-            peer.wire.send(Failed(submit.id, Internal("the server has logged what went wrong")))
-        else:
-            peer.wire.send(Answered(submit.id, result))
+                return Answered(submit.id, await engine.submit(job, place, tell if submit.watched else None))
+
+        await _respond(peer, submit.id, answer)
 
     async def _reload(self, peer: Peer, asked: Reload) -> None:
-        try:
+        async def reloaded() -> Reloaded:
             change = await self._host.reload()
             await self.models.adoption()
-        except ServiceError as error:
-            peer.wire.send(Failed(asked.id, error))
-        except Exception:
-            log.exception("a reload failed")
-            peer.wire.send(Failed(asked.id, Internal("the server has logged what went wrong")))
-        else:
-            peer.wire.send(Reloaded(asked.id, change.outcome, change.previous, change.model))
+            return Reloaded(asked.id, change.outcome, change.previous, change.model)
+
+        await _respond(peer, asked.id, reloaded)
 
     async def _scrape(self, peer: Peer, asked: Scrape) -> None:
         exposition = await self._ledger.total({each.name: each.wire for each in self._peers.values() if each.name})
@@ -209,3 +192,15 @@ class EngineServer:
     def _tell_all(self, message: Message | Serving) -> None:
         for peer in self._peers.values():
             peer.wire.send(message)
+
+
+async def _respond(peer: Peer, number: int, work: Callable[[], Awaitable[Message]]) -> None:
+    """What was asked for, or what it failed by."""
+    try:
+        response = await work()
+    except ServiceError as error:
+        response = Failed(number, error)
+    except Exception:
+        log.exception("what a worker asked for failed")
+        response = Failed(number, Internal("the server has logged what went wrong"))
+    peer.wire.send(response)

@@ -265,3 +265,21 @@ def test_a_release_does_not_say_where_the_run_kept_its_files(values: Values, tmp
     checkpoint.export_release(write(tmp_path / "train.pt", values), release)
     told = read(release).config["training"]
     assert told == {"data": {"dataset_name": "a.txt,b.txt.xz", "tokenizer_name": "bert-base-uncased"}, "seed": 3}
+
+
+def test_a_file_replaced_while_it_is_read_is_not_taken_for_the_other(
+    values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a model would be served under the digest of another."""
+    path = tmp_path / "best_model.pt"
+    torch.save(values, path)
+    read = checkpoint.read
+
+    def slow_read(source: str | Path) -> Checkpoint:
+        contents = read(source)
+        checkpoint.save(path, contents)
+        return contents
+
+    monkeypatch.setattr(checkpoint, "read", slow_read)
+    with pytest.raises(CheckpointError, match="was replaced while it was being read: try again"):
+        checkpoint.load(path)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rdt_core import Packing
-from rdt_core.layers import AdaptiveNorm, packed_attention, rotary_angles, rotate
+from rdt_core.layers import AdaptiveNorm, packed_attention, products_attention, rotary_angles, rotate
 from tests.rdt_core.conftest import Build
 from tests.rdt_core.sequences import random_sequences
 
@@ -26,6 +26,23 @@ def softmax_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
     """Attention of one sequence, from its formula."""
     weights = (torch.einsum("lhc,mhc->hlm", query, key) / query.shape[-1] ** 0.5).softmax(-1)
     return torch.einsum("hlm,mhc->lhc", weights, value)
+
+
+def test_attention_by_products_is_the_fused_one() -> None:
+    heads = [torch.randn(2, 3, 5, 4) for _ in range(3)]
+    torch.testing.assert_close(products_attention(*heads), F.scaled_dot_product_attention(*heads))
+
+
+def test_training_in_bfloat16_on_a_cpu_attends_by_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused kernel's backward is several times as slow there; without a gradient it is the faster one."""
+    query, key, value = (x.bfloat16().requires_grad_() for x in random_heads(8))
+    packing = Packing.of([4, 4])
+    with torch.no_grad():
+        fused = packed_attention(query.detach(), key, value, packing)
+    called = Mock(wraps=F.scaled_dot_product_attention)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", called)
+    torch.testing.assert_close(packed_attention(query, key, value, packing), fused, atol=0.02, rtol=0.02)
+    called.assert_not_called()
 
 
 @pytest.mark.parametrize("lengths", [[4], [3, 3, 3], [1, 5, 2]], ids=["one", "equal", "mixed"])

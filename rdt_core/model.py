@@ -115,13 +115,18 @@ class RDT(nn.Module):
 
     def decode(self, hidden: Tensor, packing: Packing, rows: Tensor | None = None) -> Tensor:
         """The coda. hidden `(T, D)`, rows `(M,)` or all -> logits `(M, V)` against the tied embedding."""
+        features = self.features(hidden, packing, rows)
+        if self.projection is not None:
+            return self.projection(features)
+        return F.linear(features, self.embedding.weight, self.output_bias)
+
+    def features(self, hidden: Tensor, packing: Packing, rows: Tensor | None = None) -> Tensor:
+        """The coda up to the vocabulary: hidden `(T, D)`, rows `(M,)` or all -> what is projected, `(M, D)`."""
         hidden = self._layers(self.decoder, hidden, packing)
         if rows is not None:
             hidden = hidden[rows]
-        hidden = self.decoder_norm(hidden)
-        if self.projection is not None:
-            return self.projection(hidden)
-        return F.linear(hidden, self.embedding.weight, self.output_bias)
+        normed: Tensor = self.decoder_norm(hidden)
+        return normed
 
     @property
     def output_bias(self) -> Tensor:

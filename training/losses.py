@@ -24,6 +24,7 @@ from rdt_core.model import RDT, State
 from rdt_core.packing import Packing
 from training.config import TrainingSection
 from training.data import Batch
+from training.vocabulary import vocabulary_loss
 
 
 class Losses(NamedTuple):
@@ -33,8 +34,8 @@ class Losses(NamedTuple):
 
 def reconstruction(model: RDT, hidden: Tensor, packing: Packing, rows: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy in nats of the rows `(M,)` against targets `(T,)`; 0 without rows."""
-    logits = model.decode(hidden, packing, rows).float()  # (M, V)
-    return F.cross_entropy(logits, targets[rows], reduction="sum") / max(len(rows), 1)
+    features = model.features(hidden, packing, rows)
+    return vocabulary_loss(features, model.embedding.weight, model.output_bias, targets[rows])
 
 
 def unroll_losses(model: RDT, batch: Batch, packing: Packing, n_passes: int, section: TrainingSection) -> Tensor:
@@ -42,8 +43,9 @@ def unroll_losses(model: RDT, batch: Batch, packing: Packing, n_passes: int, sec
     states = model.recursive_forward(batch.tokens, batch.masked, packing, n_passes, section.grad_passes)
     rows = batch.masked.nonzero().squeeze(1)
     supervised = states[-section.grad_passes :]
-    losses = [reconstruction(model, state.hidden, packing, rows, batch.targets) for state in supervised]
-    return torch.stack(losses).mean()
+    features = torch.cat([model.features(state.hidden, packing, rows) for state in supervised])
+    targets = batch.targets[rows].repeat(len(supervised))
+    return vocabulary_loss(features, model.embedding.weight, model.output_bias, targets)
 
 
 def chain_losses(model: RDT, batch: Batch, packing: Packing, n_passes: int, section: TrainingSection) -> Losses:

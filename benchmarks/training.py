@@ -25,7 +25,8 @@ from rdt_core import checkpoint, flops
 from training.config import TrainConfig, load_config
 from training.data import Batch
 from training.losses import Losses
-from training.trainer import Trainer, autocast
+from training.mixed_precision import autocast
+from training.trainer import Trainer
 
 N_WORDS, PEAK_REPEATS, WARM_STEPS = 100_000, 20, 2
 PHASES = {"one pass": 10**6, "unroll": 0}  # steps of pretraining
@@ -82,7 +83,7 @@ def matrix_peak(trainer: Trainer) -> float:
     weight = torch.randn(shape.d_ff, shape.d_model, device=trainer.device)
 
     def products() -> None:
-        with torch.no_grad(), autocast(trainer.config, trainer.device):
+        with torch.no_grad(), autocast(trainer.device, trainer.config.mixed_precision):
             for _ in range(PEAK_REPEATS):
                 linear(rows, weight)
 

@@ -26,6 +26,9 @@ from training.config import ConfigError
 from training.data import VALIDATION_TOKENS, Corpus, load_tokenizer, local_corpus, stable_seed
 from training.evaluation.causal import CausalConfig, CausalLM, save_scorer
 from training.evaluation.restoring import cut_segments
+from training.mixed_precision import autocast
+from training.vocabulary import vocabulary_loss
+from training.warm_start import copy_embeddings
 
 WARMUP_RATIO = 0.05
 HELD_OUT_SEGMENTS = 64
@@ -60,8 +63,9 @@ def train(
     schedule = LambdaLR(optimizer, lambda step: min((step + 1) / warmup, (n_steps - step) / max(1, n_steps - warmup)))
     for step in range(n_steps):
         texts = drawn_texts(corpus, tokenizer, length, batch_size, stable_seed(seed, step)).to(device)
-        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=device.type == "cuda"):
-            loss = model.nats(texts)[:, :-1].mean()  # what follows the last word is no text
+        with autocast(device):
+            features = model.features(texts[:, :-2]).flatten(0, 1)  # what follows the last word is no text
+            loss = vocabulary_loss(features, model.embedding.weight, model.bias, texts[:, 1:-1].flatten())
         loss.backward()
         clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -83,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--text", required=True, help="local .txt or .txt.xz files, comma-separated")
     parser.add_argument("--tokenizer", required=True, help="a tokenizer.json, or the checkpoint that carries it")
     parser.add_argument("--output", required=True, type=Path, help="the file to write")
+    parser.add_argument("--init-from", type=Path, help="a folder with a BERT-like model, for its embeddings")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch-size", type=int, default=16, help="texts a step (default: %(default)s)")
     parser.add_argument("--length", type=int, default=128, help="tokens a text (default: %(default)s)")
@@ -121,7 +126,10 @@ def _run(options: argparse.Namespace) -> float:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     torch.manual_seed(stable_seed(options.seed))
-    model = CausalLM(config).to(options.device)
+    model = CausalLM(config)
+    if options.init_from is not None:
+        copy_embeddings(model.embedding, options.init_from, tokenizer, named="--init-from")
+    model.to(options.device)
     steps = train(
         model,
         corpus,

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,6 +30,7 @@ from rdt_core.tokenizer import Tokenizer
 from training.config import ConfigError, TrainConfig
 from training.data import Batch, Batches, load_corpora, load_tokenizer, stable_seed
 from training.losses import Losses, chain_losses, gate_losses, unroll_losses
+from training.mixed_precision import autocast
 from training.optimise import gate_parameters, make_optimizer, make_scheduler, trunk_parameters
 from training.processes import OneProcess, Processes, add_up_gradients, share
 from training.validation import Validation, validate
@@ -161,7 +162,7 @@ class Trainer:
     def _losses(self, batch: Batch) -> Losses:
         section = self.config.training
         packing = batch.packing(self.device)
-        with autocast(self.config, self.device):
+        with autocast(self.device, self.config.mixed_precision):
             if section.scheme == "chain":
                 return chain_losses(self.model, batch, packing, self._draw_passes(), section)
             none = torch.zeros((), device=self.device)
@@ -197,7 +198,7 @@ class Trainer:
         bar.set_postfix(recon=f"{recon:.3f}", gate=f"{gate:.3f}")
 
     def _validate(self, writer: SummaryWriter | None, bar: tqdm[Any]) -> Validation:
-        with autocast(self.config, self.device):
+        with autocast(self.device, self.config.mixed_precision):
             result = validate(self.model, self.validation_batches, self.config, self.device, self.processes)
         if writer is not None:
             for name, value in result._asdict().items():
@@ -268,19 +269,6 @@ def model_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
         )
     except ValueError as error:
         raise ConfigError(f"model.{error}") from error
-
-
-def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[object]:
-    """bfloat16 if asked for, where it is native: a CPU that has to emulate it is only slowed by it."""
-    if config.mixed_precision and (device.type == "cuda" or (device.type == "cpu" and cpu_has_bfloat16())):
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return nullcontext()
-
-
-def cpu_has_bfloat16() -> bool:
-    """AMX or AVX-512 with its products: 1.3 to 1.6 times as fast as float32, see `benchmarks.training`."""
-    known: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch this runs on
-    return bool(known.get("amx_bf16") or known.get("avx512_bf16"))
 
 
 @contextmanager

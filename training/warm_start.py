@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from rdt_core import checkpoint
 from rdt_core.model import RDT
@@ -24,7 +25,7 @@ def warm_start(model: RDT, source: str | Path, tokenizer: Tokenizer) -> None:
     if Path(source).is_file():
         _copy_all(model, Path(source), tokenizer)
     else:
-        _copy_embeddings(model, Path(source), tokenizer)
+        copy_embeddings(model.embedding, Path(source), tokenizer, named="training.init_from")
 
 
 def _copy_all(model: RDT, path: Path, tokenizer: Tokenizer) -> None:
@@ -35,24 +36,27 @@ def _copy_all(model: RDT, path: Path, tokenizer: Tokenizer) -> None:
     model.load_state_dict(saved.model_state_dict)
 
 
-def _copy_embeddings(model: RDT, folder: Path, tokenizer: Tokenizer) -> None:
-    table = _word_embeddings(folder, tokenizer)
-    wanted = tuple(model.embedding.weight.shape)
-    if tuple(table.shape) != wanted:
-        raise ConfigError(
-            f"training.init_from is {str(folder)!r}: its embeddings are {tuple(table.shape)}, want {wanted}"
-        )
-    model.embedding.weight.copy_(table / table.std() * model.config.d_model**-0.5)
+@torch.no_grad()
+def copy_embeddings(table: nn.Embedding, folder: Path, tokenizer: Tokenizer, named: str) -> None:
+    """The token embeddings of the BERT-like model in a folder, scaled to the variance of a fresh table.
+
+    Raises `ConfigError`, which calls the setting what it is `named`.
+    """
+    found = _word_embeddings(folder, tokenizer, named)
+    wanted = tuple(table.weight.shape)
+    if tuple(found.shape) != wanted:
+        raise ConfigError(f"{named} is {str(folder)!r}: its embeddings are {tuple(found.shape)}, want {wanted}")
+    table.weight.copy_(found / found.std() * table.embedding_dim**-0.5)
 
 
-def _word_embeddings(folder: Path, tokenizer: Tokenizer) -> torch.Tensor:
+def _word_embeddings(folder: Path, tokenizer: Tokenizer, named: str) -> torch.Tensor:
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"training.init_from is {str(folder)!r}: want a folder with config.json and weights")
+        raise ConfigError(f"{named} is {str(folder)!r}: want a folder with config.json and weights")
     vocabulary = folder / "tokenizer.json"
     if vocabulary.is_file():
         theirs = json.loads(vocabulary.read_text(encoding="utf-8"))["model"]["vocab"]
         if theirs != json.loads(tokenizer.json)["model"]["vocab"]:
-            raise ConfigError(f"training.init_from is {str(folder)!r}: its vocabulary is not data.tokenizer_name's")
+            raise ConfigError(f"{named} is {str(folder)!r}: its vocabulary is not this tokenizer's")
     from transformers import AutoModel  # noqa: PLC0415 - heavy, and only for a warm start
 
     source = AutoModel.from_pretrained(folder, local_files_only=True)

@@ -16,8 +16,9 @@ from tests.training.conftest import Settings
 from training.config import ConfigError, TrainConfig
 from training.data import Batch
 from training.losses import Losses
+from training.mixed_precision import cpu_has_bfloat16
 from training.optimise import gate_parameters, trunk_parameters
-from training.trainer import Trainer, TrainingDiverged, cpu_has_bfloat16
+from training.trainer import Trainer, TrainingDiverged
 
 RUNS = {
     "unroll with dropout": {"model.dropout": 0.2},

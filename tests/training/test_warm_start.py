@@ -58,7 +58,7 @@ def test_another_vocabulary_is_refused(model: RDT, tiny_tokenizer: Tokenizer, tm
     vocabulary["fox"], vocabulary["dog"] = vocabulary["dog"], vocabulary["fox"]
     (tmp_path / "tokenizer.json").write_text(json.dumps(values), encoding="utf-8")
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"its vocabulary is not data.tokenizer_name's"):
+    with pytest.raises(ConfigError, match=r"its vocabulary is not this tokenizer's"):
         warm_start(model, tmp_path, tiny_tokenizer)
 
 

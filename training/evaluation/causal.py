@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from rdt_core import checkpoint
 from rdt_core.checkpoint import Checkpoint, CheckpointError
-from rdt_core.layers import FeedForward, rotary_angles, rotate
+from rdt_core.layers import FeedForward, products_attention, rotary_angles, rotate, slow_backward
 from rdt_core.tokenizer import Tokenizer
 
 TEXTS_AT_ONCE = 8
@@ -54,7 +54,8 @@ class CausalLayer(nn.Module):
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         q, k, v = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.n_heads, -1)).unbind(2)  # (N, L, H, C) each
         q, k, v = (heads.transpose(1, 2) for heads in (rotate(q, *rotary), rotate(k, *rotary), v))  # (N, H, L, C)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)  # (N, L, H, C)
+        attend = products_attention if slow_backward(q) else F.scaled_dot_product_attention
+        mixed = attend(q, k, v, is_causal=True).transpose(1, 2)  # (N, L, H, C)
         x = x + self.out(mixed.reshape(x.shape))
         return x + self.feed_forward(self.feed_forward_norm(x))
 
@@ -71,12 +72,17 @@ class CausalLM(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens `(N, L)` -> logits `(N, L, V)` of the token that follows each."""
+        return F.linear(self.features(tokens), self.embedding.weight, self.bias)
+
+    def features(self, tokens: Tensor) -> Tensor:
+        """tokens `(N, L)` -> what is projected onto the vocabulary, `(N, L, D)`."""
         x = self.embedding(tokens) * math.sqrt(self.config.d_model)  # (N, L, D)
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         rotary = rotary_angles(positions, self.config.d_model // self.config.n_heads)  # (L, 1, C/2)
         for layer in self.layers:
             x = layer(x, rotary)
-        return F.linear(self.norm(x), self.embedding.weight, self.bias)
+        normed: Tensor = self.norm(x)
+        return normed
 
     def nats(self, tokens: Tensor) -> Tensor:
         """Negative log-likelihood `(N, L - 1)` of every token `(N, L)` after the first, given those before it."""

@@ -1,0 +1,21 @@
+"""bfloat16 where the device computes it natively."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+
+def autocast(device: torch.device, wanted: bool = True) -> AbstractContextManager[object]:
+    """bfloat16 if wanted, where it is native: a CPU that has to emulate it is only slowed by it."""
+    if wanted and (device.type == "cuda" or (device.type == "cpu" and cpu_has_bfloat16())):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def cpu_has_bfloat16() -> bool:
+    """AMX or AVX-512 with its products: 1.3 to 2 times as fast as float32, see `benchmarks.training`."""
+    known: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch this runs on
+    return bool(known.get("amx_bf16") or known.get("avx512_bf16"))

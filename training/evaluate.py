@@ -36,6 +36,7 @@ import torch
 
 from rdt_core import checkpoint
 from rdt_core.checkpoint import CheckpointError, LoadedModel
+from rdt_core.precision import PRECISIONS, prepare
 from rdt_core.tokenizer import Tokenizer
 from training.config import ConfigError
 from training.data import local_corpus
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         plan = _plan(options)
-        loaded = checkpoint.load(options.checkpoint, options.device)
+        loaded = _load(options)
         scorer = None if options.scorer is None else _scorer(options.scorer, loaded, options.device)
         evaluation = _evaluation(options, loaded, options.text)
         validation = None if options.validation is None else _evaluation(options, loaded, options.validation)
@@ -96,12 +97,23 @@ def describe(evaluation: Evaluation, options: argparse.Namespace, scorer: Scorer
     return {
         "segments": n_segments,
         "length": length,
+        "precision": options.precision,
         "seed": options.seed,
         "masks": masks.hexdigest()[:16],
         "text": Path(options.text).name,
         "validation": None if options.validation is None else Path(options.validation).name,
         "scorer": None if scorer is None else {"name": scorer.name, "digest": scorer.digest, "text": scorer.text},
     }
+
+
+def _load(options: argparse.Namespace) -> LoadedModel:
+    """The model, in the number format asked for. Raises `CheckpointError` and `ConfigError`."""
+    loaded = checkpoint.load(options.checkpoint, options.device)
+    try:
+        prepare(loaded.model, options.precision)
+    except ValueError as error:
+        raise ConfigError(f"--{error}") from error
+    return loaded
 
 
 def _evaluation(options: argparse.Namespace, loaded: LoadedModel, text: str) -> Evaluation:
@@ -171,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of masks, samples and resamples (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="segments at once (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the model (default: %(default)s)")
     parser.add_argument("--cache-dir", default="runs/cache")
     return parser
 

@@ -146,6 +146,21 @@ def test_the_command_writes_text_json_and_picture(
     assert (tmp_path / "out" / "evaluation.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_command_computes_in_the_format_it_is_given(
+    tiny_checkpoint: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bits = {}
+    for precision in ("fp32", "bf16"):
+        out = tmp_path / precision
+        assert main(command(tiny_checkpoint, text_file, tmp_path, "--precision", precision, "--output", str(out))) == 0
+        summary = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
+        assert summary["precision"] == precision
+        bits[precision] = summary["rows"][0]["bits"]
+    capsys.readouterr()
+    assert bits["fp32"] != bits["bf16"]
+    assert bits["fp32"] == pytest.approx(bits["bf16"], abs=0.05)
+
+
 def test_a_file_that_is_no_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--checkpoint", str(tmp_path / "none.pt"), "--text", "x.txt"]) == 2
     assert capsys.readouterr().err == f"rdt-evaluate: {tmp_path / 'none.pt'}: no such file\n"
@@ -159,6 +174,7 @@ def test_a_file_that_is_no_checkpoint_is_one_line(tmp_path: Path, capsys: pytest
         (["--budgets", "0.5"], "--budgets is 0.5: want >= 1"),
         (["--round-depth", "0"], "--round-depth is 0: want >= 1"),
         (["--thresholds", "nan"], "--thresholds is nan: want >= 0"),
+        (["--precision", "tf32"], "--precision is tf32: want a CUDA device, not cpu"),
         (["--validation", "./x.txt"], "--validation is --text: what is chosen must be chosen on other text"),
     ],
 )

@@ -23,13 +23,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rdt_core.model import RDT
-from rdt_core.packing import Packing
+from rdt_core.packing import Packing, to_device
 from service.engine.backend import OutOfMemory
 from service.engine.eager import GO_ON, REASONS, Decoded, EagerBackend
 from service.engine.static_batch import (
@@ -170,18 +170,18 @@ class LookaheadBackend:
 
     def _begin(self, admitted: list[Admission], first_row: int) -> None:
         """The prelude of all newcomers at once, behind those that are there."""
-        buffers, device, jobs = self._buffers, self._model.device, [a.job for a in admitted]
+        buffers, jobs = self._buffers, [a.job for a in admitted]
         first_place = len(self._sequences)
-        packing = Packing.of([len(job.tokens) for job in jobs], device)
-        tokens = torch.tensor([token for job in jobs for token in job.tokens], device=device)
-        masked = torch.tensor([hidden for job in jobs for hidden in job.masked], device=device)
+        packing = Packing.of([len(job.tokens) for job in jobs], self._model.device)
+        tokens = self._sent([token for job in jobs for token in job.tokens])
+        masked = self._sent([hidden for job in jobs for hidden in job.masked])
         state = self._model.begin(tokens, masked, packing)
         rows, places = slice(first_row, first_row + len(tokens)), slice(first_place, first_place + len(jobs))
         buffers.hidden[rows], buffers.embedded[rows], buffers.masked[rows] = state.hidden, state.embedded, masked
         buffers.token_level[rows] = state.gate.token_level
         buffers.level[places], buffers.summary[places] = state.gate.level, state.gate.summary
-        buffers.threshold[places] = torch.tensor([job.threshold for job in jobs], dtype=torch.float64, device=device)
-        buffers.ceiling[places] = torch.tensor([a.ceiling for a in admitted], device=device)
+        buffers.threshold[places] = self._sent([job.threshold for job in jobs], torch.float64)
+        buffers.ceiling[places] = self._sent([a.ceiling for a in admitted])
         buffers.step[places], buffers.reason[places] = 0, GO_ON
         for a in admitted:
             self._sequences.append(Sequence(a.ticket, a.job, first_row))
@@ -191,8 +191,7 @@ class LookaheadBackend:
         if self._bucket is None:
             return None
         n = len(self._sequences)
-        late = [one.ticket in overdue for one in self._sequences]
-        self._buffers.late[:n] = torch.tensor(late, device=self._model.device)
+        self._buffers.late[:n] = self._sent([one.ticket in overdue for one in self._sequences])
         self._passes(self._buffers, self._bucket)
         (level, reason), done = to_host(self._buffers.level[:n], self._buffers.reason[:n])
         return Launched(list(self._sequences), level, reason, done)
@@ -222,12 +221,15 @@ class LookaheadBackend:
     def _decode(self, halted: list[tuple[Sequence, Reading]]) -> None:
         assert self._bucket is not None
         due = [one.first_row + row for one, _ in halted for row in one.due_rows]
-        rows = torch.tensor(due, dtype=torch.int64, device=self._model.device)
+        rows = self._sent(due, torch.int64)
         hidden = self._buffers.hidden[: self._bucket.n_rows]
         top_k = max(one.job.top_k for one, _ in halted)
         decoded = Decoded.of(self._model, hidden, self._bucket, rows, top_k)
         on_host, done = to_host(*decoded)
         self._decoding = Decoding(halted, Decoded(*on_host), done)
+
+    def _sent(self, values: list[Any], dtype: torch.dtype | None = None) -> Tensor:
+        return to_device(torch.tensor(values, dtype=dtype), self._model.device)
 
     def _collect_decoded(self) -> Iterator[tuple[Ticket, Reading]]:
         if self._decoding is None:

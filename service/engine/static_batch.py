@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rdt_core.gate import GateState
 from rdt_core.model import RDT, State
-from rdt_core.packing import Packing
+from rdt_core.packing import Packing, to_device
 from service.engine.eager import GATE, GO_ON, reasons_of
 
 SMALLEST_BUCKET = 64
@@ -166,9 +166,10 @@ def lay_out(buffers: Buffers, lengths: Sequence[int], size: Size) -> Bucket:
     ends = layout.offsets[: n_live + 1]
     offsets = torch.cat((ends, ends[-1:].expand(size.n_places - n_live)))
     rows = slice(size.n_rows)
-    buffers.positions[rows] = layout.positions.to(buffers.positions.device)
-    buffers.sequence_ids[rows] = sequence_ids.to(buffers.sequence_ids.device)
-    buffers.offsets[: size.n_places + 1] = offsets.to(buffers.offsets.device)
+    device = buffers.hidden.device
+    buffers.positions[rows] = to_device(layout.positions, device)
+    buffers.sequence_ids[rows] = to_device(sequence_ids, device)
+    buffers.offsets[: size.n_places + 1] = to_device(offsets, device)
     buffers.masked[n_tokens : size.n_rows] = False
     buffers.reason[n_live : size.n_places] = GATE
     return Bucket(
@@ -184,8 +185,8 @@ def lay_out(buffers: Buffers, lengths: Sequence[int], size: Size) -> Bucket:
 def close_up(buffers: Buffers, kept: Sequence[tuple[int, range]]) -> None:
     """Move kept places, each with its rows, to the front in this order."""
     device = buffers.hidden.device
-    places = torch.tensor([place for place, _ in kept], device=device)
-    rows = torch.tensor(list(chain.from_iterable(rows for _, rows in kept)), device=device)
+    places = to_device(torch.tensor([place for place, _ in kept]), device)
+    rows = to_device(torch.tensor(list(chain.from_iterable(rows for _, rows in kept))), device)
     for names, chosen in ((ROW_BUFFERS, rows), (PLACE_BUFFERS, places)):
         for name in names:
             buffer: Tensor = getattr(buffers, name)

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rdt_core import Packing, pack, unpack
-from rdt_core.packing import rows_of, select, sequence_mean
+from rdt_core.packing import rows_of, select, sequence_mean, to_device
 
 quick = settings(max_examples=40, deadline=None)
 some_lengths = st.lists(st.integers(1, 7), min_size=1, max_size=6)
@@ -67,3 +69,12 @@ def test_sequence_mean_is_a_plain_weighted_mean(lengths: list[int], seed: int) -
         total = sum((row * weight for row, weight in zip(own_rows, own_weights, strict=True)), torch.zeros(3))
         expected = total / own_weights.sum() if own_weights.any() else torch.zeros(3)
         torch.testing.assert_close(mean, expected)
+
+
+def test_what_goes_to_a_card_goes_by_pinned_memory_and_is_not_waited_for() -> None:
+    values = Mock(spec=torch.Tensor)
+    to_device(values, "cuda:1")
+    values.pin_memory.return_value.to.assert_called_once_with("cuda:1", non_blocking=True)
+    stays = torch.arange(3)
+    assert to_device(stays, "cpu") is stays
+    assert to_device(stays, None) is stays

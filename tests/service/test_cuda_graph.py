@@ -6,6 +6,7 @@ import contextlib
 import copy
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -136,3 +137,31 @@ def test_on_a_card_captured_passes_are_plain_ones(tiny_model: RDT, precision: An
     plain = LookaheadBackend(model, LIMITS.token_budget, LIMITS.max_live)
     pairs = zip(run_all(captured, jobs, random.Random(4)), run_all(plain, jobs, random.Random(4)), strict=True)
     assert all((ours.tokens, ours.steps) == (theirs.tokens, theirs.steps) for ours, theirs in pairs)
+
+
+@pytest.mark.gpu
+def test_on_a_card_a_tick_waits_for_nothing_but_what_it_reads_back(
+    tiny_model: RDT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the pass that was launched ahead would be waited for, and the card would idle until the next."""
+    model = prepare(copy.deepcopy(tiny_model).to("cuda"), "bf16")
+    backend = LookaheadBackend(model, LIMITS.token_budget, LIMITS.max_live, CapturedPasses(model))
+    rng = random.Random(5)
+    jobs = [random_job(rng, tiny_model.config.vocab_size) for _ in range(60)]
+    jobs = [replace(job, halting="gate", stream=False) for job in jobs]  # others are read after every pass
+    run_all(backend, jobs, random.Random(6))
+    monkeypatch.setattr(torch.cuda.Event, "synchronize", _unwatched(torch.cuda.Event.synchronize))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run_all(backend, jobs, random.Random(6))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def _unwatched(wait: Any) -> Any:
+    def unwatched(event: Any) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+        wait(event)
+        torch.cuda.set_sync_debug_mode("error")
+
+    return unwatched

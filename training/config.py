@@ -61,6 +61,9 @@ class TrainingSection:
     decay_ratio: float = 0.25
     """Share of the run over which `warmup_stable_decay` falls to zero."""
     max_grad_norm: float = 1.0
+    average_decay: float | None = None
+    """Of a running average of the encoder's weights, a step; it replaces them when the encoder has learnt: before the
+    last `gate_steps`, or at the end."""
     scheme: str = "unroll"
     """`unroll`: random depth, every masked token supervised. `chain`: the seed's step-by-step reveal."""
     max_chain_length: int = 4
@@ -244,14 +247,7 @@ def _check(config: TrainConfig) -> None:
     for key in ("training.learning_rate", "training.max_grad_norm"):
         if not 0 < _get(config, key) < float("inf"):
             raise ConfigError(f"{key} is {_get(config, key)}: want a number > 0")
-    for key in ("training.warmup_ratio", "training.decay_ratio", "training.random_token_share",
-                "training.keep_token_share", "training.gate_change_share", "data.full_length_share"):  # fmt: skip
-        if not 0 <= _get(config, key) <= 1:
-            raise ConfigError(f"{key} is {_get(config, key)}: want 0 to 1")
-    if config.training.random_token_share + config.training.keep_token_share > 1:
-        raise ConfigError("training.random_token_share + training.keep_token_share is over 1")
-    if not 0 < config.training.adam_beta2 < 1:
-        raise ConfigError(f"training.adam_beta2 is {config.training.adam_beta2}: want 0 to 1, ends excluded")
+    _check_shares(config)
     choices: dict[str, Sequence[str]] = {
         "training.scheduler": ("cosine", "linear", "warmup_stable_decay"),
         "training.scheme": ("unroll", "chain"),
@@ -267,6 +263,18 @@ def _check(config: TrainConfig) -> None:
             f"data.max_seq_length is {config.data.max_seq_length}: want data.min_seq_length = "
             f"{config.data.min_seq_length} to model.max_seq_len = {config.model.max_seq_len}"
         )
+
+
+def _check_shares(config: TrainConfig) -> None:
+    for key in ("training.warmup_ratio", "training.decay_ratio", "training.random_token_share",
+                "training.keep_token_share", "training.gate_change_share", "data.full_length_share"):  # fmt: skip
+        if not 0 <= _get(config, key) <= 1:
+            raise ConfigError(f"{key} is {_get(config, key)}: want 0 to 1")
+    if config.training.random_token_share + config.training.keep_token_share > 1:
+        raise ConfigError("training.random_token_share + training.keep_token_share is over 1")
+    for key in ("training.adam_beta2", "training.average_decay"):
+        if (decay := _get(config, key)) is not None and not 0 < decay < 1:
+            raise ConfigError(f"{key} is {decay}: want 0 to 1, ends excluded")
 
 
 def _get(config: TrainConfig, key: str) -> Any:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -30,6 +30,28 @@ def make_optimizer(model: RDT, section: TrainingSection) -> AdamW:
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": section.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return AdamW(groups, lr=section.learning_rate, betas=(0.9, section.adam_beta2), fused=True)
+
+
+class Average:
+    """A running average of weights over steps (Polyak & Juditsky, 1992), exponentially weighted."""
+
+    @torch.no_grad()
+    def __init__(self, parameters: Sequence[Tensor], decay: float) -> None:
+        self.parameters, self.decay = list(parameters), decay
+        self.values = [parameter.detach().clone() for parameter in parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        torch._foreach_lerp_(self.values, self.parameters, 1.0 - self.decay)
+
+    @torch.no_grad()
+    def take_over(self) -> None:
+        """The parameters become the average."""
+        torch._foreach_copy_(self.parameters, self.values)
+
+    @torch.no_grad()
+    def restore(self, values: Sequence[Tensor]) -> None:
+        torch._foreach_copy_(self.values, list(values))
 
 
 def learning_rate_factor(section: TrainingSection, n_steps: int) -> Callable[[int], float]:

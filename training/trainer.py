@@ -31,7 +31,7 @@ from training.config import ConfigError, TrainConfig
 from training.data import Batch, Batches, load_corpora, load_tokenizer, stable_seed
 from training.losses import Losses, chain_losses, gate_losses, unroll_losses
 from training.mixed_precision import autocast
-from training.optimise import gate_parameters, make_optimizer, make_scheduler, trunk_parameters
+from training.optimise import Average, gate_parameters, make_optimizer, make_scheduler, trunk_parameters
 from training.processes import OneProcess, Processes, add_up_gradients, share
 from training.validation import Validation, validate
 from training.warm_start import warm_start
@@ -81,6 +81,8 @@ class Trainer:
             warm_start(self.model, config.training.init_from, self.tokenizer)
         self.optimizer = make_optimizer(self.model, config.training)
         self.scheduler = make_scheduler(self.optimizer, config.training, self.n_steps)
+        decay = config.training.average_decay
+        self.average = None if decay is None else Average(trunk_parameters(self.model), decay)
         self._signals: list[int] = []  # those that came to this process
         self._stopping = False  # one had come to some process by the last step
         self.step = 0
@@ -148,7 +150,17 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
         self.step += 1
+        self._follow()
         return Losses(recon, gate)
+
+    def _follow(self) -> None:
+        """The running average follows the encoder, and takes its place once it has learnt."""
+        learnt_at = self.n_steps - self.config.training.gate_steps
+        if self.average is None or self.step > learnt_at:
+            return
+        self.average.update()
+        if self.step == learnt_at:
+            self.average.take_over()
 
     def _add_up(self, recon: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
         """The losses of the whole step, its gradients in place, and whether any process was told to stop."""
@@ -238,7 +250,7 @@ class Trainer:
             loss=loss,
             optimizer_state_dict=self.optimizer.state_dict(),
             scheduler_state_dict={"last_epoch": self.scheduler.last_epoch},
-            progress={"best_loss": self.best_loss},
+            progress={"best_loss": self.best_loss} | ({} if self.average is None else {"average": self.average.values}),
         )
 
     def _restore(self, path: Path, saved: Checkpoint) -> None:
@@ -250,6 +262,8 @@ class Trainer:
                 raise ConfigError(f"--checkpoint {path}: {name} is {shape[name]!r} there and {value!r} here")
         checkpoints.check_weights(path, self.model, saved.model_state_dict)
         self.model.load_state_dict(saved.model_state_dict)
+        if self.average is not None:
+            self.average.restore(saved.progress.get("average") or self.average.parameters)
         self.optimizer.load_state_dict(saved.optimizer_state_dict)
         self.step = saved.step
         self.scheduler = make_scheduler(self.optimizer, self.config.training, self.n_steps, self.step)

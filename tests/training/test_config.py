@@ -96,6 +96,7 @@ def test_a_value_of_another_type_is_refused(key: str, value: object, wanted: str
         ("training.warmup_ratio", 1.5, "0 to 1"),
         ("data.full_length_share", -0.5, "0 to 1"),
         ("training.adam_beta2", 1, "0 to 1, ends excluded"),
+        ("training.average_decay", 0.0, "0 to 1, ends excluded"),
         ("training.scheduler", "constant", "one of cosine, linear, warmup_stable_decay"),
         ("training.scheme", "both", "one of unroll, chain"),
         ("training.masking_strategy", "sine", "one of linear, cosine, exponential, random"),

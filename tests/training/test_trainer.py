@@ -24,6 +24,7 @@ RUNS = {
     "unroll with dropout": {"model.dropout": 0.2},
     "chain": {"training.scheme": "chain"},
     "accumulation": {"model.dropout": 0.2, "training.gradient_accumulation_steps": 2},
+    "average": {"training.average_decay": 0.7, "training.gate_steps": 2},
     "one pass first": {"training.one_pass_steps": 3, "training.scheduler": "warmup_stable_decay"},
 }
 
@@ -341,6 +342,34 @@ def test_the_first_steps_take_one_pass(
     assert set(taken[:5]) == {1}
     assert set(taken[5:]) == {1, 2, 3, 4}
     assert [step for step, gate in enumerate(gates) if gate != 0] == list(range(5, 40, 4))
+
+
+@pytest.mark.parametrize("gate_steps", [0, 3])
+def test_the_average_of_the_weights_takes_their_place_once_the_encoder_has_learnt(
+    train_settings: Settings, cpu: torch.device, gate_steps: int
+) -> None:
+    changes = {"training.average_decay": 0.6, "training.gate_steps": gate_steps, "training.num_steps": 8}
+    averaged, plain = (
+        Trainer(train_settings(**(changes | {"training.average_decay": decay})), cpu) for decay in (0.6, None)
+    )
+    expected = [p.detach().clone() for p in trunk_parameters(plain.model)]
+    for step, _ in enumerate(zip(plain._steps(), averaged._steps(), strict=True), start=1):
+        now = [p.detach() for p in trunk_parameters(plain.model)]
+        if step <= 8 - gate_steps:
+            expected = [0.6 * was + 0.4 * is_ for was, is_ in zip(expected, now, strict=True)]
+        found = [p.detach() for p in trunk_parameters(averaged.model)]
+        for ours, theirs in zip(found, now if step < 8 - gate_steps else expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_a_checkpoint_without_an_average_begins_one(
+    finished: TrainConfig, train_settings: Settings, cpu: torch.device
+) -> None:
+    longer = train_settings(**{"training.average_decay": 0.5, "training.num_steps": 10})
+    trainer = Trainer(longer, cpu, resume=saved_at(finished, 8))
+    assert trainer.average is not None
+    for kept, parameter in zip(trainer.average.values, trunk_parameters(trainer.model), strict=True):
+        assert torch.equal(kept, parameter)
 
 
 def test_the_last_steps_teach_the_gate_alone(train_settings: Settings) -> None:

@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from rdt_core import RDT, ModelConfig
 from rdt_core.precision import prepare
+from service.engine.eager import Decoded
 from service.engine.engine import BatchingEngine
 from service.engine.lookahead import LookaheadBackend
 from service.engine.reference import run_reference
 from service.engine.scheduler import Scheduler, SchedulerLimits
-from service.engine.static_batch import Buffers, Size, close_up, lay_out, one_pass, sizes_up_to
+from service.engine.static_batch import Bucket, Buffers, Size, close_up, lay_out, one_pass, sizes_up_to
 from service.engine.types import Job, Reading, Result
 from tests.service.test_eager import LIMITS, random_job, run_all
 
@@ -154,6 +156,30 @@ def test_a_pass_leaves_frozen_and_dead_rows_alone(tiny_model: RDT) -> None:
     assert buffers.step[:3].tolist() == [1, 0, 1]
     assert buffers.level[1] == 1.0
     assert buffers.level[:3].isfinite().all()
+
+
+@pytest.mark.parametrize("level_conditioning", [False, True])
+def test_a_pass_asks_for_no_value_and_fits_every_size(tiny_config: ModelConfig, level_conditioning: bool) -> None:
+    """Fake tensors have shapes and no values: whatever wants to know one fails, as it would in a capture."""
+    with FakeTensorMode():
+        model = RDT(tiny_config.with_changes(level_conditioning=level_conditioning)).eval()
+        buffers = Buffers.of(model, *sizes_up_to(400, 60)[-1])
+        for size in sizes_up_to(400, 60):
+            bucket = Bucket(
+                lengths=(16,) * (size.n_rows // 16),
+                offsets=buffers.offsets[: size.n_places + 1],
+                positions=buffers.positions[: size.n_rows],
+                sequence_ids=buffers.sequence_ids[: size.n_rows],
+                n_rows=size.n_rows,
+                n_places=size.n_places,
+            )
+            one_pass(model, buffers, bucket)
+            close_up(buffers, [(1, range(4)), (3, range(8, 12))])
+            rows = torch.zeros(5, dtype=torch.int64)
+            decoded = Decoded.of(model, buffers.hidden[: size.n_rows], bucket, rows, top_k=2)
+            assert (decoded.tokens.shape, decoded.top_tokens.shape) == ((5,), (5, 2))
+        with pytest.raises(DataDependentOutputException):
+            buffers.level[0].item()
 
 
 def test_closing_up_moves_rows_and_places_together(tiny_model: RDT) -> None:

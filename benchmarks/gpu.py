@@ -149,7 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=tuple(FORMATS), default="cuda" if has_cuda else "cpu")
     parser.add_argument("--models", nargs="+", default=["models/rdt-small/best_model.pt", "base", "large"])
-    parser.add_argument("--workloads", nargs="+", choices=tuple(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument("--workloads", nargs="*", choices=tuple(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--requests", type=int, default=4096 if has_cuda else 32)
     parser.add_argument("--agreement", type=int, default=2000 if has_cuda else 32, help="requests compared")
     parser.add_argument("--sizes", type=int, nargs="+", default=[16, 64, 256] if has_cuda else [4, 16])

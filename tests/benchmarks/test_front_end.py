@@ -1,0 +1,18 @@
+"""What the benchmark of the front end measures."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+
+from benchmarks.front_end import BUNDLED, serving
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("n_workers", [0, 1])
+def test_the_model_is_not_part_of_it(n_workers: int) -> None:
+    """The backend in its place finds every mask equally likely to be the same word, and that at once."""
+    with serving(n_workers, BUNDLED) as target:
+        answer = httpx.post(f"{target.url}/denoise", json={"text": "A [MASK] for a [MASK] ."}, timeout=30).json()
+    assert answer["steps"] == 1
+    assert [one["probability"] for one in answer["restored"]] == [0.5, 0.5]

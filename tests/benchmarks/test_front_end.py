@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import httpx
 import pytest
 
-from benchmarks.front_end import BUNDLED, serving
+from benchmarks.front_end import BUNDLED, serving, until_all_ready
 
 
 @pytest.mark.e2e
@@ -13,6 +15,7 @@ from benchmarks.front_end import BUNDLED, serving
 def test_the_model_is_not_part_of_it(n_workers: int) -> None:
     """The backend in its place finds every mask equally likely to be the same word, and that at once."""
     with serving(n_workers, BUNDLED) as target:
+        asyncio.run(until_all_ready(target.url))
         answer = httpx.post(f"{target.url}/denoise", json={"text": "A [MASK] for a [MASK] ."}, timeout=30).json()
     assert answer["steps"] == 1
     assert [one["probability"] for one in answer["restored"]] == [0.5, 0.5]

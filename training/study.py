@@ -80,16 +80,8 @@ def head_loss(model: RDT, features: Tensor, targets: Tensor) -> Tensor:
     return vocabulary_loss(features, model.embedding.weight, model.output_bias, targets)
 
 
-def unroll(study: Study, batch: Batch, packing: Packing, n_passes: int) -> Tensor:
-    section = study.config.training
-    states = study.model.recursive_forward(batch.tokens, batch.masked, packing, n_passes, section.grad_passes)
-    rows = batch.masked.nonzero().squeeze(1)
-    features = torch.cat([study.model.features(s.hidden, packing, rows) for s in states[-section.grad_passes :]])
-    return head_loss(study.model, features, batch.targets[rows].repeat(len(features) // max(len(rows), 1)))
-
-
 def distilled(study: Study, batch: Batch, packing: Packing, n_passes: int) -> Tensor:
-    """`unroll`, and the first of the supervised passes also learns the last one's whole distribution."""
+    """The random unroll, and the first of the supervised passes also learns the last one's whole distribution."""
     model, n_grad = study.model, study.config.training.grad_passes
     states = model.recursive_forward(batch.tokens, batch.masked, packing, n_passes, n_grad)[-n_grad:]
     rows = batch.masked.nonzero().squeeze(1)
@@ -254,14 +246,13 @@ class Study(Trainer):
         assert not unexpected, unexpected
         new = [name for name in missing if "modulation" not in name and "level_embedding" not in name]
         assert not new, new
-        self.loss: Loss = arm.get("loss", unroll)
+        self.loss: Loss | None = arm.get("loss")  # None: the trainer's own
         if "forward" in arm:
             self.model.forward = types.MethodType(arm["forward"], self.model)  # type: ignore[method-assign]
         self.averaged = copy.deepcopy(self.model.state_dict())
 
     def _losses(self, batch: Batch) -> Losses:
-        section = self.config.training
-        if section.scheme == "chain" or self.loss is unroll:
+        if self.loss is None:
             return super()._losses(batch)
         packing = batch.packing(self.device)
         with autocast(self.device):

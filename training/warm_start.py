@@ -1,6 +1,7 @@
 """Start a model from weights that are there already: a checkpoint of this project, or a BERT-like one in a folder.
 
-Of this project's everything is taken; shape and vocabulary must be the same. Of a BERT-like one the token
+Of this project's everything is taken; shape and vocabulary must be the same, but a deeper encoder may start
+from a shallower one, whose layers it takes again and again. Of a BERT-like one the token
 embedding table, which this model uses on both ends, scaled to the variance a fresh table has; not its
 positions (rotary here), its layers (pre-norm here, post-norm there) or any head.
 """
@@ -11,7 +12,7 @@ import json
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rdt_core import checkpoint
 from rdt_core.model import RDT
@@ -32,8 +33,23 @@ def _copy_all(model: RDT, path: Path, tokenizer: Tokenizer) -> None:
     saved = checkpoint.read(path)
     if checkpoint.tokenizer_of(path, saved).json != tokenizer.json:
         raise ConfigError(f"training.init_from is {str(path)!r}: its tokenizer is not data.tokenizer_name's")
-    checkpoint.check_weights(path, model, saved.model_state_dict)
-    model.load_state_dict(saved.model_state_dict)
+    n_layers = checkpoint.model_config(path, saved).n_encoder_layers
+    weights = stacked(saved.model_state_dict, n_layers, model.config.n_encoder_layers)
+    checkpoint.check_weights(path, model, weights)
+    model.load_state_dict(weights)
+
+
+def stacked(weights: dict[str, Tensor], n_layers: int, n_wanted: int) -> dict[str, Tensor]:
+    """The weights of an encoder of `n_wanted` layers out of one of `n_layers`: layer `i` is theirs `i mod n_layers`.
+
+    Progressive stacking (Gong et al., 2019). A shallower encoder than theirs is left for others to refuse.
+    """
+    grown = dict(weights)
+    for name, weight in weights.items():
+        stack, layer, rest = (*name.split(".", 2), "", "")[:3]
+        if stack == "encoder" and layer.isdigit():
+            grown |= {f"encoder.{i}.{rest}": weight for i in range(int(layer), n_wanted, n_layers)}
+    return grown
 
 
 @torch.no_grad()
@@ -49,7 +65,7 @@ def copy_embeddings(table: nn.Embedding, folder: Path, tokenizer: Tokenizer, nam
     table.weight.copy_(found / found.std() * table.embedding_dim**-0.5)
 
 
-def _word_embeddings(folder: Path, tokenizer: Tokenizer, named: str) -> torch.Tensor:
+def _word_embeddings(folder: Path, tokenizer: Tokenizer, named: str) -> Tensor:
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{named} is {str(folder)!r}: want a folder with config.json and weights")
     vocabulary = folder / "tokenizer.json"

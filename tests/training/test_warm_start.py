@@ -10,7 +10,7 @@ import torch
 from rdt_core import RDT, ModelConfig, Tokenizer, checkpoint
 from rdt_core.checkpoint import CheckpointError
 from training.config import ConfigError
-from training.warm_start import warm_start
+from training.warm_start import stacked, warm_start
 
 
 @pytest.fixture
@@ -75,3 +75,23 @@ def test_a_checkpoint_of_this_project_gives_everything(model: RDT, tiny_model: R
     wider = RDT(model.config.with_changes(d_ff=64))
     with pytest.raises(CheckpointError, match=r"feed_forward.* has shape"):
         warm_start(wider, tiny_checkpoint, tokenizer)
+
+
+def test_a_deeper_encoder_takes_the_layers_of_a_shallower_one_again_and_again(
+    tiny_model: RDT, tiny_checkpoint: Path
+) -> None:
+    theirs = tiny_model.state_dict()
+    tokenizer = checkpoint.tokenizer_of(tiny_checkpoint, checkpoint.read(tiny_checkpoint))
+    deeper = RDT(tiny_model.config.with_changes(n_encoder_layers=3))
+    warm_start(deeper, tiny_checkpoint, tokenizer)
+    assert all(torch.equal(deeper.state_dict()[name], weight) for name, weight in theirs.items())
+    for name, weight in deeper.encoder[0].state_dict().items():
+        assert all(torch.equal(layer.state_dict()[name], weight) for layer in deeper.encoder)
+
+
+def test_layers_are_stacked_in_order() -> None:
+    weights = {f"encoder.{i}.w": torch.tensor(float(i)) for i in range(2)} | {"embedding.weight": torch.tensor(9.0)}
+    grown = stacked(weights, 2, 5)
+    assert [grown[f"encoder.{i}.w"].item() for i in range(5)] == [0, 1, 0, 1, 0]
+    assert len(grown) == 6
+    assert stacked(weights, 2, 2) == stacked(weights, 2, 1) == weights

@@ -15,6 +15,9 @@ Halting = Literal["gate", "settle"]
 DecoderType = Literal["linear", "transformer"]
 
 HALTINGS: tuple[str, ...] = get_args(Halting)
+REQUEST_DEFAULTS = ("halting", "max_steps", "threshold")
+"""The settings of a model that a request may set, too: they shape answers, not weights."""
+
 MAX_LAYERS = 1000
 """More would only be a damaged file's way of keeping a server busy."""
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rdt_core import checkpoint
 from rdt_core.checkpoint import CheckpointError
-from rdt_core.config import HALTINGS
+from rdt_core.config import HALTINGS, REQUEST_DEFAULTS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max_steps", type=int, help="default ceiling of passes")
     parser.add_argument("--threshold", type=float, help="default threshold of the level")
     options = parser.parse_args(arguments)
-    defaults = {name: getattr(options, name) for name in ("halting", "max_steps", "threshold")}
+    defaults = {name: getattr(options, name) for name in REQUEST_DEFAULTS}
     try:
         checkpoint.export_release(
             options.checkpoint,

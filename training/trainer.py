@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from rdt_core import checkpoint as checkpoints
 from rdt_core.checkpoint import Checkpoint
-from rdt_core.config import ModelConfig
+from rdt_core.config import REQUEST_DEFAULTS, ModelConfig
 from rdt_core.model import RDT
 from rdt_core.tokenizer import Tokenizer
 from training.config import ConfigError, TrainConfig
@@ -258,7 +258,7 @@ class Trainer:
             raise ConfigError(f"--checkpoint {path}: a release without optimizer state, nothing to resume")
         shape, wanted = checkpoints.model_config(path, saved).to_mapping(), self.model.config.to_mapping()
         for name, value in wanted.items():
-            if shape[name] != value:
+            if name not in REQUEST_DEFAULTS and shape[name] != value:
                 raise ConfigError(f"--checkpoint {path}: {name} is {shape[name]!r} there and {value!r} here")
         checkpoints.check_weights(path, self.model, saved.model_state_dict)
         self.model.load_state_dict(saved.model_state_dict)

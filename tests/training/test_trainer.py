@@ -273,6 +273,14 @@ def test_another_shape_cannot_be_resumed(finished: TrainConfig, train_settings: 
         Trainer(train_settings(**{"model.d_ff": 64}), cpu, resume=saved_at(finished, 8))
 
 
+def test_a_resumed_run_may_answer_by_other_defaults(
+    finished: TrainConfig, train_settings: Settings, cpu: torch.device
+) -> None:
+    resumed = Trainer(train_settings(**{"model.max_steps": 1}), cpu, resume=saved_at(finished, 8))
+    assert resumed.model.config.max_steps == 1
+    assert resumed.step == 8
+
+
 def test_a_release_cannot_be_resumed(finished: TrainConfig, cpu: torch.device, tmp_path: Path) -> None:
     export_release(saved_at(finished, 8), tmp_path / "release.pt", name="release")
     with pytest.raises(ConfigError, match=r"release.pt: a release without optimizer state, nothing to resume"):

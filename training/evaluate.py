@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         plan = _plan(options)
         loaded = _load(options)
-        scorer = None if options.scorer is None else _scorer(options.scorer, loaded, options.device)
+        scorer = None if options.scorer is None else _scorer(options, loaded)
         evaluation = _evaluation(options, loaded, options.text)
         validation = None if options.validation is None else _evaluation(options, loaded, options.validation)
         found = evaluate(evaluation, plan, validation, scorer)
@@ -123,9 +123,10 @@ def _evaluation(options: argparse.Namespace, loaded: LoadedModel, text: str) -> 
     return Evaluation(loaded.model, loaded.tokenizer, segments, options.seed, options.batch_size)
 
 
-def _scorer(path: Path, loaded: LoadedModel, device: str) -> Scorer:
+def _scorer(options: argparse.Namespace, loaded: LoadedModel) -> Scorer:
     """The scorer, if it reads the model's word pieces; says so if both learned from the same file."""
-    scorer = load_scorer(path, device)
+    path = options.scorer
+    scorer = load_scorer(path, options.device, bfloat16=options.precision == "bf16")
     if _pieces(scorer.tokenizer) != _pieces(loaded.tokenizer):
         raise ConfigError(f"--scorer {path}: it has other word pieces than the model")
     training = loaded.checkpoint.config.get("training", {})
@@ -183,7 +184,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of masks, samples and resamples (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="segments at once (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the model (default: %(default)s)")
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="fp32",
+        help="of the model, and bf16 of the scorer, too (default: %(default)s)",
+    )
     parser.add_argument("--cache-dir", default="runs/cache")
     return parser
 

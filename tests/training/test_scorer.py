@@ -11,6 +11,7 @@ from rdt_core.checkpoint import CheckpointError
 from training.data import local_corpus
 from training.evaluate import main as evaluate
 from training.evaluation.causal import CausalConfig, CausalLM, Scorer, load_scorer
+from training.mixed_precision import cpu_has_bfloat16
 from training.scorer import drawn_texts, main, train
 
 
@@ -68,6 +69,15 @@ def test_bits_are_those_of_the_distribution_the_model_states(scorer_file: Path, 
     texts = torch.tensor([[tiny_tokenizer.cls_id, *range(10, 18), tiny_tokenizer.sep_id]])
     stated = scorer.model(texts).softmax(-1)
     assert scorer.bits(texts)[0, 4].item() == pytest.approx(-stated[0, 3, texts[0, 4]].log2().item(), rel=1e-4)
+
+
+def test_bits_in_bfloat16_are_about_those_in_float32(
+    scorer_file: Path, text_file: Path, tiny_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    texts = texts_of(text_file, tiny_tokenizer, tmp_path, n=8, length=16)
+    exact, rounded = (load_scorer(scorer_file, bfloat16=wanted).bits(texts) for wanted in (False, True))
+    assert rounded.mean().item() == pytest.approx(exact.mean().item(), rel=0.02)
+    assert torch.equal(exact, rounded) is not cpu_has_bfloat16()
 
 
 def test_training_is_the_same_for_a_seed(text_file: Path, tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from rdt_core import checkpoint
 from rdt_core.checkpoint import Checkpoint, CheckpointError
 from rdt_core.layers import FeedForward, products_attention, rotary_angles, rotate, slow_backward
 from rdt_core.tokenizer import Tokenizer
+from training.mixed_precision import autocast
 
 TEXTS_AT_ONCE = 8
 
@@ -87,7 +88,8 @@ class CausalLM(nn.Module):
     def nats(self, tokens: Tensor) -> Tensor:
         """Negative log-likelihood `(N, L - 1)` of every token `(N, L)` after the first, given those before it."""
         logits = self(tokens[:, :-1]).float()
-        return F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+        nats = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+        return nats.view(len(tokens), -1)
 
 
 @dataclass(frozen=True)
@@ -99,12 +101,14 @@ class Scorer:
     name: str
     digest: str
     text: str
+    bfloat16: bool = False  # of its products, where they are native
 
     @torch.no_grad()
     def bits(self, texts: Tensor) -> Tensor:
         """Surprise in bits at each token of texts, both `(S, L)`; 0 at their ends, `[CLS]` and `[SEP]`."""
         device = self.model.embedding.weight.device
-        nats = torch.cat([self.model.nats(some.to(device)).double().cpu() for some in texts.split(TEXTS_AT_ONCE)])
+        with autocast(device, self.bfloat16):
+            nats = torch.cat([self.model.nats(some.to(device)).double().cpu() for some in texts.split(TEXTS_AT_ONCE)])
         bits = F.pad(nats / math.log(2), (1, 0))  # (S, L)
         bits[:, -1] = 0.0
         return bits
@@ -117,7 +121,7 @@ def save_scorer(path: Path, model: CausalLM, tokenizer: Tokenizer, name: str, tr
     checkpoint.save(path, Checkpoint(weights, config, tokenizer.json, step=int(training["steps"])))
 
 
-def load_scorer(path: Path, device: torch.device | str = "cpu") -> Scorer:
+def load_scorer(path: Path, device: torch.device | str = "cpu", bfloat16: bool = False) -> Scorer:
     """Raises `CheckpointError` for a file that holds no scorer."""
     saved = checkpoint.read(path)
     tokenizer = checkpoint.tokenizer_of(path, saved)
@@ -133,4 +137,4 @@ def load_scorer(path: Path, device: torch.device | str = "cpu") -> Scorer:
     training = saved.config.get("training", {})
     name, text = str(saved.config.get("name", path.stem)), str(training.get("text", ""))
     model = model.to(device).eval().requires_grad_(False)
-    return Scorer(model, tokenizer, name, checkpoint.digest(path), text)
+    return Scorer(model, tokenizer, name, checkpoint.digest(path), text, bfloat16)

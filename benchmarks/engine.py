@@ -65,7 +65,7 @@ class Weights:
             raise SystemExit("the gate workload needs a checkpoint (--model FILE) and a text (--text FILE)")
         paragraphs = list(islice(read_paragraphs(options.text), GATE_PARAGRAPHS))
         tokens = [token for paragraph in self.tokenizer.encode_training(paragraphs) for token in paragraph]
-        return gate_jobs(tokens, options.requests, config.threshold, config.max_steps)
+        return gate_jobs(tokens, options.requests, options.threshold, config.total_steps)
 
 
 def matrix_peak(model: RDT) -> float:
@@ -175,6 +175,7 @@ def main() -> None:
     parser.add_argument("--model", default="base", help=f"a checkpoint, or random weights of {', '.join(PRESETS)}")
     parser.add_argument("--workloads", nargs="+", choices=(*WORKLOADS, "gate"), default=list(WORKLOADS))
     parser.add_argument("--text", type=Path, help="a .txt or .txt.xz file, for the gate workload")
+    parser.add_argument("--threshold", type=float, default=0.1, help="of the gate workload (default: %(default)s)")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["fp32", "bf16", "int8"])
     parser.add_argument("--requests", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=3)

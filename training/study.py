@@ -231,10 +231,9 @@ class GateStudy(Trainer):
 
 
 def train_gate(config: TrainConfig, target: str, start: Path) -> None:
-    study = GateStudy(config, torch.device("cpu"))
+    """From a checkpoint at the end of the encoder's learning, with the gate as it started, to the run's last step."""
+    study = GateStudy(config, torch.device("cpu"), start)
     study.target = GATES[target]
-    saved = torch.load(start, map_location="cpu", weights_only=True)["model_state_dict"]
-    study.model.load_state_dict({n: v for n, v in saved.items() if not n.startswith("gate.")}, strict=False)
     study.fit()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,10 @@ def bundled() -> LoadedModel:
     return checkpoint.load(BUNDLED)
 
 
+def as_values(section: Any) -> list[Any]:
+    return list(section.values()) if isinstance(section, dict) else [section]
+
+
 def masked_text(bundled: LoadedModel, text: str, ratio: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tokens as they are, tokens with masks, and which rows those are."""
     tokens = torch.tensor(bundled.tokenizer.encode(text).ids)
@@ -41,7 +46,9 @@ def test_it_is_small_enough_for_a_repository_and_says_nothing_of_where_it_was_ma
     assert BUNDLED.stat().st_size <= MAX_BYTES
     contents = checkpoint.read(BUNDLED)
     assert contents.optimizer_state_dict is None
-    assert "/" not in str(contents.config["training"]["data"])
+    names = [str(value) for section in contents.config["training"].values() for value in as_values(section)]
+    assert not [name for name in names for part in name.split(",") if Path(part).is_absolute()]
+    assert any(name.startswith("wikitext2-train") for name in names)
 
 
 def test_the_hidden_state_stays_bounded_for_64_passes(bundled: LoadedModel) -> None:
@@ -77,6 +84,7 @@ def test_many_passes_say_what_few_say(bundled: LoadedModel) -> None:
 
 def test_hard_texts_take_no_fewer_passes_than_easy_ones(bundled: LoadedModel) -> None:
     def mean_steps(ratio: float) -> float:
-        return statistics.mean(restore(bundled.model, *masked_text(bundled, text, ratio)[1:]).steps for text in TEXTS)
+        texts = (masked_text(bundled, text, ratio)[1:] for text in TEXTS)
+        return statistics.mean(restore(bundled.model, *text, max_steps=20, threshold=0.1).steps for text in texts)
 
     assert mean_steps(0.8) >= mean_steps(0.1)

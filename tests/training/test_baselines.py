@@ -13,12 +13,13 @@ import training
 from rdt_core import RDT, ModelConfig, Tokenizer, flops
 from training.config import TrainConfig, load_config
 from training.data import Batches
+from training.optimise import learning_rate_factor
 from training.trainer import model_config
 
 CONFIGS = Path(training.__file__).parent / "configs"
 BASELINES = sorted((CONFIGS / "baselines").glob("*.yaml"))
 BERT_PIECES = 30_522
-USED_DEPTH = 3
+EQUAL_DEPTH = 3
 
 
 def baseline(name: str) -> TrainConfig:
@@ -43,23 +44,48 @@ def differences(name: str) -> dict[str, Any]:
     }
 
 
-ONE_PASS = {"model.max_steps": 1, "training.max_chain_length": 1, "training.grad_passes": 1, "training.gate_passes": 2}
+ONE_PASS = {
+    "model.max_steps": 1,
+    "training.max_chain_length": 1,
+    "training.grad_passes": 1,
+    "training.gate_steps": 0,
+}
+BRANCH = {
+    "training.num_steps": 600,
+    "training.one_pass_steps": 0,
+    "training.warmup_steps": 20,
+    "training.decay_ratio": 1.0,
+}
+"""Of what starts where rdt-small's one pass ends, with a fresh optimizer."""
 
 
 @pytest.mark.parametrize(
     ("name", "more"),
     [
-        ("one-pass", {}),
-        ("one-pass-deep", {"model.n_prelude_layers": 6}),
+        ("one-pass", {"training.num_steps": 5350}),
+        ("one-pass-deep", BRANCH | {"model.n_encoder_layers": 9}),
         (
             "masked-diffusion",
-            {"training.masking_strategy": "linear", "training.total_steps": 100}
+            BRANCH
+            | {"training.masking_strategy": "linear", "training.total_steps": 100}
             | {"training.random_token_share": 0.0, "training.keep_token_share": 0.0},
         ),
     ],
 )
 def test_a_baseline_differs_in_what_it_is_about_alone(name: str, more: dict[str, Any]) -> None:
     assert differences(name) == ONE_PASS | more
+
+
+def test_every_encoder_learns_from_as_many_steps() -> None:
+    shared = small().training.one_pass_steps
+    ours = small().training
+    assert ours.num_steps is not None
+    assert ours.num_steps - ours.gate_steps - shared == BRANCH["training.num_steps"]
+    assert baseline("one-pass").training.num_steps == shared + BRANCH["training.num_steps"]
+    factor = learning_rate_factor(ours, ours.num_steps)
+    assert [factor(step) for step in (shared - 1, shared, shared + 300, shared + 600 - 1)] == [1, 1, 0.5, 1 / 600]
+    one_pass = baseline("one-pass").training
+    assert [learning_rate_factor(one_pass, 5350)(step) for step in (shared, shared + 300)] == [1, 0.5]
 
 
 def test_every_baseline_is_named_in_the_table() -> None:
@@ -76,12 +102,12 @@ def test_one_pass_has_the_parameters_of_the_model(tiny_tokenizer: Tokenizer) -> 
     assert round(ours / 1e6, 1) == 17.3
 
 
-def test_the_deep_one_does_the_operations_of_the_model_at_the_depth_it_is_used_at(tiny_tokenizer: Tokenizer) -> None:
+def test_the_deep_one_does_the_operations_of_three_passes(tiny_tokenizer: Tokenizer) -> None:
     ours, theirs = shape(small(), tiny_tokenizer), shape(baseline("one-pass-deep"), tiny_tokenizer)
     for length in (128, 256):
         for share in (0.1, 0.5, 0.9):
             n_decoded = round(share * (length - 2))
-            wanted = flops.sequence_flops(ours, length, n_decoded, USED_DEPTH)
+            wanted = flops.sequence_flops(ours, length, n_decoded, EQUAL_DEPTH)
             found = flops.sequence_flops(theirs, length, n_decoded, 1)
             assert found == pytest.approx(wanted, rel=0.02)
 
@@ -91,7 +117,7 @@ def test_the_figures_in_the_deep_ones_comment_are_those_computed(tiny_tokenizer:
     stated = [float(value) for value in re.findall(r"([\d.]+) MFLOPs a token against ([\d.]+)", text)[0]]
     ours, theirs = shape(small(), tiny_tokenizer), shape(baseline("one-pass-deep"), tiny_tokenizer)
     n_decoded = round(0.15 * 126)
-    found = [flops.sequence_flops(theirs, 128, n_decoded, 1), flops.sequence_flops(ours, 128, n_decoded, USED_DEPTH)]
+    found = [flops.sequence_flops(theirs, 128, n_decoded, 1), flops.sequence_flops(ours, 128, n_decoded, EQUAL_DEPTH)]
     assert stated == [round(operations / 128 / 1e6, 1) for operations in found]
     assert f"{RDT(theirs).n_parameters / 1e6:.1f} M against 17.3 M" in text
 

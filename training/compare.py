@@ -1,6 +1,8 @@
 """`python -m training.compare A.json B.json`: evaluations of several models as Markdown tables and one picture.
 
-The files are those of `python -m training.evaluate --output`, on the same text with the same masks.
+The files are those of `python -m training.evaluate --output`, on the same text with the same masks. With `--against
+MODEL KIND:SETTING` the tables hold differences from that model's method, segment by segment, with paired 95 %
+intervals; that takes the `.npz` beside each `.json`, too.
 """
 
 from __future__ import annotations
@@ -13,7 +15,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from training.config import ConfigError
+from training.evaluation import tallies
+from training.evaluation.measures import resamples
 from training.report import MEASURES, Measure, Row, number, plot_lines, written
 
 DEFAULT_MEASURES = ("exact_match", "run_2", "bleu", "passes", "flops_per_token")
@@ -28,6 +34,7 @@ class Evaluated:
     digest: str
     of: dict[str, Any]
     rows: list[Row]
+    path: Path
 
     @classmethod
     def read(cls, path: Path) -> Evaluated:
@@ -37,15 +44,15 @@ class Evaluated:
             known = {field.name for field in fields(Row)}
             rows = [Row(**{name: value for name, value in row.items() if name in known}) for row in values["rows"]]
             of = {name: values.get(name) for name in SAME}
-            return cls(str(values["model"]), str(values["digest"]), of, rows)
+            return cls(str(values["model"]), str(values["digest"]), of, rows, path)
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path}: no evaluation.json of training.evaluate") from error
 
 
-def read_all(paths: Sequence[Path]) -> dict[str, list[Row]]:
-    """The rows of each model, by its name; models of one name are told apart by their digest."""
+def read_all(paths: Sequence[Path]) -> dict[str, Evaluated]:
+    """The evaluation of each model, by its name; models of one name are told apart by their digest."""
     found = [Evaluated.read(path) for path in paths]
     for path, one in zip(paths, found, strict=True):
         for name in SAME:
@@ -57,7 +64,7 @@ def read_all(paths: Sequence[Path]) -> dict[str, list[Row]]:
     labels = [one.name if names.count(one.name) == 1 else f"{one.name}@{one.digest[:8]}" for one in found]
     if len(set(labels)) < len(labels):
         raise ConfigError("one model was given twice")
-    return {label: one.rows for label, one in zip(labels, found, strict=True)}
+    return dict(zip(labels, found, strict=True))
 
 
 def chosen(rows: Sequence[Row], only: Sequence[str], mask_ratios: Sequence[float]) -> list[Row]:
@@ -70,12 +77,58 @@ def chosen(rows: Sequence[Row], only: Sequence[str], mask_ratios: Sequence[float
     ]
 
 
-def markdown(models: dict[str, list[Row]], measure: Measure) -> str:
-    """A table with a line a model and setting and a column a mask ratio, `value ± half of the interval`."""
+class Against:
+    """A method of one model, from which all others differ; both on the same segments."""
+
+    def __init__(self, models: dict[str, Evaluated], model: str, method: str) -> None:
+        """Raises `ConfigError` where there is no such model or method, or nothing was kept by segment."""
+        if model not in models:
+            raise ConfigError(f"--against {model}: want one of {', '.join(models)}")
+        self.name = f"{model}, {method.replace(':', ' ')}"
+        self.rows = {row.mask_ratio: row for row in models[model].rows if f"{row.kind}:{row.setting:g}" == method}
+        if not self.rows:
+            raise ConfigError(f"--against {model} {method}: it has no such method; want KIND:SETTING, as fixed:1")
+        self.model = model
+        self.tallies = {label: tallies.read(one.path.with_suffix(".npz")) for label, one in models.items()}
+        self.weights: Tensor | None = None
+
+    def cell(self, measure: Measure, model: str, row: Row) -> str:
+        """`+difference ± half of the paired interval`, without the latter for what is not counted by segment."""
+        other = self.rows.get(row.mask_ratio)
+        own, theirs = (None, None) if other is None else (measure.value(row), measure.value(other))
+        if other is None or own is None or theirs is None:
+            return "-"
+        tally, base = self._tally(model, row, measure), self._tally(self.model, other, measure)
+        if tally is None or base is None:
+            return f"{own - theirs:+.2f}"
+        if self.weights is None:
+            self.weights = resamples(tally.shape[1], seed=0)
+        found = tallies.paired(tally, base, self.weights)
+        assert found is not None, f"{measure.field} of {row.key} counts nothing"
+        return f"{found.value / measure.unit:+.2f} ± {found.interval / measure.unit:.2f}"
+
+    def _tally(self, model: str, row: Row, measure: Measure) -> Tensor | None:
+        if row.key not in self.tallies[model]:
+            raise ConfigError(f"{model}: its .npz lacks {row.key}, so it is of another evaluation")
+        return self.tallies[model][row.key].get(measure.field)
+
+
+def markdown(models: dict[str, list[Row]], measure: Measure, against: Against | None = None) -> str:
+    """A table with a line a model and setting and a column a mask ratio, `value ± half of the interval`.
+
+    Raises `ConfigError` where `against` has nothing to compare with.
+    """
     ratios = sorted({row.mask_ratio for rows in models.values() for row in rows})
-    cells = {(model, row.label, row.mask_ratio): _cell(measure, row) for model, rows in models.items() for row in rows}
+    cells = {
+        (model, row.label, row.mask_ratio): _cell(measure, row)
+        if against is None
+        else against.cell(measure, model, row)
+        for model, rows in models.items()
+        for row in rows
+    }
+    over = "" if against is None else f", over {against.name}"
     lines = [
-        f"{measure.title[0].upper()}{measure.title[1:]}:",
+        f"{measure.title[0].upper()}{measure.title[1:]}{over}:",
         "",
         "| model | method |" + "".join(f" {100 * ratio:g} % |" for ratio in ratios),
         "|---|---|" + "---|" * len(ratios),
@@ -97,20 +150,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--measures", nargs="+", choices=MEASURES, default=DEFAULT_MEASURES)
     parser.add_argument("--only", nargs="+", default=[], metavar="KIND[:SETTING]", help="e.g. fixed:1 gate:0.2 settle")
     parser.add_argument("--mask-ratios", nargs="+", type=float, default=[])
+    parser.add_argument(
+        "--against", nargs=2, metavar=("MODEL", "KIND:SETTING"), help="show differences from it, with paired intervals"
+    )
     parser.add_argument("--plot", type=Path, help="a .png of quality against compute, a line a model and method")
     options = parser.parse_args(arguments)
     try:
-        models = read_all(options.evaluations)
-        models = {name: chosen(rows, options.only, options.mask_ratios) for name, rows in models.items()}
+        found = read_all(options.evaluations)
+        models = {name: chosen(one.rows, options.only, options.mask_ratios) for name, one in found.items()}
         if not any(models.values()):
             raise ConfigError("no row is left: look at --only and --mask-ratios")
+        against = None if options.against is None else Against(found, *options.against)
+        text = "\n\n".join(markdown(models, MEASURES[name], against) for name in options.measures)
     except ConfigError as error:
         print(f"rdt-compare: {error}", file=sys.stderr)
         return 2
     if options.plot is not None:
         points = [(f"{name}, {row.kind}", row) for name, rows in models.items() for row in rows]
         plot_lines(points, options.plot)
-    text = "\n\n".join(markdown(models, MEASURES[name]) for name in options.measures)
     return written(lambda: print(text))
 
 

@@ -28,7 +28,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from rdt_core.precision import PRECISIONS, prepare
 from rdt_core.tokenizer import Tokenizer
 from training.config import ConfigError
 from training.data import local_corpus
+from training.evaluation import tallies
 from training.evaluation.causal import Scorer, load_scorer
 from training.evaluation.lookups import halting_depths
 from training.evaluation.restoring import Evaluation, Measured, cut_segments
@@ -67,9 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.output is not None:
         options.output.mkdir(parents=True, exist_ok=True)
         summary = {"model": loaded.name, "digest": loaded.digest, **describe(evaluation, options, scorer)}
-        summary |= {"plan": asdict(plan), **asdict(found)}
+        summary |= {"plan": asdict(plan), **asdict(replace(found, tallies=[]))}
+        del summary["tallies"]
         (options.output / "evaluation.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         (options.output / "evaluation.txt").write_text(text + "\n", encoding="utf-8")
+        tallies.write(options.output / "evaluation.npz", found.rows, found.tallies)
         plot(found.rows, options.output / "evaluation.png")
     return written(lambda: print(text))
 
@@ -168,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--text", required=True, help="local .txt or .txt.xz file")
     parser.add_argument("--validation", help="another such file, to choose the table's depths and the best lookup on")
     parser.add_argument("--scorer", type=Path, help="a file of python -m training.scorer")
-    parser.add_argument("--output", type=Path, help="folder for evaluation.json, .txt and .png")
+    parser.add_argument("--output", type=Path, help="folder for evaluation.json, .npz, .txt and .png")
     parser.add_argument("--length", type=int, default=128, help="tokens a segment (default: %(default)s)")
     parser.add_argument("--segments", type=int, help="how many segments of each text, evenly spread (default: all)")
     parser.add_argument("--mask-ratios", type=float, nargs="+", default=PLAN.mask_ratios)

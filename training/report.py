@@ -40,9 +40,16 @@ class Row:
     lm_excess_bits: float | None = None
     lm_excess_bits_interval: float | None = None
 
+    bits_interval: float | None = None
+
     @property
     def label(self) -> str:
         return f"{self.kind} {self.setting:g}"
+
+    @property
+    def key(self) -> str:
+        """Tells the rows of one evaluation apart."""
+        return f"{self.kind}:{self.setting:g}@{self.mask_ratio:g}"
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,7 @@ MEASURES = {
         Measure("runs of 3 masked tokens right throughout, %", "run_3", "run_3_interval", 0.01),
         Measure("runs of 4 masked tokens right throughout, %", "run_4", "run_4_interval", 0.01),
         Measure("BLEU-4 of whole segments", "bleu", "bleu_interval"),
-        Measure("bits a masked token", "bits"),
+        Measure("bits a masked token", "bits", "bits_interval"),
         Measure("bits a restored token under the left-to-right model", "lm_bits", "lm_bits_interval"),
         Measure(
             "bits of the whole text over the original's under that model, a restored token",

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from training import evaluate
 from training.compare import main
 
 ROW = {"exact_match": 0.25, "interval": 0.011, "bits": 5.0, "passes": 2.0, "flops_per_token": 3e6, "bleu": 61.2,
@@ -114,3 +117,65 @@ def test_a_file_that_is_no_evaluation(tmp_path: Path, text: str, capsys: pytest.
 def test_nothing_left_to_show(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*files, "--only", "magic"]) == 2
     assert capsys.readouterr().err == "rdt-compare: no row is left: look at --only and --mask-ratios\n"
+
+
+@pytest.fixture
+def evaluated(tmp_path: Path, tiny_checkpoint: Path, text_file: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Two evaluations of one model under two names, of depths and rounds."""
+    files = []
+    for name, more in (("ours", ["--max-depth", "2"]), ("theirs", ["--max-depth", "1"])):
+        arguments = ["--checkpoint", str(tiny_checkpoint), "--text", str(text_file), "--cache-dir", str(tmp_path)]
+        arguments += ["--length", "12", "--segments", "5", "--mask-ratios", "0.5", "--thresholds", "--unchanged"]
+        arguments += ["--mask-predict", "2", "--settle-passes", "--settle-thresholds", "--ancestral", *more]
+        assert evaluate.main([*arguments, "--output", str(tmp_path / name)]) == 0
+        file = tmp_path / name / "evaluation.json"
+        values = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps(values | {"model": name}), encoding="utf-8")
+        files.append(str(file))
+    capsys.readouterr()
+    return files
+
+
+def test_differences_from_one_method_are_in_pairs(evaluated: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*evaluated, "--against", "ours", "fixed:1", "--measures", "exact_match", "bleu", "passes"]) == 0
+    exact, bleu, passes = (part.splitlines() for part in split_tables(capsys.readouterr().out))
+    assert exact[0] == "Exact match, % of masked tokens, over ours, fixed 1:"
+    assert bleu[0] == "BLEU-4 of whole segments, over ours, fixed 1:"
+    for table in (exact, bleu):
+        assert "| theirs | fixed 1 | +0.00 ± 0.00 |" in table  # the same model, so the same guesses
+        assert re.fullmatch(r"\| theirs \| mask-predict 2 \| [+-]\d+\.\d\d ± \d+\.\d\d \|", table[-1])
+    assert "| ours | fixed 2 | +1.00 |" in passes
+
+
+def test_a_difference_is_the_difference_of_the_values(evaluated: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    only = ["--only", "mask-predict", "fixed:1", "--measures", "bits"]
+    assert main([evaluated[1], *only]) == 0
+    values = [float(line.split("|")[3].split("±")[0]) for line in capsys.readouterr().out.splitlines()[4:]]
+    assert main([evaluated[1], *only, "--against", "theirs", "fixed:1"]) == 0
+    differences = [float(line.split("|")[3].split("±")[0]) for line in capsys.readouterr().out.splitlines()[4:]]
+    assert differences == pytest.approx([value - values[0] for value in values], abs=0.011)
+
+
+@pytest.mark.parametrize(
+    ("against", "problem"),
+    [
+        (["nobody", "fixed:1"], "--against nobody: want one of ours, theirs"),
+        (["theirs", "fixed:2"], "--against theirs fixed:2: it has no such method; want KIND:SETTING, as fixed:1"),
+        (["theirs", "fixed"], "--against theirs fixed: it has no such method; want KIND:SETTING, as fixed:1"),
+    ],
+)
+def test_an_against_that_is_not_there(
+    evaluated: list[str], against: list[str], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*evaluated, "--against", *against]) == 2
+    assert capsys.readouterr().err == f"rdt-compare: {problem}\n"
+
+
+def test_tallies_of_another_evaluation(evaluated: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(Path(evaluated[1]).with_suffix(".npz"), Path(evaluated[0]).with_suffix(".npz"))
+    assert main([*evaluated, "--against", "theirs", "fixed:1"]) == 2
+    assert "ours: its .npz lacks fixed:2@0.5" in capsys.readouterr().err
+
+
+def split_tables(printed: str) -> list[str]:
+    return re.split(r"\n\n(?!\|)", printed.strip())

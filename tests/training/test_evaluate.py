@@ -10,6 +10,7 @@ import torch
 
 from rdt_core import RDT, Tokenizer
 from training.evaluate import main
+from training.evaluation import tallies
 from training.evaluation.restoring import Evaluation, cut_segments
 from training.evaluation.table import Deep, Judge, Plan, choose_tables, evaluate
 from training.report import format_comparisons, format_table, written
@@ -144,6 +145,13 @@ def test_the_command_writes_text_json_and_picture(
     assert summary["comparisons"][0].keys() >= {"difference", "interval", "saved", "best"}
     assert (tmp_path / "out" / "evaluation.txt").read_text(encoding="utf-8") == printed
     assert (tmp_path / "out" / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+    kept = tallies.read(tmp_path / "out" / "evaluation.npz")
+    assert len(kept) == len(summary["rows"])
+    hits, counts = kept["fixed:1@0.5"]["exact_match"]
+    first = next(
+        row for row in summary["rows"] if (row["kind"], row["setting"], row["mask_ratio"]) == ("fixed", 1, 0.5)
+    )
+    assert first["exact_match"] == pytest.approx((hits.sum() / counts.sum()).item())
 
 
 def test_the_command_computes_in_the_format_it_is_given(

@@ -84,27 +84,29 @@ def half_width(samples: Tensor) -> float:
     return (high - low) / 2
 
 
-class Bleu:
-    """Corpus BLEU-4 (Papineni et al., 2002) of whole segments against the originals, 0 to 100, by sacrebleu.
+def bleu(counts: Tensor) -> Tensor:
+    """Corpus BLEU-4 `(B,)` of `B` rows of `BleuCounter`'s counts `(B, 10)`, 0 to 100, by sacrebleu."""
+    smoothing = BLEU(tokenize="none").smooth_method
+    rows = [[round(count) for count in row] for row in counts.tolist()]
+    scores = [BLEU.compute_bleu(row[:4], row[4:8], row[8], row[9], smooth_method=smoothing).score for row in rows]
+    return torch.tensor(scores, dtype=torch.float64)
 
-    Words are word pieces, as they are; tokens that were shown count too. The interval is half of the
-    central 95 % over bootstrap samples of segments.
+
+class BleuCounter:
+    """What BLEU-4 (Papineni et al., 2002) counts in whole segments against the originals, by sacrebleu.
+
+    Words are word pieces, as they are; tokens that were shown count too.
     """
 
-    def __init__(self, tokenizer: Tokenizer, targets: Tensor, weights: Tensor) -> None:
+    def __init__(self, tokenizer: Tokenizer, targets: Tensor) -> None:
         self.pieces = [tokenizer.piece(i) for i in range(tokenizer.vocab_size)]
         self.originals = self._texts(targets)
-        self.weights = weights  # (B, S)
         self._segment = BLEU(tokenize="none", effective_order=True)  # it is asked for its counts alone
-        self._corpus = BLEU(tokenize="none")
 
-    def of(self, restored: Tensor) -> Estimate:
-        """restored `(S, L)` tokens."""
-        counts = torch.tensor(
-            [self._counts(text, original) for text, original in zip(self._texts(restored), self.originals, strict=True)]
-        ).double()  # (S, 10)
-        samples = [self._score(row) for row in (self.weights @ counts).tolist()]
-        return Estimate(self._score(counts.sum(0).tolist()), half_width(torch.tensor(samples).double()))
+    def of(self, restored: Tensor) -> Tensor:
+        """restored `(S, L)` tokens -> the tally `(10, S)`: matches and n-grams of each order, and both lengths."""
+        pairs = zip(self._texts(restored), self.originals, strict=True)
+        return torch.tensor([self._counts(text, original) for text, original in pairs]).double().T
 
     def _texts(self, tokens: Tensor) -> list[str]:
         return [" ".join(self.pieces[token] for token in row) for row in tokens[:, 1:-1].tolist()]
@@ -112,8 +114,3 @@ class Bleu:
     def _counts(self, text: str, original: str) -> list[int]:
         score = self._segment.sentence_score(text, [original])
         return [*score.counts, *score.totals, score.sys_len, score.ref_len]
-
-    def _score(self, counts: list[float]) -> float:
-        whole = [round(count) for count in counts]
-        smoothing = self._corpus.smooth_method
-        return float(BLEU.compute_bleu(whole[:4], whole[4:8], whole[8], whole[9], smooth_method=smoothing).score)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,9 +25,10 @@ from training.evaluation.lookups import (
     unchanged,
     with_ends,
 )
-from training.evaluation.measures import RUN_LENGTHS, Bleu, per_segment, resamples, runs, share
+from training.evaluation.measures import RUN_LENGTHS, BleuCounter, per_segment, resamples, runs
 from training.evaluation.restoring import Evaluation, Measured, Outcome, at_depth
 from training.evaluation.rounds import ancestral, mask_predict
+from training.evaluation.tallies import Tallies, estimate
 from training.report import Comparison, Row
 
 
@@ -53,6 +54,16 @@ class Evaluated:
     comparisons: list[Comparison]
     tables: dict[float, dict[float, int]] = field(default_factory=dict)  # budget -> mask ratio -> depth
     original_lm_bits: dict[float, float] = field(default_factory=dict)  # what the text itself scores at the masks
+    tallies: list[Tallies] = field(default_factory=list)  # of each row
+
+
+class Point(NamedTuple):
+    """One setting, and what came of it."""
+
+    kind: str
+    setting: float
+    outcome: Outcome
+    depth: int | None = None  # passes of one round; the depth a table has chosen
 
 
 class Deep:
@@ -106,28 +117,46 @@ class Judge:
         self.targets = evaluation.targets.cpu()
         self.n_segments, self.length = self.targets.shape
         self.weights = resamples(self.n_segments, evaluation.seed)
-        self.bleu = Bleu(evaluation.tokenizer, self.targets, self.weights)
+        self.bleu = BleuCounter(evaluation.tokenizer, self.targets)
         self.original_bits = None if scorer is None else scorer.bits(self.targets)  # (S, L)
 
-    def row(self, kind: str, setting: float, ratio: float, outcome: Outcome, depth: int | None = None) -> Row:
-        masked = self.evaluation.masked(ratio)
+    def tallies(self, ratio: float, outcome: Outcome) -> Tallies:
+        """What each measure counts in each segment; runs of a length that does not occur are left out."""
+        scores, masked = outcome.scores, self.evaluation.masked(ratio)
         masks = masked.sum(1).double()
-        restored = self.restored(masked, outcome.scores)
-        exact = share(self._sums(outcome.scores, outcome.scores.correct), masks)
-        assert exact is not None, f"nothing is masked at a mask ratio of {ratio}"
+        assert masks.any(), f"nothing is masked at a mask ratio of {ratio}"
+        restored = self.restored(masked, scores)
+        right = restored == self.targets
+        found = {
+            "exact_match": torch.stack((self._sums(scores, scores.correct), masks)),
+            "bits": torch.stack((self._sums(scores, scores.nats) / math.log(2), masks)),
+            "bleu": self.bleu.of(restored),
+        }
+        for length in RUN_LENGTHS:
+            whole, count = runs(masked, right, length)
+            if count.any():
+                found[f"run_{length}"] = torch.stack((whole, count))
+        if self.scorer is not None and self.original_bits is not None:
+            bits = self.scorer.bits(restored)
+            found["lm_bits"] = torch.stack(((bits * masked).sum(1), masks))
+            found["lm_excess_bits"] = torch.stack(((bits - self.original_bits).sum(1), masks))
+        return found
+
+    def row(self, ratio: float, point: Point, tallies: Tallies) -> Row:
+        kind, setting, outcome, depth = point
+        values: dict[str, float] = {}
+        for name, tally in tallies.items():
+            found = estimate(tally, self.weights)
+            assert found is not None, f"no {name} to count at a mask ratio of {ratio}"
+            values |= {name: found.value, "interval" if name == "exact_match" else f"{name}_interval": found.interval}
         return Row(
             kind,
             setting,
             ratio,
-            exact_match=exact.value,
-            interval=exact.interval,
-            bits=outcome.scores.nats.mean().item() / math.log(2),
             passes=outcome.effort.passes.double().mean().item(),
             flops_per_token=self._flops(outcome) / (self.n_segments * self.length),
             depth=depth,
-            **self._runs(masked, restored),
-            **self._bleu(restored),
-            **self._lm_bits(masked, masks, restored),
+            **values,
         )
 
     def restored(self, masked: Tensor, scores: Measured) -> Tensor:
@@ -143,33 +172,6 @@ class Judge:
 
     def _flops(self, outcome: Outcome) -> float:
         return outcome.effort.flops(self.evaluation.model.config, self.length).sum().item()
-
-    def _runs(self, masked: Tensor, restored: Tensor) -> dict[str, float]:
-        found: dict[str, float] = {}
-        for length in RUN_LENGTHS:
-            estimate = share(*runs(masked, restored == self.targets, length))
-            if estimate is not None:
-                found |= {f"run_{length}": estimate.value, f"run_{length}_interval": estimate.interval}
-        return found
-
-    def _bleu(self, restored: Tensor) -> dict[str, float]:
-        bleu = self.bleu.of(restored)
-        return {"bleu": bleu.value, "bleu_interval": bleu.interval}
-
-    def _lm_bits(self, masked: Tensor, masks: Tensor, restored: Tensor) -> dict[str, float]:
-        if self.scorer is None or self.original_bits is None:
-            return {}
-        bits = self.scorer.bits(restored)
-        own = share((bits * masked).sum(1), masks)
-        excess = share((bits - self.original_bits).sum(1), masks)
-        assert own is not None
-        assert excess is not None
-        return {
-            "lm_bits": own.value,
-            "lm_bits_interval": own.interval,
-            "lm_excess_bits": excess.value,
-            "lm_excess_bits_interval": excess.interval,
-        }
 
 
 def evaluate(
@@ -187,13 +189,15 @@ def evaluate(
         deep = Deep(evaluation, ratio, plan)
         settled = [evaluation.settling(ratio, n_passes) for n_passes in plan.settle_passes]
         sure = [evaluation.settling(ratio, plan.max_depth, threshold) for threshold in plan.settle_thresholds]
-        for kind, setting, outcome, depth in [
+        for point in [
             *_read_off(deep, tables, ratio),
-            *(("settle", n, outcome, None) for n, outcome in zip(plan.settle_passes, settled, strict=True)),
-            *(("settle-gate", t, outcome, None) for t, outcome in zip(plan.settle_thresholds, sure, strict=True)),
+            *(Point("settle", n, outcome) for n, outcome in zip(plan.settle_passes, settled, strict=True)),
+            *(Point("settle-gate", t, outcome) for t, outcome in zip(plan.settle_thresholds, sure, strict=True)),
             *_rounds(evaluation, plan, ratio),
         ]:
-            found.rows.append(judge.row(kind, setting, ratio, outcome, depth))
+            tallies = judge.tallies(ratio, point.outcome)
+            found.rows.append(judge.row(ratio, point, tallies))
+            found.tallies.append(tallies)
         found.comparisons.extend(_gate_against_lookups(deep, held.get(ratio), judge, ratio))
         if settled and sure:
             found.comparisons.extend(_sure_against_even(deep, sure, settled, judge, ratio))
@@ -208,27 +212,24 @@ def choose_tables(held: dict[float, Deep], plan: Plan) -> dict[float, dict[float
     return {budget: dict(zip(held, best_depths(quality, budget), strict=True)) for budget in plan.budgets}
 
 
-Point = tuple[str, float, Outcome, int | None]  # kind, setting, what came out, depth
-
-
 def _read_off(deep: Deep, tables: dict[float, dict[float, int]], ratio: float) -> Iterator[Point]:
     for depth in range(1, deep.plan.max_depth + 1):
-        yield "fixed", depth, deep.fixed(depth), None
+        yield Point("fixed", depth, deep.fixed(depth))
     for threshold in deep.plan.thresholds:
-        yield "gate", threshold, deep.gate(threshold), None
+        yield Point("gate", threshold, deep.gate(threshold))
     for budget, table in tables.items():
-        yield "table", budget, deep.fixed(table[ratio]), table[ratio]
+        yield Point("table", budget, deep.fixed(table[ratio]), table[ratio])
     for at_most in deep.plan.unchanged:
-        yield "unchanged", at_most, deep.unchanged(at_most), None
+        yield Point("unchanged", at_most, deep.unchanged(at_most))
 
 
 def _rounds(evaluation: Evaluation, plan: Plan, ratio: float) -> Iterator[Point]:
     depth = plan.round_depth
     for n_rounds in plan.mask_predict:
-        yield "mask-predict", n_rounds, mask_predict(evaluation, ratio, n_rounds, depth), depth
+        yield Point("mask-predict", n_rounds, mask_predict(evaluation, ratio, n_rounds, depth), depth)
     for kind, greedy in (("ancestral", False), ("ancestral-greedy", True)):
         for n_steps in plan.ancestral:
-            yield kind, n_steps, ancestral(evaluation, ratio, n_steps, depth, greedy=greedy), depth
+            yield Point(kind, n_steps, ancestral(evaluation, ratio, n_steps, depth, greedy=greedy), depth)
 
 
 def _gate_against_lookups(deep: Deep, held: Deep | None, judge: Judge, ratio: float) -> list[Comparison]:

@@ -80,7 +80,7 @@ class TrainingSection:
     loss_weight_recon: float = 1.0
     loss_weight_gate: float = 1.0
     gate_every_n_steps: int = 4
-    """With `unroll`, how often the gate is taught by a deep run."""
+    """With `unroll`, how often the gate is taught by a deep run; 0 is not before `gate_steps`."""
     gate_passes: int = 8
     """Passes of that deep run; what its last one predicts counts as final."""
     gate_sequences: int = 8
@@ -230,14 +230,14 @@ def _typed(hint: Any, value: Any, key: str) -> Any:
 def _check(config: TrainConfig) -> None:
     at_least = {
         1: "training.batch_size training.gradient_accumulation_steps training.num_epochs training.num_steps "
-        "training.max_chain_length training.grad_passes training.total_steps training.gate_every_n_steps "
+        "training.max_chain_length training.grad_passes training.total_steps "
         "training.gate_sequences training.save_every_n_epochs training.save_every_n_steps training.warmup_steps "
         "training.keep_last_n_checkpoints output.log_every_n_steps output.eval_every_n_epochs "
         "output.eval_every_n_steps output.eval_batches",
         2: "training.gate_passes",
         3: "data.min_seq_length",
-        0: "seed training.one_pass_steps training.gate_steps training.weight_decay training.loss_weight_recon "
-        "training.loss_weight_gate data.num_workers",
+        0: "seed training.one_pass_steps training.gate_every_n_steps training.gate_steps training.weight_decay "
+        "training.loss_weight_recon training.loss_weight_gate data.num_workers",
     }
     for minimum, keys in at_least.items():
         for key in keys.split():

@@ -13,7 +13,8 @@ import json
 import time
 import types
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,14 +28,16 @@ from rdt_core.packing import Packing
 from training import losses
 from training.config import TrainConfig, load_config
 from training.data import Batch, local_corpus
+from training.evaluation import restoring, tallies
 from training.evaluation.measures import runs
 from training.evaluation.restoring import Evaluation, cut_segments
+from training.evaluation.table import Judge, Point
 from training.losses import Losses
 from training.mixed_precision import autocast
 from training.trainer import Trainer
 from training.vocabulary import vocabulary_loss
 
-DEPTHS = (1, 2, 3, 4, 8, 12)
+DEPTHS = (1, 2, 3, 4, 6, 8, 12)
 ROUNDS = (4, 12)
 RATIOS = (0.15, 0.5)
 EMA = 0.99
@@ -311,6 +314,47 @@ def measure(model: RDT, evaluation: Evaluation, soft: bool) -> dict[str, Any]:
     return found
 
 
+# --- the pace of settling ----------------------------------------------------------------------------------------
+
+
+def by_confidence(model: RDT) -> Any:
+    """In place of the token level, the probability that the best guess is wrong; decodes every open token."""
+    settling_now = restoring._settling_now
+
+    def confident_now(state: State, batch: restoring.Slice, *given: Any, **settings: Any) -> Tensor:
+        rows = state.masked.nonzero().squeeze(1)
+        sure = model.decode(state.hidden, batch.packing, rows).float().softmax(-1).max(-1)[0]
+        levels = state.gate.token_level.index_copy(0, rows, (1 - sure).to(state.gate.token_level.dtype))
+        return settling_now(state._replace(gate=state.gate._replace(token_level=levels)), batch, *given, **settings)
+
+    return mock.patch.object(restoring, "_settling_now", confident_now)
+
+
+@torch.inference_mode()
+def paces(evaluation: Evaluation, output: Path) -> None:
+    judge, rows = Judge(evaluation, None), []
+    kept = []
+    for ratio in (0.3, 0.5, 0.7):
+        for rule, patch, thresholds in (
+            ("level", nullcontext(), (0.05, 0.1, 0.2, 0.4)),
+            ("confidence", by_confidence(evaluation.model), (0.1, 0.3, 0.5, 0.7)),
+        ):
+            with patch:
+                for n_passes in (2, 4, 8, 12):
+                    point = Point(f"even-{rule}", n_passes, evaluation.settling(ratio, n_passes))
+                    kept.append(judge.tallies(ratio, point.outcome))
+                    rows.append(judge.row(ratio, point, kept[-1]))
+                for threshold in thresholds:
+                    point = Point(f"own-{rule}", threshold, evaluation.settling(ratio, 12, threshold))
+                    kept.append(judge.tallies(ratio, point.outcome))
+                    rows.append(judge.row(ratio, point, kept[-1]))
+                    print(rows[-1], flush=True)
+    output.mkdir(parents=True, exist_ok=True)
+    values = {"model": "paces", "digest": "0" * 64, "rows": [asdict(row) for row in rows]}
+    (output / "evaluation.json").write_text(json.dumps(values), encoding="utf-8")
+    tallies.write(output / "evaluation.npz", rows, kept)
+
+
 def scores(masked: Tensor, hits: Tensor) -> dict[str, float]:
     """Shares, in %: of tokens, and of runs of 2 and 3 adjacent ones."""
     correct = torch.zeros_like(masked)
@@ -326,6 +370,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--arm", choices=[*ARMS, "none"], default="none")
     parser.add_argument("--gate", choices=[*GATES], help="teach the gate alone, by this target")
+    parser.add_argument("--pace", action="store_true", help="measure paces of settling")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=Path, required=True)
     parser.add_argument("--config", type=Path, default=Path("training/configs/rdt-small.yaml"))
@@ -354,6 +399,10 @@ def main() -> None:
     segments = cut_segments(torch.from_numpy(corpus.tokens.astype("int64")), study.tokenizer, 128, options.segments)
     evaluation = Evaluation(study.model, study.tokenizer, segments, 0, 25)
     result = {"arm": options.arm, "seed": options.seed, "seconds": seconds, "steps": study.step}
+    if options.pace:
+        with autocast(study.device):
+            paces(evaluation, folder)
+        return
     with autocast(study.device):
         result["last"] = measure(study.model, evaluation, arm.get("soft", False))
         if options.arm in ("unroll4", "one-pass"):

@@ -181,10 +181,10 @@ class Trainer:
             if self.step >= self.n_steps - section.gate_steps:
                 return Losses(none, self._gate_loss(batch, turn=self.step))
             recon = unroll_losses(self.model, batch, packing, self._draw_passes(), section)
-            taught = self.step - section.one_pass_steps
-            if taught < 0 or taught % section.gate_every_n_steps != 0:
+            unrolled, every = self.step - section.one_pass_steps, section.gate_every_n_steps
+            if every == 0 or unrolled < 0 or unrolled % every != 0:
                 return Losses(recon, none)
-            return Losses(recon, self._gate_loss(batch, turn=taught // section.gate_every_n_steps))
+            return Losses(recon, self._gate_loss(batch, turn=unrolled // every))
 
     def _draw_passes(self) -> int:
         section = self.config.training

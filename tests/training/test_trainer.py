@@ -390,6 +390,12 @@ def test_the_last_steps_teach_the_gate_alone(train_settings: Settings) -> None:
     assert all(name.startswith("gate.") for name in changed)
 
 
+def test_a_gate_that_waits_until_the_encoder_has_learnt(train_settings: Settings, cpu: torch.device) -> None:
+    changes = {"training.gate_every_n_steps": 0, "training.num_steps": 6, "training.gate_steps": 2}
+    gates = [losses.gate.item() for losses in Trainer(train_settings(**changes), cpu)._steps()]
+    assert [step for step, gate in enumerate(gates) if gate != 0] == [4, 5]
+
+
 def test_gate_steps_that_leave_nothing_for_the_encoder_are_refused(train_settings: Settings) -> None:
     with pytest.raises(ConfigError, match=r"training\.gate_steps is 4: the run has 4 steps"):
         Trainer(train_settings(**{"training.num_steps": 4, "training.gate_steps": 4}), torch.device("cpu"))

@@ -9,6 +9,7 @@ Two ways in, because two kinds of text come in:
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from tokenizers import Tokenizer as WordPieceTokenizer
 
 MASK = re.compile(r"\[mask\]", re.IGNORECASE | re.ASCII)
 CONTINUATION = "##"
-SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+MASK_TOKEN = "[MASK]"
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", MASK_TOKEN)
 
 
 @dataclass(frozen=True)
@@ -34,18 +36,17 @@ class Encoding:
 class Tokenizer:
     """Raises `ValueError` when the JSON is not a tokenizer with BERT's special tokens."""
 
-    def __init__(self, json: str) -> None:
+    def __init__(self, definition: str) -> None:
         try:
-            self._typed = WordPieceTokenizer.from_str(json)
-            self._corpus = WordPieceTokenizer.from_str(json)
+            self._corpus = WordPieceTokenizer.from_str(definition)
+            self._typed = WordPieceTokenizer.from_str(_as_typed(definition))
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"not a tokenizer JSON: {error}") from error
-        for tokenizer in (self._typed, self._corpus):
+        for tokenizer in (self._corpus, self._typed):
             tokenizer.no_truncation()
             tokenizer.no_padding()
-        self._typed.encode_special_tokens = True  # a caller's "[SEP]" is text
-        self.json = json
-        vocabulary = self._typed.get_vocab(with_added_tokens=True)
+        self.json = definition
+        vocabulary = self._corpus.get_vocab(with_added_tokens=True)
         missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
         if missing:
             raise ValueError(f"the tokenizer has no {', '.join(missing)}: not a BERT vocabulary")
@@ -56,15 +57,15 @@ class Tokenizer:
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
         """Read a `tokenizer.json`. `OSError` or `ValueError` naming the file."""
-        json = Path(path).read_text(encoding="utf-8")
+        definition = Path(path).read_text(encoding="utf-8")
         try:
-            return cls(json)
+            return cls(definition)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
     @property
     def vocab_size(self) -> int:
-        return int(self._typed.get_vocab_size(with_added_tokens=True))
+        return int(self._corpus.get_vocab_size(with_added_tokens=True))
 
     @property
     def special_ids(self) -> frozenset[int]:
@@ -73,35 +74,17 @@ class Tokenizer:
 
     def piece(self, token_id: int) -> str:
         """The word piece of a token, with its `##` if it continues a word."""
-        piece = self._typed.id_to_token(token_id)
+        piece = self._corpus.id_to_token(token_id)
         if piece is None:
             raise ValueError(f"token_id is {token_id}: want 0 <= token_id < {self.vocab_size}")
         return str(piece)
 
     def encode(self, text: str) -> Encoding:
         """What a caller typed, as tokens; offsets count characters of `text` as it was sent."""
-        ids, spans, masked = [self.cls_id], [(0, 0)], [False]
-
-        def add_text(start: int, end: int) -> None:
-            if start == end:
-                return
-            encoded = self._typed.encode(text[start:end], add_special_tokens=False)
-            ids.extend(encoded.ids)
-            spans.extend((start + a, start + b) for a, b in encoded.offsets)
-            masked.extend([False] * len(encoded.ids))
-
-        end_of_last = 0
-        for match in MASK.finditer(text):
-            add_text(end_of_last, match.start())
-            ids.append(self.mask_id)
-            spans.append(match.span())
-            masked.append(True)
-            end_of_last = match.end()
-        add_text(end_of_last, len(text))
-        ids.append(self.sep_id)
-        spans.append((len(text), len(text)))
-        masked.append(False)
-        return Encoding(text, ids, spans, masked)
+        encoded = self._typed.encode(MASK.sub(MASK_TOKEN, text), add_special_tokens=False)  # no character more or less
+        ids = [self.cls_id, *encoded.ids, self.sep_id]
+        spans = [(0, 0), *encoded.offsets, (len(text), len(text))]
+        return Encoding(text, ids, spans, [token == self.mask_id for token in ids])
 
     def encode_training(self, texts: Sequence[str]) -> list[list[int]]:
         """Corpus texts as token ids, without `[CLS]` and `[SEP]`; `[UNK]` in the text is `[UNK]`."""
@@ -111,7 +94,20 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Tokens as text, for reading: pieces joined, special tokens left out."""
         kept = [token_id for token_id in token_ids if token_id not in self.special_ids]
-        return str(self._typed.decode(kept))
+        return str(self._corpus.decode(kept))
+
+
+def _as_typed(definition: str) -> str:
+    """The tokenizer to which `[MASK]` is itself wherever it stands, and any other control token is text."""
+    fields = json.loads(definition)
+    fields["added_tokens"] = [
+        token | {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+        if token["content"] == MASK_TOKEN
+        else token
+        for token in fields["added_tokens"]
+        if token["content"] == MASK_TOKEN or not token["special"]
+    ]
+    return json.dumps(fields)
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,24 @@ def test_an_encoding_is_in_order_and_flags_exactly_the_masks(tiny_tokenizer: Tok
     assert not special.intersection(typed)
 
 
+@quick
+@given(typed_text)
+@example("[MA[MASK]SK][mask]é[SEP][MASK]")
+def test_text_around_a_mask_is_read_as_if_it_stood_alone(tiny_tokenizer: Tokenizer, text: str) -> None:
+    encoding = tiny_tokenizer.encode(text)
+    ids, spans, read = [], [], 0
+    for start, end in [*(match.span() for match in MASK.finditer(text)), (len(text), len(text))]:
+        alone = tiny_tokenizer.encode(text[read:start])
+        ids += alone.ids[1:-1]
+        spans += [(read + a, read + b) for a, b in alone.spans[1:-1]]
+        if start < end:
+            ids.append(tiny_tokenizer.mask_id)
+            spans.append((start, end))
+        read = end
+    assert encoding.ids[1:-1] == ids
+    assert encoding.spans[1:-1] == spans
+
+
 @pytest.mark.parametrize("typed", ["[SEP]", "[CLS]", "[PAD]", "[UNK]"])
 def test_a_control_token_typed_as_text_is_text(tiny_tokenizer: Tokenizer, typed: str) -> None:
     encoding = tiny_tokenizer.encode(f"the {typed} fox")

@@ -8,6 +8,9 @@ as `Limits`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -57,19 +60,23 @@ class DenoiseRequest(BaseModel):
             return text
         if "\0" in text:
             raise ValueError("text without NUL characters")
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise ValueError("text without lone surrogates")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("text without lone surrogates") from None
         return text
 
 
-class Candidate(BaseModel):
+@dataclass(frozen=True, slots=True)  # made by the dozen for every answer, which a model's checks would slow down
+class Candidate:
     """A reading the model considered for one place."""
 
     text: str
     probability: float
 
 
-class Restored(BaseModel):
+@dataclass(frozen=True, slots=True)
+class Restored:
     """Characters `start:end` of the answer's text, written by the model after pass `step`."""
 
     start: int
@@ -80,7 +87,8 @@ class Restored(BaseModel):
     candidates: list[Candidate]
 
 
-class TracePoint(BaseModel):
+@dataclass(frozen=True, slots=True)
+class TracePoint:
     """The level after one pass."""
 
     step: int
@@ -191,9 +199,11 @@ def _list_problems(fields: Mapping[str, object], limits: Limits) -> list[FieldPr
 
 
 def _validated(fields: Mapping[str, object], limits: Limits) -> DenoiseRequest:
-    if problems := _problems(fields, limits):
-        raise InvalidArgument.of(problems)
-    return DenoiseRequest.model_validate(fields)
+    with suppress(ValidationError):
+        request = DenoiseRequest.model_validate(fields)
+        if not limits.above(fields, _wanted(limits)):
+            return request
+    raise InvalidArgument.of(_problems(fields, limits))
 
 
 def _problems(fields: Mapping[str, object], limits: Limits) -> list[FieldProblem]:
@@ -213,6 +223,7 @@ def _problems(fields: Mapping[str, object], limits: Limits) -> list[FieldProblem
     return problems
 
 
+@cache
 def _wanted(limits: Limits) -> dict[str, str]:
     return {
         "text": "a string of at least one character",

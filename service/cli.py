@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from service import logs
+from service import logs, loop
 from service.errors import ServiceError
 from service.settings import Settings, SettingsError, read_settings, unknown_variables
 from service.tracing import NotInstalledError
@@ -33,22 +33,22 @@ def serve(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger(__name__).warning("%s is set but is no setting", name)
 
     try:
-        return asyncio.run(_serve(settings))
+        return _serve(settings)
     except NotInstalledError as error:
         return _complain("rdt-serve", error, EXIT_BAD_INPUT)
     except OSError as error:
         return _complain("rdt-serve", error, 1)
 
 
-async def _serve(settings: Settings) -> int:
+def _serve(settings: Settings) -> int:
     if settings.api_workers > 0:
         from service.workers.supervisor import supervise  # noqa: PLC0415 - nobody else needs it
 
-        return await supervise(settings)
+        return asyncio.run(supervise(settings))  # it watches, no more; uvloop knows no process groups
 
     from service.runtime import serve  # noqa: PLC0415 - torch takes seconds; --help and bad settings need not wait
 
-    return await serve(settings)
+    return loop.run(serve(settings))
 
 
 def denoise(arguments: Sequence[str] | None = None) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import signal
@@ -10,7 +9,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from service import logs
+from service import logs, loop
 from service.settings import Settings
 from service.signals import asked_to_end
 from service.tracing import NotInstalledError
@@ -24,7 +23,7 @@ def main() -> int:
     settings = Settings(**orders.settings)
     logs.configure(settings.log_level, settings.log_format)
     try:
-        return asyncio.run(run(orders, settings))
+        return loop.run(run(orders, settings))
     except NotInstalledError as error:
         return complain(error, BAD_INPUT)
     except OSError as error:

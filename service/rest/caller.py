@@ -15,17 +15,27 @@ Value = TypeVar("Value")
 
 async def unless_gone(request: Request, work: Awaitable[Value]) -> Value:
     """The result of the work; if the caller hangs up first, the work is cancelled (`Cancelled`)."""
-    working = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(request))
+    working = asyncio.current_task()
+    assert working is not None, "called outside of a task"
+    listening = asyncio.create_task(_disconnected(request))
+    left = False
+
+    def leave(ended: asyncio.Task[None]) -> None:
+        nonlocal left
+        if not ended.cancelled():
+            ended.exception()  # or the loop would report what a broken connection raised
+            left = working.cancel()
+
+    listening.add_done_callback(leave)
     try:
-        await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise Cancelled("the caller left before the answer")
-        return working.result()
+        return await work
+    except asyncio.CancelledError:
+        if left and working.uncancel() == 0:  # nobody else has cancelled it, too
+            raise Cancelled("the caller left before the answer") from None
+        raise
     finally:
-        working.cancel()
-        gone.cancel()
-        await asyncio.gather(working, gone, return_exceptions=True)  # both have ended when this one does
+        listening.remove_done_callback(leave)
+        listening.cancel()
 
 
 async def _disconnected(request: Request) -> None:

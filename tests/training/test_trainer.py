@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +171,15 @@ def test_a_signal_saves_and_ends_the_run_and_handlers_come_back(
     assert signal.getsignal(number) is before
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """As in a terminal; a job in a shell's background begins with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_signal_acts_as_it_always_does(train_settings: Settings, cpu: torch.device) -> None:
     trainer = Trainer(train_settings(), cpu)
 

@@ -82,3 +82,8 @@ def make_batches(train_settings: Settings, text_file: Path, tiny_tokenizer: Toke
 @pytest.fixture
 def cpu() -> torch.device:
     return torch.device("cpu")
+
+
+def saved_at(config: TrainConfig, step: int) -> Path:
+    (path,) = Path(config.output.checkpoint_dir).glob(f"checkpoint_epoch_*_step_{step}.pt")
+    return path

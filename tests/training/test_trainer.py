@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,12 @@ from torch import Tensor
 
 from rdt_core import Packing, checkpoint, restore
 from rdt_core.checkpoint import Checkpoint, export_release
-from tests.training.conftest import Settings
+from tests.training.conftest import Settings, saved_at
 from training.config import ConfigError, TrainConfig
 from training.data import Batch
-from training.losses import Losses
 from training.mixed_precision import cpu_has_bfloat16
 from training.optimise import gate_parameters, trunk_parameters
-from training.trainer import Trainer, TrainingDiverged
+from training.trainer import Trainer
 
 RUNS = {
     "unroll with dropout": {"model.dropout": 0.2},
@@ -27,11 +26,6 @@ RUNS = {
     "average": {"training.average_decay": 0.7, "training.gate_steps": 2},
     "one pass first": {"training.one_pass_steps": 3, "training.scheduler": "warmup_stable_decay"},
 }
-
-
-def saved_at(config: TrainConfig, step: int) -> Path:
-    (path,) = Path(config.output.checkpoint_dir).glob(f"checkpoint_epoch_*_step_{step}.pt")
-    return path
 
 
 def assert_same(first: Any, second: Any) -> None:
@@ -148,75 +142,6 @@ def test_gate_and_trunk_are_clipped_apart(train_settings: Settings, cpu: torch.d
     trainer.scheduler.step = lambda: None  # type: ignore[method-assign, assignment, misc]
     trainer._train_step([(0, trainer.batches[0])])
     assert norms == pytest.approx([1e-3, 1e-3], rel=0.01)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_ends_the_run_and_handlers_come_back(
-    train_settings: Settings, cpu: torch.device, capsys: pytest.CaptureFixture[str], number: signal.Signals
-) -> None:
-    before = signal.getsignal(number)
-    config = train_settings()
-    trainer = Trainer(config, cpu)
-    step = trainer._train_step
-
-    def interrupted(batches: list[Batch]) -> Losses:
-        if trainer.step == 2:
-            signal.raise_signal(number)
-        return step(batches)
-
-    trainer._train_step = interrupted  # type: ignore[method-assign]
-    assert trainer.fit() is False
-    path = saved_at(config, 3)
-    assert f"stopped at step 3; go on with --checkpoint {path}" in capsys.readouterr().out
-    assert signal.getsignal(number) is before
-
-
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """As in a terminal; a job in a shell's background begins with SIGINT ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("interruptible")
-def test_a_second_signal_acts_as_it_always_does(train_settings: Settings, cpu: torch.device) -> None:
-    trainer = Trainer(train_settings(), cpu)
-
-    def stuck(_: list[Batch]) -> Losses:
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-        raise AssertionError("still here")
-
-    trainer._train_step = stuck  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        trainer.fit()
-
-
-def test_a_loss_that_is_no_number_ends_the_run(
-    train_settings: Settings, cpu: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = train_settings(**{"training.save_every_n_steps": 2, "output.eval_every_n_steps": 100})
-    trainer = Trainer(config, cpu)
-    log = Trainer._log
-
-    def poison(self: Trainer, *arguments: Any) -> None:
-        log(self, *arguments)
-        if self.step == 3:
-            self.model.inject.weight.data[0, 0] = math.nan
-
-    monkeypatch.setattr(Trainer, "_log", poison)
-    with pytest.raises(TrainingDiverged, match="at step 4; last good checkpoint: ") as error:
-        trainer.fit()
-    assert str(error.value).endswith(str(saved_at(config, 2)))
-    assert checkpoint.load(saved_at(config, 2))
-
-
-def test_a_run_that_diverges_at_once_says_that_nothing_was_saved(train_settings: Settings, cpu: torch.device) -> None:
-    trainer = Trainer(train_settings(), cpu)
-    trainer.model.inject.weight.data[0, 0] = math.nan
-    with pytest.raises(TrainingDiverged, match="at step 1; last good checkpoint: none was saved yet"):
-        trainer.fit()
 
 
 @pytest.fixture

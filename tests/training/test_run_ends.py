@@ -1,0 +1,86 @@
+"""A run that ends before its last step: signals, and a loss that is no number."""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from rdt_core import checkpoint
+from tests.training.conftest import Settings, saved_at
+from training.data import Batch
+from training.losses import Losses
+from training.trainer import Trainer, TrainingDiverged
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_ends_the_run_and_handlers_come_back(
+    train_settings: Settings, cpu: torch.device, capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    before = signal.getsignal(number)
+    config = train_settings()
+    trainer = Trainer(config, cpu)
+    step = trainer._train_step
+
+    def interrupted(batches: list[Batch]) -> Losses:
+        if trainer.step == 2:
+            signal.raise_signal(number)
+        return step(batches)
+
+    trainer._train_step = interrupted  # type: ignore[method-assign]
+    assert trainer.fit() is False
+    path = saved_at(config, 3)
+    assert f"stopped at step 3; go on with --checkpoint {path}" in capsys.readouterr().out
+    assert signal.getsignal(number) is before
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """As in a terminal; a job in a shell's background begins with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_a_second_signal_acts_as_it_always_does(train_settings: Settings, cpu: torch.device) -> None:
+    trainer = Trainer(train_settings(), cpu)
+
+    def stuck(_: list[Batch]) -> Losses:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("still here")
+
+    trainer._train_step = stuck  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+
+
+def test_a_loss_that_is_no_number_ends_the_run(
+    train_settings: Settings, cpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = train_settings(**{"training.save_every_n_steps": 2, "output.eval_every_n_steps": 100})
+    trainer = Trainer(config, cpu)
+    log = Trainer._log
+
+    def poison(self: Trainer, *arguments: Any) -> None:
+        log(self, *arguments)
+        if self.step == 3:
+            self.model.inject.weight.data[0, 0] = math.nan
+
+    monkeypatch.setattr(Trainer, "_log", poison)
+    with pytest.raises(TrainingDiverged, match="at step 4; last good checkpoint: ") as error:
+        trainer.fit()
+    assert str(error.value).endswith(str(saved_at(config, 2)))
+    assert checkpoint.load(saved_at(config, 2))
+
+
+def test_a_run_that_diverges_at_once_says_that_nothing_was_saved(train_settings: Settings, cpu: torch.device) -> None:
+    trainer = Trainer(train_settings(), cpu)
+    trainer.model.inject.weight.data[0, 0] = math.nan
+    with pytest.raises(TrainingDiverged, match="at step 1; last good checkpoint: none was saved yet"):
+        trainer.fit()

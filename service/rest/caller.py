@@ -18,13 +18,13 @@ async def unless_gone(request: Request, work: Awaitable[Value]) -> Value:
     working = asyncio.current_task()
     assert working is not None, "called outside of a task"
     listening = asyncio.create_task(_disconnected(request))
-    left = False
+    waits, left = True, False
 
     def leave(ended: asyncio.Task[None]) -> None:
         nonlocal left
         if not ended.cancelled():
             ended.exception()  # or the loop would report what a broken connection raised
-            left = working.cancel()
+            left = waits and working.cancel()
 
     listening.add_done_callback(leave)
     try:
@@ -34,7 +34,7 @@ async def unless_gone(request: Request, work: Awaitable[Value]) -> Value:
             raise Cancelled("the caller left before the answer") from None
         raise
     finally:
-        listening.remove_done_callback(leave)
+        waits = False  # should the hang-up be known already, and `leave` about to be called
         listening.cancel()
 
 

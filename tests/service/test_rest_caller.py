@@ -89,6 +89,24 @@ async def test_an_answer_and_a_hangup_at_once_are_a_hangup() -> None:
         await task
 
 
+@pytest.mark.parametrize("hangup_first", [False, True])
+async def test_a_hangup_that_comes_with_the_answer_cancels_nothing_later(hangup_first: bool) -> None:
+    caller, work = Caller(), Work()
+
+    async def answer_and_write() -> str:
+        await unless_gone(caller.request, work())
+        for _ in range(3):
+            await asyncio.sleep(0)
+        return "written"
+
+    task = asyncio.create_task(answer_and_write())
+    await work.begun.wait()
+    await asyncio.sleep(0)
+    for at_once in (caller.hang_up, work.answer.set) if hangup_first else (work.answer.set, caller.hang_up):
+        at_once()
+    assert await task == "written"
+
+
 @pytest.mark.parametrize("hangs_up", [False, True])
 async def test_who_is_cancelled_from_outside_is_cancelled(hangs_up: bool) -> None:
     caller, work = Caller(), Work()

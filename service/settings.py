@@ -5,16 +5,27 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import AfterValidator, Field, SecretStr, ValidationError
+from pydantic_core import ErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 
 from service.engine.scheduler import SchedulerLimits
 from service.errors import printable
 
 PREFIX = "RDT_"
+
+
+def _sendable(key: SecretStr) -> SecretStr:
+    """Headers and gRPC metadata carry nothing else alike, and callers' libraries trim them."""
+    text = key.get_secret_value()
+    if not text.isascii() or not text.isprintable() or text != text.strip():
+        raise PydanticCustomError("key", "want printable ASCII characters, and no space at either end")
+    return key
+
+
+Key = Annotated[SecretStr, AfterValidator(_sendable)]
 
 
 class Settings(BaseSettings):
@@ -62,10 +73,10 @@ class Settings(BaseSettings):
     grace_seconds: float = Field(
         30.0, ge=0, allow_inf_nan=False, description="Seconds that accepted requests get to finish after SIGTERM."
     )
-    api_key: SecretStr | None = Field(
+    api_key: Key | None = Field(
         None, min_length=1, description="Key that callers must send; better set in the environment than as a flag."
     )
-    admin_key: SecretStr | None = Field(
+    admin_key: Key | None = Field(
         None, min_length=1, description="Key of POST /model/reload, which is there only if this is set."
     )
     replicas: int = Field(

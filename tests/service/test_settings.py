@@ -85,6 +85,14 @@ def test_the_key_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     assert '""' not in str(error.value)
 
 
+@pytest.mark.parametrize("key", ["geheim-ü", "two\nlines", " padded", "padded ", "\x7f"])
+@pytest.mark.parametrize("name", ["api_key", "admin_key"])
+def test_a_key_that_no_header_carries_is_refused(name: str, key: str) -> None:
+    with pytest.raises(SettingsError, match=rf"{name} \(RDT_{name.upper()}\): want printable ASCII") as error:
+        read_settings([f"--{name}", key])
+    assert key.strip() not in str(error.value)
+
+
 def test_unknown_variables_are_found() -> None:
     environment = {"RDT_HTTP_PORT": "1", "RDT_HTTPPORT": "1", "rdt_host": "x", "PATH": "", "RDT_": ""}
     assert unknown_variables(environment) == ["RDT_", "RDT_HTTPPORT"]

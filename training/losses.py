@@ -6,7 +6,7 @@ Two schemes:
 
 - `unroll`: every masked token is supervised, by the mean over the last passes of a random depth. The
   gate learns apart, from a deep run: how many passes until the predictions stop changing, and for each
-  masked token whether its best guess will still change. That needs no labels.
+  masked token how likely its best guess is wrong, as the model's own probabilities say. That needs no labels.
 - `chain`, the seed's: the text is masked at a random step `i` of a chain of `total_steps`; pass `k`
   must restore the tokens that step `i - k` reveals, and the gate must say `(i - k) / total_steps`.
 """
@@ -65,6 +65,7 @@ class DeepRun(NamedTuple):
 
     states: list[State]  # P states, `masked` as it was when the gate read them
     guesses: Tensor  # (P, M)
+    doubts: Tensor  # (P, M) what the model's own probabilities leave to all other tokens
     open_rows: Tensor  # (P, M) bool, rows not settled before that pass
 
 
@@ -75,19 +76,22 @@ def deep_run(model: RDT, batch: Batch, packing: Packing, n_passes: int, settle: 
     rows = batch.masked.nonzero().squeeze(1)
     states: list[State] = []
     guesses: list[Tensor] = []
+    doubts: list[Tensor] = []
     open_rows: list[Tensor] = []
     for step in range(1, n_passes + 1):
         state = model(state, packing)
         states.append(state)
         open_rows.append(state.masked[rows])
-        guess = model.decode(state.hidden, packing, rows).argmax(-1)
+        logits = model.decode(state.hidden, packing, rows).float()
+        best, guess = logits.max(-1)
+        doubts.append(-torch.expm1(best - logits.logsumexp(-1)))
         if guesses:
             guess = torch.where(open_rows[-1], guess, guesses[-1])
         guesses.append(guess)
         if settle:
             settled = surest(state, rows, packing, step, n_passes)
             state = model.settle(state, rows[settled], guess[settled])
-    return DeepRun(states, torch.stack(guesses), torch.stack(open_rows))
+    return DeepRun(states, torch.stack(guesses), torch.stack(doubts), torch.stack(open_rows))
 
 
 def surest(state: State, rows: Tensor, packing: Packing, step: int, n_passes: int) -> Tensor:
@@ -106,8 +110,8 @@ def surest(state: State, rows: Tensor, packing: Packing, step: int, n_passes: in
 def gate_losses(model: RDT, batch: Batch, packing: Packing, section: TrainingSection, settle: bool) -> Tensor:
     """Teach the gate from a deep run: squared error of levels plus cross-entropy of token levels.
 
-    With `settle` only the token levels are taught, on what they will be asked about: will this guess
-    differ from the token that is written there in the end, when the surer ones have settled before it?
+    With `settle` only the token levels are taught, on the states they will be asked about, where the surer
+    tokens have settled already.
     """
     was_training = model.training
     run = deep_run(model.eval(), batch, packing, section.gate_passes, settle)
@@ -124,7 +128,7 @@ def gate_losses(model: RDT, batch: Batch, packing: Packing, section: TrainingSec
         still_open = run.open_rows[step]
         if still_open.any():
             predicted = state.token_level[rows[still_open]].clamp(1e-6, 1 - 1e-6)
-            loss = loss + cross_entropy(predicted, will_change[step][still_open])
+            loss = loss + cross_entropy(predicted, run.doubts[step][still_open])
         if not settle:
             target = (left[step] / section.total_steps).clamp(max=1.0)
             loss = loss + section.total_steps * F.smooth_l1_loss(state.level, target, beta=1 / section.total_steps)

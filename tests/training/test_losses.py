@@ -162,12 +162,13 @@ def test_the_gate_loss_is_what_its_docstring_says(model: RDT, batch: Batch) -> N
     section = TrainingSection(gate_passes=4, total_steps=8, gate_change_share=0.1)
     packing, rows = batch.packing(CPU), batch.masked.nonzero().squeeze(1)
     states = model.recursive_forward(batch.tokens, batch.masked, packing, 4)
-    guesses = torch.stack([model.decode(state.hidden, packing, rows).argmax(-1) for state in states])
+    probabilities = torch.stack([model.decode(state.hidden, packing, rows).softmax(-1) for state in states])
+    sureness, guesses = probabilities.max(-1)
     will_change = (guesses != guesses[-1]).float()
     left = passes_left(will_change, rows, packing, 0.1)
     expected = torch.zeros(())
     for step, state in enumerate(states):
-        expected += F.binary_cross_entropy(state.gate.token_level[rows], will_change[step])
+        expected += F.binary_cross_entropy(state.gate.token_level[rows], 1 - sureness[step])
         expected += 8 * F.smooth_l1_loss(state.gate.level, left[step] / 8, beta=1 / 8)
     torch.testing.assert_close(gate_losses(model, batch, packing, section, settle=False), expected / 4)
 

@@ -33,7 +33,8 @@ class DenoiseRequest(BaseModel):
         default=None,
         ge=0,
         allow_inf_nan=False,
-        description="Halt when the level falls below this; 0 never halts early.",
+        description="`gate`: halt when the level falls below this; 0 never halts early. `settle`: write a token "
+        "back once it is less likely than this to be wrong.",
     )
     halting: Halting | None = Field(
         default=None, description="`gate`: decode once at the end. `settle`: tokens come back gradually."

@@ -34,7 +34,7 @@ class DenoiseRequest(BaseModel):
         ge=0,
         allow_inf_nan=False,
         description="`gate`: halt when the level falls below this; 0 never halts early. `settle`: write a token "
-        "back once it is less likely than this to be wrong.",
+        "back once it is less likely than this to be wrong, and all that are left once the level falls below it.",
     )
     halting: Halting | None = Field(
         default=None, description="`gate`: decode once at the end. `settle`: tokens come back gradually."

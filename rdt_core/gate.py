@@ -7,7 +7,7 @@ The gate reads the hidden state detached, so its loss never moves the encoder. I
 - the **level** of a sequence, a share of `total_steps`: how many passes until its predictions stop
   changing. Each pass multiplies the last level by a factor in (0, 1), so it never rises.
 - the **token level** of each masked row: how likely its best guess is wrong, in the model's own eyes. It foretells what
-  decoding the row would say, the probability of all other tokens, at a hundredth of the cost.
+  decoding the row would say, the probability of all other tokens, for less than a hundredth of its operations.
 """
 
 from __future__ import annotations

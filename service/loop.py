@@ -1,4 +1,4 @@
-"""The event loop that every process of the server runs on."""
+"""The event loop of every process that answers callers or computes."""
 
 from __future__ import annotations
 

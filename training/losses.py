@@ -119,8 +119,10 @@ def gate_losses(model: RDT, batch: Batch, packing: Packing, section: TrainingSec
     rows = batch.masked.nonzero().squeeze(1)
     if len(rows) == 0:
         return model.decoder_bias.new_zeros(())
-    will_change = (run.guesses != run.guesses[-1]).float()  # (P, M)
-    left = passes_left(will_change, rows, packing, section.gate_change_share)  # (P, N)
+    left = None  # (P, N)
+    if not settle:
+        will_change = (run.guesses != run.guesses[-1]).float()  # (P, M)
+        left = passes_left(will_change, rows, packing, section.gate_change_share)
     state = model.gate.start(packing)
     loss = state.level.new_zeros(())
     for step, seen in enumerate(run.states):
@@ -129,7 +131,7 @@ def gate_losses(model: RDT, batch: Batch, packing: Packing, section: TrainingSec
         if still_open.any():
             predicted = state.token_level[rows[still_open]].clamp(1e-6, 1 - 1e-6)
             loss = loss + cross_entropy(predicted, run.doubts[step][still_open])
-        if not settle:
+        if left is not None:
             target = (left[step] / section.total_steps).clamp(max=1.0)
             loss = loss + section.total_steps * F.smooth_l1_loss(state.level, target, beta=1 / section.total_steps)
     return loss / len(run.states)

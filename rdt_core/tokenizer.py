@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from tokenizers import Tokenizer as WordPieceTokenizer
 
@@ -45,6 +46,7 @@ class Tokenizer:
         for tokenizer in (self._corpus, self._typed):
             tokenizer.no_truncation()
             tokenizer.no_padding()
+        self._lowered = _for_lowered(self._typed)
         self.json = definition
         vocabulary = self._corpus.get_vocab(with_added_tokens=True)
         missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
@@ -81,7 +83,12 @@ class Tokenizer:
 
     def encode(self, text: str) -> Encoding:
         """What a caller typed, as tokens; offsets count characters of `text` as it was sent."""
-        encoded = self._typed.encode(MASK.sub(MASK_TOKEN, text), add_special_tokens=False)  # no character more or less
+        # No way in adds a character or takes one away.
+        if self._lowered is not None and text.isascii() and text.isprintable():
+            lowered = text.lower().replace(MASK_TOKEN.lower(), MASK_TOKEN)
+            encoded = self._lowered.encode(lowered, add_special_tokens=False)
+        else:
+            encoded = self._typed.encode(MASK.sub(MASK_TOKEN, text), add_special_tokens=False)
         ids = [self.cls_id, *encoded.ids, self.sep_id]
         spans = [(0, 0), *encoded.offsets, (len(text), len(text))]
         return Encoding(text, ids, spans, [token == self.mask_id for token in ids])
@@ -110,8 +117,22 @@ def _as_typed(definition: str) -> str:
     return json.dumps(fields)
 
 
-@dataclass(frozen=True)
-class Fill:
+def _for_lowered(typed: WordPieceTokenizer) -> WordPieceTokenizer | None:
+    """The tokenizer for text that is lower-case already, which takes half the time; None if it cannot be had.
+
+    BERT's normalizer removes control characters, spaces out Chinese ones, strips accents and lowers letters. Of
+    these, printable ASCII knows only the last.
+    """
+    fields = json.loads(typed.to_str())
+    normalizer = fields["normalizer"]
+    if normalizer is None or normalizer["type"] != "BertNormalizer" or not normalizer["lowercase"]:
+        return None
+    if [token["content"] for token in fields["added_tokens"]] != [MASK_TOKEN]:
+        return None  # some may be looked for in normalized text
+    return WordPieceTokenizer.from_str(json.dumps(fields | {"normalizer": None}))
+
+
+class Fill(NamedTuple):
     """A piece written into a text: characters `start:end` of the new text are `text`."""
 
     row: int

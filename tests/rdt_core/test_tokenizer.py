@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from hypothesis import example, given, settings
@@ -49,6 +50,38 @@ def test_masks_count_wherever_they_stand_and_in_any_case(
     encoding = tiny_tokenizer.encode(text)
     assert pieces_of(tiny_tokenizer, encoding) == ["[CLS]", *pieces, "[SEP]"]
     assert encoding.masked == [False, *(piece == "[MASK]" for piece in pieces), False]
+
+
+PRINTABLE = st.lists(
+    st.sampled_from(["[MASK]", "[mask]", "[Mask]", "[SEP]", " ", "  ", "The", "foxes", "##s", "it's", "3.14", "[["])
+    | st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), max_size=4)
+).map("".join)
+
+
+@settings(max_examples=300, deadline=None)
+@given(PRINTABLE)
+@example("[[MASK]mask]")
+@example("".join(map(chr, range(0x20, 0x7F))))
+def test_printable_ascii_has_a_faster_way_in_to_the_same_tokens(tiny_tokenizer: Tokenizer, text: str) -> None:
+    assert tiny_tokenizer._lowered is not None, "nothing is tested here"
+    encoding = tiny_tokenizer.encode(text)
+    with patch.object(tiny_tokenizer, "_lowered", None):
+        assert tiny_tokenizer.encode(text) == encoding
+
+
+def change(definition: str, **fields: object) -> Tokenizer:
+    return Tokenizer(json.dumps(json.loads(definition) | fields))
+
+
+def test_a_tokenizer_that_does_more_to_ascii_than_lower_it_has_no_faster_way(tiny_tokenizer: Tokenizer) -> None:
+    fields = json.loads(tiny_tokenizer.json)
+    cased = fields["normalizer"] | {"lowercase": False}
+    assert change(tiny_tokenizer.json, normalizer=cased)._lowered is None
+    assert change(tiny_tokenizer.json, normalizer={"type": "Sequence", "normalizers": []})._lowered is None
+    assert change(tiny_tokenizer.json, normalizer=None)._lowered is None
+    own = {"id": 7, "content": "FOX", "special": False, "normalized": True}
+    own |= dict.fromkeys(("lstrip", "rstrip", "single_word"), False)
+    assert change(tiny_tokenizer.json, added_tokens=[*fields["added_tokens"], own])._lowered is None
 
 
 def test_spans_index_the_text_as_it_was_sent(tiny_tokenizer: Tokenizer) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import re
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -32,7 +32,7 @@ def begin(proposed_id: str) -> Call:
     It is current until the task ends, and never taken back: the task is the call's own, and a server logs a
     crash only after everything here has been left.
     """
-    call = Call(proposed_id if SANE_ID.fullmatch(proposed_id) else uuid.uuid4().hex)
+    call = Call(proposed_id if SANE_ID.fullmatch(proposed_id) else f"{random.getrandbits(128):032x}")
     current.set(call)
     return call
 

@@ -61,7 +61,7 @@ class FrontEnd:
         self._server = _Server(
             uvicorn.Config(
                 self.app, log_config=None, access_log=False, lifespan="off", ws="none",
-                server_header=False, timeout_graceful_shutdown=FLUSH_SECONDS,
+                server_header=False, proxy_headers=False, timeout_graceful_shutdown=FLUSH_SECONDS,
             )
         )  # fmt: skip
         self._answering: asyncio.Task[None] | None = None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from service.access import ApiKey
@@ -19,9 +21,18 @@ from service.rest.middleware import BodyLimit, Door, RequestId
 from service.rest.observe import Observer
 from service.rest.problem import Problem
 from service.rest.reload import PATH, Change
-from service.rest.reload import routes as reload_routes
+from service.rest.reload import add_routes as add_reload_routes
 from service.schema import DenoisePass
 from service.tracing import NO_TRACER, Tracer
+
+
+class PlainRoute(APIRoute):
+    """Documents an endpoint, and hands it the request as it came: every endpoint here reads its request and writes its
+    response itself, and to find its arguments and to check its answer once more would take longer than all of that.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        return self.endpoint
 
 
 def create_app(
@@ -39,15 +50,20 @@ def create_app(
     `reload` can be asked for only with `admin_key`, and without one not at all.
     """
     # The bundled documentation pages load scripts from elsewhere; the schema itself stays at /openapi.json.
-    app = FastAPI(title="RDT", version=_version(), docs_url=None, redoc_url=None)
+    # Spans and metrics are our own: the framework's would come on top wherever OpenTelemetry is set up.
+    app = FastAPI(
+        title="RDT", version=_version(), docs_url=None, redoc_url=None,
+        telemetry={"tracing": False, "metrics": False, "logs": False},
+    )  # fmt: skip
+    app.router.route_class = PlainRoute
     for room in (denoise, batch, stream):
-        app.include_router(room.routes(lifecycle, measures))
-    app.include_router(health.routes(lifecycle))
-    app.include_router(metrics.routes(measures))
-    app.include_router(model.routes(lifecycle))
-    app.include_router(playground.routes())
+        room.add_routes(app, lifecycle, measures)
+    health.add_routes(app, lifecycle)
+    metrics.add_routes(app, measures)
+    model.add_routes(app, lifecycle)
+    playground.add_routes(app)
     if admin_key is not None and reload is not None:
-        app.include_router(reload_routes(reload, ApiKey(admin_key)))
+        add_reload_routes(app, reload, ApiKey(admin_key))
 
     app.add_exception_handler(ServiceError, on_service_error)
     app.add_exception_handler(HTTPException, on_http_error)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request, Response
+from fastapi import FastAPI, Request, Response
 
 from service.errors import ServiceError
 from service.lifecycle import Lifecycle
@@ -16,10 +16,8 @@ from service.schema import OPTIONS, DenoiseAnswer, DenoiseRequest
 EXAMPLE = {"items": [{"text": "The [MASK] fox."}, {"text": "The lazy [MASK].", "top_k": 3}], "max_steps": 20}
 
 
-def routes(lifecycle: Lifecycle, metrics: Metrics) -> APIRouter:
-    router = APIRouter()
-
-    @router.post(
+def add_routes(app: FastAPI, lifecycle: Lifecycle, metrics: Metrics) -> None:
+    @app.post(
         "/denoise/batch",
         summary="Restore many texts",
         response_model=BatchAnswer,
@@ -36,8 +34,6 @@ def routes(lifecycle: Lifecycle, metrics: Metrics) -> APIRouter:
         ends = await unless_gone(http_request, denoiser.denoise_batch(items, "rest"))
         answer = BatchAnswer(results=[_result(end, http_request.state.request_id) for end in ends])
         return Response(answer.model_dump_json(exclude_unset=True), media_type=JSON_TYPE)
-
-    return router
 
 
 def request_schema() -> dict[str, object]:

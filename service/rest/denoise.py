@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request, Response
+from fastapi import FastAPI, Request, Response
 
 from service.lifecycle import Lifecycle
 from service.metrics import Metrics
@@ -14,10 +14,8 @@ from service.schema import DenoiseAnswer, DenoiseRequest
 EXAMPLE = {"text": "The quick brown [MASK] jumps over the lazy [MASK].", "max_steps": 20}
 
 
-def routes(lifecycle: Lifecycle, metrics: Metrics) -> APIRouter:
-    router = APIRouter()
-
-    @router.post(
+def add_routes(app: FastAPI, lifecycle: Lifecycle, metrics: Metrics) -> None:
+    @app.post(
         "/denoise",
         summary="Restore the masked tokens of a text",
         response_model=DenoiseAnswer,
@@ -32,5 +30,3 @@ def routes(lifecycle: Lifecycle, metrics: Metrics) -> APIRouter:
             request = denoiser.read(fields)
         answer = await unless_gone(http_request, denoiser.denoise(request, "rest"))
         return Response(answer.model_dump_json(), media_type=JSON_TYPE)
-
-    return router

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fastapi import APIRouter
+from fastapi import FastAPI, Request
 from pydantic import BaseModel
 from starlette.responses import JSONResponse
 
@@ -22,18 +22,12 @@ class Readiness(BaseModel):
     status: State
 
 
-def routes(lifecycle: Lifecycle) -> APIRouter:
-    router = APIRouter()
+def add_routes(app: FastAPI, lifecycle: Lifecycle) -> None:
+    @app.get(LIVE_PATH, summary="The process is up", response_model=Liveness)
+    async def live(_: Request) -> JSONResponse:
+        return JSONResponse(Liveness().model_dump())
 
-    @router.get(LIVE_PATH, summary="The process is up")
-    async def live() -> Liveness:
-        return Liveness()
-
-    @router.get(
-        READY_PATH, summary="Requests are taken", response_model=Readiness, responses={503: {"model": Readiness}}
-    )
-    async def ready() -> JSONResponse:
+    @app.get(READY_PATH, summary="Requests are taken", response_model=Readiness, responses={503: {"model": Readiness}})
+    async def ready(_: Request) -> JSONResponse:
         state = lifecycle.state
         return JSONResponse(Readiness(status=state).model_dump(), status_code=200 if state == "ready" else 503)
-
-    return router

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Response
+from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from service.metrics import Metrics
 
 
-def routes(metrics: Metrics) -> APIRouter:
-    router = APIRouter()
-
-    @router.get("/metrics", summary="Metrics in Prometheus' text format")
-    async def scrape() -> Response:
+def add_routes(app: FastAPI, metrics: Metrics) -> None:
+    @app.get("/metrics", summary="Metrics in Prometheus' text format")
+    async def scrape(_: Request) -> Response:
         return Response(await metrics.scrape(), headers={"Content-Type": CONTENT_TYPE_LATEST})
-
-    return router

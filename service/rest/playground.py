@@ -10,15 +10,14 @@ import hashlib
 import re
 from pathlib import Path
 
-from fastapi import APIRouter
+from fastapi import FastAPI, Request
 from starlette.responses import HTMLResponse
 
 PATH = "/"
 PAGE = Path(__file__).with_name("static") / "playground.html"
 
 
-def routes() -> APIRouter:
-    router = APIRouter()
+def add_routes(app: FastAPI) -> None:
     page = PAGE.read_text(encoding="utf-8")
     headers = {
         "Content-Security-Policy": content_security_policy(page),
@@ -26,11 +25,9 @@ def routes() -> APIRouter:
         "X-Content-Type-Options": "nosniff",
     }
 
-    @router.get(PATH, include_in_schema=False)
-    async def playground() -> HTMLResponse:
+    @app.get(PATH, include_in_schema=False)
+    async def playground(_: Request) -> HTMLResponse:
         return HTMLResponse(page, headers=headers)
-
-    return router
 
 
 def content_security_policy(page: str) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Literal, Protocol
 
-from fastapi import APIRouter, Request
+from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, Field
 
 from service.access import ApiKey
+from service.rest.body import JSON_TYPE
 from service.rest.errors import problem_responses
 from service.rest.middleware import present_key
 
@@ -34,18 +35,16 @@ class ReloadAnswer(BaseModel):
     model: str = Field(description="The model that is served now.")
 
 
-def routes(reload: Callable[[], Awaitable[Change]], admin_key: ApiKey) -> APIRouter:
-    router = APIRouter()
-
-    @router.post(
+def add_routes(app: FastAPI, reload: Callable[[], Awaitable[Change]], admin_key: ApiKey) -> None:
+    @app.post(
         PATH,
         summary="Load the checkpoint file again, and serve it",
         description="Requests accepted before finish on the old model; a file that cannot be served changes nothing.",
+        response_model=ReloadAnswer,
         responses=problem_responses("unauthenticated", "failed_precondition", "unavailable"),
     )
-    async def reload_model(http_request: Request) -> ReloadAnswer:
+    async def reload_model(http_request: Request) -> Response:
         present_key(http_request.headers, admin_key)
         change = await reload()
-        return ReloadAnswer(outcome=change.outcome, previous=change.previous, model=change.model)
-
-    return router
+        answer = ReloadAnswer(outcome=change.outcome, previous=change.previous, model=change.model)
+        return Response(answer.model_dump_json(), media_type=JSON_TYPE)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 
-from fastapi import APIRouter, Request, Response
+from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
@@ -35,14 +35,13 @@ Event = DenoisePass | DenoiseAnswer
 Events = AsyncGenerator[Event, None]
 
 
-def routes(lifecycle: Lifecycle, metrics: Metrics) -> APIRouter:
-    router = APIRouter()
+def add_routes(app: FastAPI, lifecycle: Lifecycle, metrics: Metrics) -> None:
     events_schema = {"type": "string", "description": "Events `pass` (DenoisePass), then `answer` or `problem`."}
     documented: dict[int | str, dict[str, object]] = {
         200: {"description": "Events", "content": {EVENT_STREAM: {"schema": events_schema}}}
     }
 
-    @router.post(
+    @app.post(
         "/denoise/stream",
         summary="Restore a text and watch every pass",
         response_class=EventStream,
@@ -59,8 +58,6 @@ def routes(lifecycle: Lifecycle, metrics: Metrics) -> APIRouter:
         events = denoiser.denoise_stream(request, "rest")
         first = await unless_gone(http_request, anext(events))
         return EventStream(http_request, first, events)
-
-    return router
 
 
 class EventStream(Response):

@@ -7,7 +7,6 @@ reload   the same aside; then newcomers meet the new model, and the old one goes
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import time
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 
 from rdt_core import LoadedModel, Tokenizer
 from rdt_core.checkpoint import CheckpointError
+from service import garbage
 from service.cores import usable_cores
 from service.denoiser import Denoiser
 from service.engine.backend import OutOfMemory
@@ -90,7 +90,6 @@ class Host:
         torch.set_num_threads(self._settings.threads)
         loaded, *more = await asyncio.to_thread(read_models, self._settings)
         engine = await self._warm_engine(loaded, *more)
-        gc.collect()
         self._open(loaded, engine)
         log.info("ready after %.1f s: %s on %s", time.monotonic() - began, loaded.name, loaded.model.device)
 
@@ -176,7 +175,7 @@ class Host:
         if self._watching is not None:
             self._watching.cancel()  # it would keep the old engine, and so the old weights, for ever
         self._watching = asyncio.create_task(self._watch(engine))
-        gc.freeze()  # what is here now stays: a full collection over it would hold every request up for 0.2 s
+        garbage.settle()
         return card
 
     async def _retire(self) -> None:

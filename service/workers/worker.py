@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import time
 from collections.abc import Coroutine
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rdt_core import ModelConfig, Tokenizer
+from service import garbage
 from service.denoiser import Denoiser
 from service.engine.engine import RETIRING_TURNS
 from service.errors import Internal
@@ -83,7 +83,7 @@ class Worker:
             engine = RemoteEngine(self.link, wire, serving, self._queue)
             denoiser = build_denoiser(serving, self._tokenizer, engine, self.metrics, self._tracer)
             self.lifecycle.open(denoiser)
-            gc.freeze()  # what is here now stays: a full collection over it would hold every request up
+            garbage.settle()
             for _ in range(RETIRING_TURNS):
                 await asyncio.sleep(0)
             wire.send(Adopted(serving.digest))

@@ -68,7 +68,11 @@ class DenoiseRequest(BaseModel):
         return text
 
 
-@dataclass(frozen=True, slots=True)  # made by the dozen for every answer, which a model's checks would slow down
+# Those that an answer is made of by the dozen are no models, whose checks would take long, and not frozen: to make one
+# that is takes four times as long.
+
+
+@dataclass(slots=True)
 class Candidate:
     """A reading the model considered for one place."""
 
@@ -76,7 +80,7 @@ class Candidate:
     probability: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Restored:
     """Characters `start:end` of the answer's text, written by the model after pass `step`."""
 
@@ -88,7 +92,7 @@ class Restored:
     candidates: list[Candidate]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TracePoint:
     """The level after one pass."""
 

@@ -8,7 +8,7 @@ L: tokens of the sequence   M: rows decoded   S: passes made   N: live sequences
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 # The words of `rdt_core`, written again because importing them would import torch into every client.
 Halting = Literal["gate", "settle"]
@@ -77,8 +77,7 @@ class Plan:
         return not self.live and not self.dropped
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """A decoded row: the token written there, how probable, and the runners-up asked for."""
 
     row: int

@@ -6,9 +6,10 @@ It looks the state up instead of being told, as `/health/ready` does, so that th
 from __future__ import annotations
 
 import asyncio
-from typing import Literal
+from typing import Any, Literal
 
 import grpc
+from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthServicer
 
@@ -22,6 +23,8 @@ WATCH_SECONDS = 0.25
 Status = Literal[1, 2, 3]  # SERVING, NOT_SERVING, SERVICE_UNKNOWN
 WatchContext = grpc.aio.ServicerContext[HealthCheckRequest, HealthCheckResponse]
 
+messages: Any = health_pb2  # the stubs of types are older than `List`
+
 
 class Health(HealthServicer):
     def __init__(self, lifecycle: Lifecycle) -> None:
@@ -31,6 +34,11 @@ class Health(HealthServicer):
         if request.service not in NAMES:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"want one of {', '.join(map(repr, NAMES))}")
         return HealthCheckResponse(status=self._status(request.service))
+
+    async def List(self, _request: object, _context: object) -> Any:
+        return messages.HealthListResponse(
+            statuses={name: HealthCheckResponse(status=self._status(name)) for name in NAMES}
+        )
 
     async def Watch(self, request: HealthCheckRequest, context: WatchContext) -> None:
         """Every change of state. Ends when the server begins to drain: it must not wait for its watchers."""

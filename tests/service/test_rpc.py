@@ -14,7 +14,7 @@ from typing import Any
 
 import grpc
 import pytest
-from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse, HealthListRequest
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
@@ -114,7 +114,11 @@ async def test_health_follows_the_lifecycle(tiny_tokenizer: Tokenizer, tiny_conf
         watched = stub.Watch(HealthCheckRequest(service=SERVICE))
 
         async def check(name: str = "") -> int:
-            return (await stub.Check(HealthCheckRequest(service=name))).status  # type: ignore[no-any-return]
+            listed = (await stub.List(HealthListRequest())).statuses
+            status: int = (await stub.Check(HealthCheckRequest(service=name))).status
+            assert set(listed) == {"", SERVICE}
+            assert listed[name].status == status
+            return status
 
         seen = [(await watched.read()).status]
         assert await check() == HealthCheckResponse.NOT_SERVING

@@ -58,7 +58,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
         from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 - needs CUDA's kernels
 
-        longest = max(packing.lengths)
+        longest = packing.longest
         out = varlen_attn(query, key, value, packing.offsets, packing.offsets, longest, longest)
         assert isinstance(out, Tensor)
         return out

@@ -57,6 +57,10 @@ class Packing:
     def equal_lengths(self) -> bool:
         return len(set(self.lengths)) == 1
 
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
 
 def to_device(values: Tensor, device: torch.device | str | None) -> Tensor:
     """From the host to a device, without waiting for the work that CUDA has before it: by way of pinned memory."""

@@ -76,11 +76,13 @@ class CapturedPasses:
 
     def _any_batch(self, buffers: Buffers, size: Size) -> Bucket:
         """The same for all batches of the size: nothing of a layout but its places is baked into a graph."""
+        longest = min(size.n_rows, self._model.config.max_seq_len)
         return Bucket(
-            lengths=(min(size.n_rows, self._model.config.max_seq_len),),  # no sequence is longer
+            lengths=(longest,),
             offsets=buffers.offsets[: size.n_places + 1],
             positions=buffers.positions[: size.n_rows],
             sequence_ids=buffers.sequence_ids[: size.n_rows],
             n_rows=size.n_rows,
             n_places=size.n_places,
+            longest_live=longest,
         )

@@ -23,7 +23,8 @@ from service.engine.eager import GATE, GO_ON, reasons_of
 
 SMALLEST_BUCKET = 64
 ROWS_A_SEQUENCE = 8
-"""A bucket of T rows has room for T / 8 sequences: of shorter ones there are fewer than would fit."""
+"""A bucket of T rows has room for T / 8 sequences: of shorter ones there are fewer than would fit. Never for more than
+may be live, since attention is launched for every place, taken or not."""
 
 
 class Size(NamedTuple):
@@ -38,16 +39,18 @@ def sizes_up_to(token_budget: int, max_live: int) -> list[Size]:
     steps = [SMALLEST_BUCKET]
     while steps[-1] < token_budget:
         steps += [steps[-1] * 3 // 2, steps[-1] * 2]
-    sizes = [Size(n_rows, n_rows // ROWS_A_SEQUENCE + 1) for n_rows in steps if n_rows < token_budget]
-    return [*sizes, Size(token_budget, max(token_budget // ROWS_A_SEQUENCE, max_live) + 1)]
+    rows = [n_rows for n_rows in steps if n_rows < token_budget]
+    sizes = [Size(n_rows, min(n_rows // ROWS_A_SEQUENCE, max_live) + 1) for n_rows in rows]
+    return [*sizes, Size(token_budget, max_live + 1)]
 
 
 @dataclass(frozen=True, eq=False)
 class Bucket(Packing):
     """A packing of fixed size: dead rows belong to the last sequence, which is nobody's."""
 
-    n_rows: int = 0
-    n_places: int = 0
+    n_rows: int
+    n_places: int
+    longest_live: int  # tokens; attention is launched for so many of every sequence, and the dead rows are none
 
     @property
     def n_sequences(self) -> int:
@@ -60,6 +63,10 @@ class Bucket(Packing):
     @property
     def equal_lengths(self) -> bool:
         return False
+
+    @property
+    def longest(self) -> int:
+        return self.longest_live
 
 
 class Buffers(NamedTuple):
@@ -179,6 +186,7 @@ def lay_out(buffers: Buffers, lengths: Sequence[int], size: Size) -> Bucket:
         sequence_ids=buffers.sequence_ids[rows],
         n_rows=size.n_rows,
         n_places=size.n_places,
+        longest_live=max(lengths),
     )
 
 

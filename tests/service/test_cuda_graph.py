@@ -38,12 +38,10 @@ class Recording:
         lengths = (buffers.offsets.diff()[: bucket.n_places]).tolist()  # what varlen attention reads on the device
         dead = bucket.n_rows - sum(lengths)
         seen = [length for length in lengths if length] + [dead] * (dead > 0)
-        static = Bucket(tuple(seen), bucket.offsets, bucket.positions, bucket.sequence_ids, *bucket_size(bucket))
+        assert max(lengths) <= bucket.longest, "what a graph was captured for is enough"
+        places = bucket.offsets, bucket.positions, bucket.sequence_ids
+        static = Bucket(tuple(seen), *places, bucket.n_rows, bucket.n_places, max(lengths))
         real_one_pass(model, buffers, static)
-
-
-def bucket_size(bucket: Bucket) -> tuple[int, int]:
-    return bucket.n_rows, bucket.n_places
 
 
 real_one_pass = cuda_graph.one_pass

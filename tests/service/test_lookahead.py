@@ -144,6 +144,7 @@ def test_a_pass_leaves_frozen_and_dead_rows_alone(tiny_model: RDT) -> None:
     for buffer in (buffers.hidden, buffers.embedded):
         buffer.normal_()
     bucket = lay_out(buffers, [5, 7, 4], Size(64, 9))
+    assert (max(bucket.lengths), bucket.longest) == (48, 7), "dead rows are no sequence to attention"
     buffers.reason[:3] = torch.tensor([0, 1, 0])
     buffers.hidden[16:] = torch.nan  # whatever is there
     buffers.level[:3], buffers.ceiling[:3] = 1.0, 10
@@ -172,6 +173,7 @@ def test_a_pass_asks_for_no_value_and_fits_every_size(tiny_config: ModelConfig, 
                 sequence_ids=buffers.sequence_ids[: size.n_rows],
                 n_rows=size.n_rows,
                 n_places=size.n_places,
+                longest_live=16,
             )
             one_pass(model, buffers, bucket)
             close_up(buffers, [(1, range(4)), (3, range(8, 12))])
@@ -194,4 +196,5 @@ def test_closing_up_moves_rows_and_places_together(tiny_model: RDT) -> None:
 def test_sizes_have_room_for_the_budget_and_the_batch() -> None:
     assert [size.n_rows for size in sizes_up_to(400, 10)] == [64, 96, 128, 192, 256, 384, 400]
     assert sizes_up_to(80, 64)[-1] == Size(80, 65), "as many sequences as may be live"
-    assert sizes_up_to(64, 1) == [Size(64, 9)]
+    assert sizes_up_to(64, 1) == [Size(64, 2)]
+    assert sizes_up_to(16_384, 512)[-1] == Size(16_384, 513), "attention looks at every place, taken or not"

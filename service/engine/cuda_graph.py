@@ -7,6 +7,7 @@ What a graph reads and writes lies in fixed places (`static_batch`), and where s
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +16,9 @@ from rdt_core.model import RDT
 from service.engine.static_batch import Bucket, Buffers, Size, one_pass
 
 log = logging.getLogger(__name__)
+
+_CAPTURING = threading.Lock()
+"""A process may have one capture under way, on whichever card."""
 
 WARM_PASSES = 2
 """Before a capture: libraries choose their kernels and take their workspaces the first time, outside of a graph."""
@@ -30,12 +34,19 @@ class CapturedPasses:
         self._model = model
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(model.device)  # torch's own choice is one of whichever card captured first
         self._captures = True
 
     def prepare(self, buffers: Buffers, sizes: Sequence[Size]) -> None:
-        """All sizes, the largest first, since what it takes of the shared pool is enough for the others."""
+        """All sizes, the largest first, since what it takes of the shared pool is enough for the others.
+
+        Those that there is no memory for are left out: a tick that large will say so itself.
+        """
         for size in reversed(sizes):
-            self._capture(buffers, size)
+            try:
+                self._capture(buffers, size)
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
 
     def __call__(self, buffers: Buffers, bucket: Bucket) -> None:
         if self._captures and bucket.n_rows not in self._graphs:
@@ -64,14 +75,17 @@ class CapturedPasses:
                 buffer.copy_(was)
 
     def _captured(self, buffers: Buffers, bucket: Bucket) -> torch.cuda.CUDAGraph:
-        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_PASSES):
+        graph, stream = torch.cuda.CUDAGraph(), self._stream
+        with _CAPTURING:
+            stream.wait_stream(torch.cuda.current_stream())
+            try:
+                with torch.cuda.stream(stream):
+                    for _ in range(WARM_PASSES):
+                        one_pass(self._model, buffers, bucket)
+            finally:
+                torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
                 one_pass(self._model, buffers, bucket)
-        torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            one_pass(self._model, buffers, bucket)
         return graph
 
     def _any_batch(self, buffers: Buffers, size: Size) -> Bucket:

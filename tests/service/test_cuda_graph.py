@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -27,6 +29,7 @@ class Recording:
 
     current: Recording | None = None
     made = 0
+    warmed_on: ClassVar[list[Any]] = []  # streams
 
     def __init__(self) -> None:
         self.pass_of: tuple[RDT, Buffers, Bucket] | None = None
@@ -52,8 +55,11 @@ def graphs_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Captures record instead of computing, as on a card; passes to warm up spoil whatever they touch."""
 
     @contextlib.contextmanager
-    def graph(recording: Recording, **_: Any) -> Iterator[None]:
+    def graph(recording: Recording, stream: Any, **_: Any) -> Iterator[None]:
+        assert Recording.current is None, "a process has one capture under way"
+        assert stream is Recording.warmed_on[-1], "captured where it was warmed, not on a stream of another card"
         Recording.current = recording
+        time.sleep(0)  # another thread may try
         yield
         Recording.current = None
 
@@ -64,15 +70,25 @@ def graphs_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         else:
             Recording.current.pass_of = (model, buffers, bucket)
 
-    stream: Any = type("Stream", (), {"wait_stream": lambda *_: None})
+    class Stream:
+        def __init__(self, _device: Any = None) -> None:
+            pass
+
+        def wait_stream(self, _other: Any) -> None:
+            pass
+
+    def stream(on: Any) -> contextlib.AbstractContextManager[None]:
+        Recording.warmed_on.append(on)
+        return contextlib.nullcontext()
+
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
-    monkeypatch.setattr(torch.cuda, "Stream", stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
     monkeypatch.setattr(cuda_graph, "one_pass", one_pass)
-    Recording.made = 0
+    Recording.made, Recording.current, Recording.warmed_on = 0, None, []
 
 
 @pytest.mark.usefixtures("graphs_on_cpu")
@@ -85,6 +101,19 @@ def test_replays_answer_as_the_reference_does(tiny_model: RDT) -> None:
         alone = run_reference(tiny_model, job)
         assert (result.tokens, result.steps, result.reason) == (alone.tokens, alone.steps, alone.reason)
     assert Recording.made == 2, "sizes of 64 and 80 rows, once each"
+
+
+@pytest.mark.usefixtures("graphs_on_cpu")
+def test_replicas_that_warm_at_once_capture_one_after_the_other(tiny_model: RDT) -> None:
+    sizes = [cuda_graph.Size(64 + n, 9) for n in range(20)]
+
+    def prepare_one(_: int) -> int:
+        passes = CapturedPasses(tiny_model)
+        passes.prepare(Buffers.of(tiny_model, 96, 9), sizes)
+        return len(passes._graphs)
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(prepare_one, range(4))) == [20] * 4
 
 
 @pytest.mark.usefixtures("graphs_on_cpu")
@@ -111,18 +140,28 @@ def test_what_cannot_be_captured_is_launched(
 def test_no_memory_for_a_capture_is_no_reason_to_give_up_capturing(
     tiny_model: RDT, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    passes, buffers = CapturedPasses(tiny_model), Buffers.of(tiny_model, 64, 9)
+    sizes = [cuda_graph.Size(64, 9), cuda_graph.Size(96, 9), cuda_graph.Size(128, 9)]
+    passes, buffers = CapturedPasses(tiny_model), Buffers.of(tiny_model, 128, 9)
     buffers.level.fill_(0.5)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.cuda, "graph", full)
-        with pytest.raises(torch.OutOfMemoryError):
-            passes.prepare(buffers, [cuda_graph.Size(64, 9)])
+    recording = torch.cuda.graph
+
+    def graph(graph: Recording, **settings: Any) -> Any:
+        if Recording.made <= 2:  # those of 128 and of 96 rows
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return recording(graph, **settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    passes.prepare(buffers, sizes)
     assert buffers.level.tolist() == [0.5] * 9, "a capture leaves no trace in the batch"
-    passes.prepare(buffers, [cuda_graph.Size(64, 9)])
-    assert len(passes._graphs) == 1
+    assert list(passes._graphs) == [64], "smaller ones may fit"
+    Recording.made = 0
+    bucket = passes._any_batch(buffers, sizes[1])
+    with pytest.raises(torch.OutOfMemoryError):  # and a tick of that size says so
+        passes(buffers, bucket)
+    passes(buffers, passes._any_batch(buffers, sizes[0]))
+    Recording.made = 2
+    passes(buffers, bucket)
+    assert list(passes._graphs) == [64, 96]
 
 
 @pytest.mark.gpu

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from rdt_core.model import RDT
+from service.engine.memory import shortage
 from service.engine.static_batch import Bucket, Buffers, Size, one_pass
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class CapturedPasses:
         for size in reversed(sizes):
             try:
                 self._capture(buffers, size)
-            except torch.OutOfMemoryError:
+            except RuntimeError:
                 torch.cuda.empty_cache()
 
     def __call__(self, buffers: Buffers, bucket: Bucket) -> None:
@@ -58,15 +59,15 @@ class CapturedPasses:
             graph.replay()
 
     def _capture(self, buffers: Buffers, size: Size) -> None:
-        """Raises `torch.OutOfMemoryError`; any other failure ends capturing for good."""
+        """Raises what torch says when there is not enough memory; any other failure ends capturing for good."""
         if not self._captures:
             return
         held = [buffer.clone() for buffer in buffers]  # passes to warm up are real ones
         try:
             self._graphs[size.n_rows] = self._captured(buffers, self._any_batch(buffers, size))
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if shortage(error):
+                raise
             log.warning("passes cannot be captured, they are launched one kernel at a time: %s", error)
             self._captures = False
             self._graphs.clear()

@@ -23,6 +23,7 @@ from rdt_core.gate import GateState
 from rdt_core.model import RDT, State
 from rdt_core.packing import Packing, rows_of
 from service.engine.backend import OutOfMemory
+from service.engine.memory import shortage
 from service.engine.types import Admission, Choice, HaltReason, Outcome, Plan, Reading, Ticket
 
 REASONS: tuple[HaltReason | None, ...] = (None, "gate", "max_steps", "deadline")
@@ -69,8 +70,11 @@ class EagerBackend:
     def run(self, plan: Plan) -> Outcome:
         try:
             return self._run(plan)
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemory(str(error)) from None  # without its traceback, which would keep the tick's tensors
+        except RuntimeError as error:
+            said = shortage(error)
+            if said is None:
+                raise
+        raise OutOfMemory(said)
 
     @torch.inference_mode()
     def _run(self, plan: Plan) -> Outcome:

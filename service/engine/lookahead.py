@@ -32,6 +32,7 @@ from rdt_core.model import RDT
 from rdt_core.packing import Packing, to_device
 from service.engine.backend import OutOfMemory
 from service.engine.eager import GO_ON, REASONS, Decoded, EagerBackend
+from service.engine.memory import shortage
 from service.engine.static_batch import (
     Bucket,
     Buffers,
@@ -102,8 +103,11 @@ class LookaheadBackend:
         try:
             with on_device(self._model.device):
                 return self._run(plan)
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemory(str(error)) from None
+        except RuntimeError as error:
+            said = shortage(error)
+            if said is None:
+                raise
+        raise OutOfMemory(said)
 
     def _forget(self) -> None:
         self._sequences: list[Sequence] = []  # in the order of their places

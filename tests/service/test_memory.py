@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import weakref
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
@@ -10,12 +12,14 @@ import pytest
 import torch
 
 from rdt_core import RDT
-from service.engine.backend import OutOfMemory
+from rdt_core.model import State
+from service.engine.backend import Backend, OutOfMemory
 from service.engine.eager import EagerBackend
 from service.engine.engine import BatchingEngine
+from service.engine.lookahead import LookaheadBackend
 from service.engine.reference import run_reference
 from service.engine.scheduler import SchedulerLimits
-from service.engine.types import Job, Outcome, Plan, Reading, Result
+from service.engine.types import Admission, Job, Outcome, Plan, Reading, Result
 from service.errors import ResourceExhausted, Unavailable
 from service.metrics import Metrics
 from tests.fakes import FakeClock
@@ -156,3 +160,43 @@ async def test_the_real_backend_answers_as_if_nothing_had_happened(
     results = await asyncio.gather(*(submit(engine, job) for job in jobs))
     await engine.stop()
     assert [(result.tokens, result.steps) for result in results] == [(one.tokens, one.steps) for one in expected]
+
+
+@pytest.mark.parametrize("kind", [EagerBackend, LookaheadBackend])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_whatever_says_so_and_nothing_of_the_tick_stays_in_memory(
+    tiny_model: RDT, monkeypatch: pytest.MonkeyPatch, kind: type[Backend], error: RuntimeError
+) -> None:
+    tensors: list[weakref.ref[torch.Tensor]] = []
+
+    def scarce(_model: RDT, state: State, _packing: object) -> None:
+        large = state.hidden.clone()
+        tensors.append(weakref.ref(large))
+        raise error.with_traceback(None)
+
+    monkeypatch.setattr(RDT, "forward", scarce)
+    backend = EagerBackend(tiny_model) if kind is EagerBackend else LookaheadBackend(tiny_model, 64, 8)
+    job = Job([2, 4, 3], [False, True, False], 3, 0.0, "gate")
+    with pytest.raises(OutOfMemory, match=re.escape(str(error))) as found:
+        backend.run(Plan((Admission(1, job, 3),), (), frozenset(), (), (1,), 3))
+    assert found.value.__context__ is None
+    error.__traceback__ = None  # this test holds the error, which a backend does not
+    assert tensors[0]() is None
+
+
+def test_other_errors_are_defects(tiny_model: RDT, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(RDT, "forward", broken)
+    job = Job([2, 4, 3], [False, True, False], 3, 0.0, "gate")
+    for backend in (EagerBackend(tiny_model), LookaheadBackend(tiny_model, 64, 8)):
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            backend.run(Plan((Admission(1, job, 3),), (), frozenset(), (), (1,), 3))

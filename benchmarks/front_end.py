@@ -50,6 +50,8 @@ WORD = 2000
 class InstantBackend:
     """Reads every mask as the same word, after one pass."""
 
+    ticks_late = 0
+
     def __init__(self, *_: object) -> None:
         pass
 

@@ -14,6 +14,9 @@ class OutOfMemory(Exception):
 class Backend(Protocol):
     """Holds the live batch between ticks. Called from one thread."""
 
+    ticks_late: int
+    """How many ticks after the one of its last pass a sequence's last reading may be told."""
+
     def run(self, plan: Plan) -> Outcome:
         """Drop and admit as planned, one pass over everything live, decode what settles or leaves, retire.
 

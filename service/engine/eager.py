@@ -58,6 +58,8 @@ class Batch:
 class EagerBackend:
     """A `Backend` that runs each operation as it comes."""
 
+    ticks_late = 0
+
     def __init__(self, model: RDT) -> None:
         self._model = model
         self._batch: Batch | None = None

@@ -235,7 +235,7 @@ class BatchingEngine:
     async def _run(self, replica: _Replica) -> None:
         """The engine: plan, run, commit, for ever."""
         while True:
-            plan = replica.scheduler.plan(self._clock(), replica.tick_seconds, self._share)
+            plan = replica.scheduler.plan(self._clock(), replica.tick_seconds, self._share, replica.backend.ticks_late)
             self._fail(plan.expired, _too_late)
             if plan.empty:
                 if self.live == 0 and self._line.n_queued == 0:

@@ -85,6 +85,8 @@ class Decoding(NamedTuple):
 class LookaheadBackend:
     """A `Backend` whose outcomes come a tick late. `passes` carries out a pass over the static batch."""
 
+    ticks_late = 2
+
     def __init__(self, model: RDT, token_budget: int, max_live: int, passes: Passes | None = None) -> None:
         self._model = model
         self._sizes = sizes_up_to(token_budget, max_live)

@@ -117,12 +117,13 @@ class Scheduler:
         else:
             self._line.withdraw(ticket)
 
-    def plan(self, now: float, tick_seconds: float = 0.0, share: float = math.inf) -> Plan:
+    def plan(self, now: float, tick_seconds: float = 0.0, share: float = math.inf, ticks_late: int = 0) -> Plan:
         """What the next tick does. Everything in it is decided here; the backend only executes.
 
         `tick_seconds` is how long a tick takes: a sequence that could not finish another one in time stops
-        after this one, so that its answer is there before its deadline. `share` is how many packed tokens
-        are enough for this batch while others can take what is left in the line.
+        after this one, so that its answer is there before its deadline; answers come `ticks_late` ticks later
+        than their passes. `share` is how many packed tokens are enough for this batch while others can take
+        what is left in the line.
         """
         dropped = tuple(self._left)
         for ticket in dropped:
@@ -132,10 +133,11 @@ class Scheduler:
         for entry in expired:
             self._line.remove(entry)
         admitted = self._admit(now, share)
+        next_answer = now + (2 + ticks_late) * tick_seconds  # of those that make one more pass after this one
         return Plan(
             admitted=tuple(Admission(entry.ticket, entry.job, entry.ceiling) for entry in admitted),
             dropped=dropped,
-            overdue=frozenset(t for t, entry in self._live.items() if entry.is_overdue(now + 2 * tick_seconds)),
+            overdue=frozenset(t for t, entry in self._live.items() if entry.is_overdue(next_answer)),
             expired=tuple(entry.ticket for entry in expired),
             live=tuple(self._live),
             n_tokens=self.live_tokens,

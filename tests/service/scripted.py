@@ -19,6 +19,8 @@ def scripted_job(
 class ScriptedBackend:
     """Keeps the books a real backend keeps, and checks that every plan fits them."""
 
+    ticks_late = 0
+
     def __init__(self, token: int = 7) -> None:
         self.token = token
         self.live: dict[Ticket, tuple[Job, int, int]] = {}  # job, ceiling, passes made

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from rdt_core import RDT, ModelConfig
 from rdt_core.precision import prepare
-from service.engine.eager import Decoded
+from service.engine.eager import Decoded, EagerBackend
 from service.engine.engine import BatchingEngine
 from service.engine.lookahead import LookaheadBackend
 from service.engine.reference import run_reference
@@ -79,6 +79,22 @@ def test_readings_come_a_tick_late_and_last_ones_two(tiny_model: RDT) -> None:
     assert [[reading.reason for reading in readings] for readings in told] == [[], [None], [], ["max_steps"]]
     [(_, result)] = finished
     assert (result.steps, len(result.levels)) == (2, 2), "the pass made meanwhile is counted nowhere"
+
+
+@pytest.mark.parametrize("deadline", [20.0, 20.25, 20.75])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_an_answer_is_told_in_the_tick_before_its_deadline(tiny_model: RDT, ahead: bool, deadline: float) -> None:
+    backend, scheduler = backend_of(tiny_model) if ahead else EagerBackend(tiny_model), Scheduler(LIMITS)
+    with scheduler.line.reserve() as place:
+        scheduler.submit(plain_job(depth=1000, deadline=deadline), place, now=0.0)
+    now, finished = 0.0, []
+    while not finished:
+        plan = scheduler.plan(now, tick_seconds=1.0, ticks_late=backend.ticks_late)
+        outcome = backend.run(plan)
+        now += 1.0
+        finished = scheduler.commit(plan, outcome, now)
+    assert deadline - 1 <= now <= deadline
+    assert finished[0][1].reason == "deadline"
 
 
 def test_who_is_dropped_is_gone_and_the_others_stay(tiny_model: RDT) -> None:

@@ -8,7 +8,8 @@ R: rows   I: inputs of a layer   O: its outputs
     fp16   the same with float16: a longer fraction, a smaller range; CUDA only
     int8   weights rounded per output, inputs per row, sums exact in int32; the rest as in fp32; CPU only
 
-Levels, and so the decision to halt, are float32 in all of them.
+Levels, and so the decision to halt, are float32 in all of them; with tf32 the gate's few products are of the same short
+fractions as all others.
 
 Each row is rounded by itself, never with its neighbours, so an answer does not depend on what else is in
 the batch, in any format. (The usual dynamic quantisation takes one scale for the whole batch.)
@@ -49,6 +50,8 @@ def prepare(model: RDT, precision: Precision = "fp32") -> RDT:
     model.precision = precision
     if model.device.type == "cuda":
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums are float32 to their end
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     if precision in ("fp32", "tf32") and not packs:
         return model
     for module in (*model.prelude.modules(), *model.encoder.modules(), *model.decoder.modules()):
@@ -64,7 +67,10 @@ def prepare(model: RDT, precision: Precision = "fp32") -> RDT:
                 down=_ready(module.down, precision),
             )
     model.row_multiple = ROW_MULTIPLE if packs else 1
-    _replace(model, inject=_ready(model.inject, precision), projection=_ready(_vocabulary(model), precision))
+    vocabulary = _vocabulary(model)
+    halves = precision in DTYPES and model.device.type == "cuda"
+    projection = SummedLinear(vocabulary, DTYPES[precision]) if halves else _ready(vocabulary, precision)
+    _replace(model, inject=_ready(model.inject, precision), projection=projection)
     return model.requires_grad_(False).eval()
 
 
@@ -112,6 +118,22 @@ class PackedLinear(nn.Module):
             y = F.linear(x, self.weight, self.bias)
             y = F.gelu(y) if self.gelu else y
         return y[:n_rows].to(self.out_dtype)
+
+
+class SummedLinear(nn.Module):
+    """A linear layer on CUDA with products of half precision and the sums as they are, in float32.
+
+    For logits: rounded to the 8 bits of a bfloat16, many of the two best are equal, and the first of them wins.
+    """
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = linear.weight.detach().to(dtype)
+        self.bias = linear.bias.detach().float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(R, I)` -> `(R, O)`"""
+        return torch.mm(x.to(self.weight.dtype), self.weight.t(), out_dtype=torch.float32) + self.bias
 
 
 class Int8Linear(nn.Module):

@@ -7,10 +7,20 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from rdt_core import RDT, ModelConfig, Packing, State
 from rdt_core import precision as precision_module
-from rdt_core.precision import PRECISIONS, Int8Linear, PackedLinear, Precision, natural_precision, prepare
+from rdt_core.precision import (
+    PRECISIONS,
+    Int8Linear,
+    PackedLinear,
+    Precision,
+    SummedLinear,
+    _linear,
+    natural_precision,
+    prepare,
+)
 
 CONFIGS = {
     "plain": ModelConfig(vocab_size=90, d_model=32, n_heads=4, n_encoder_layers=2, d_ff=64, suppress_tokens=(0, 3)),
@@ -130,6 +140,13 @@ def test_few_row_counts_reach_the_kernels(model: RDT, monkeypatch: pytest.Monkey
 def test_formats_of_cuda_are_refused_on_a_cpu(precision: Precision) -> None:
     with pytest.raises(ValueError, match=f"precision is {precision}: want a CUDA device, not cpu"):
         prepare(RDT(CONFIGS["plain"]), precision)
+
+
+def test_logits_on_a_card_are_not_rounded_to_half_precision() -> None:
+    with FakeTensorMode():
+        linear = _linear(torch.empty(7, 16, device="cuda"), torch.empty(7, device="cuda"))
+        logits = SummedLinear(linear, torch.bfloat16)(torch.empty(5, 16, device="cuda"))
+    assert (logits.shape, logits.dtype, logits.device.type) == ((5, 7), torch.float32, "cuda")
 
 
 def test_what_is_left_to_the_device() -> None:

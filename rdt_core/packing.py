@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ def unpack(packed: Tensor, packing: Packing) -> list[Tensor]:
 
 def rows_of(packing: Packing, sequences: Sequence[int]) -> Tensor:
     """Packed row numbers `(T',)` of the given sequences, in the given order."""
-    offsets = packing.offsets.tolist()
+    offsets = [0, *accumulate(packing.lengths)]  # those on the device would have to be waited for
     rows = [torch.arange(offsets[i], offsets[i + 1]) for i in sequences]
     return to_device(torch.cat(rows), packing.positions.device)
 

@@ -3,8 +3,9 @@
 Needs torch, numpy, tokenizers and this repository. Runs on a CPU too, where it proves the program and no speed.
 
     agreement   2,000 mixed requests in every number format against the float32 reference loop: tokens and steps
-    ladder      requests a second of the plain loop, of padded batches (in the order of arrival, and sorted), and of the
-                engine with each step added: refill by depth, looking a tick ahead, captured passes
+    ladder      requests a second of the plain loop, of padded batches (in the order of arrival, and sorted, each of the
+                size that was best in the first turn), and of the engine with each step added: refill by depth, looking
+                a tick ahead, captured passes
     idle        share of the time in which nothing ran on the card, at saturation
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +24,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import contenders, record
-from benchmarks.engine import load
+from benchmarks.engine import finalists, load
 from benchmarks.workloads import WORKLOADS, make_jobs
 from rdt_core import RDT
 from rdt_core.precision import Precision, prepare
@@ -82,12 +84,13 @@ def ladder(model: RDT, workload: str, options: argparse.Namespace) -> dict[str, 
         "refill": EagerBackend(model),
         "+ lookahead": LookaheadBackend(model, *bounds),
     }
-    if model.device.type == "cuda":
-        backends["+ captured passes"] = LookaheadBackend(model, *bounds, CapturedPasses(model))
+    captured = CapturedPasses(model) if model.device.type == "cuda" else None
+    if captured is not None:
+        backends["+ captured passes"] = LookaheadBackend(model, *bounds, captured)
     for name, backend in backends.items():
         runs[name] = (len(jobs), partial(contenders.serve, backend, jobs, *bounds))
-    for _, run in runs.values():  # kernels, workspaces, captures
-        run()
+    first = {name: [seconds(run, model.device)] for name, (_, run) in runs.items()}  # kernels, workspaces, captures
+    runs = {name: run for name, run in runs.items() if name in finalists(first)}
     rates: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(options.rounds):
         for name, (n, run) in runs.items():
@@ -106,16 +109,19 @@ def ladder(model: RDT, workload: str, options: argparse.Namespace) -> dict[str, 
         "over_sorted": round(rate[ours] / rate[best["sorted"]], 2),
         "realised_over_theoretical": round(rate[ours] / rate[best["static"]] / theory, 3),
         "share_of_peak": round(useful / len(jobs) * rate[ours] / options.peak, 3),
+        "graphs": len(captured.graphs) if captured is not None else None,
         "idle_share": round(idle_share(backends[ours], jobs, options), 4) if model.device.type == "cuda" else None,
     }
 
 
 def idle_share(backend: Backend, jobs: Sequence[Job], options: argparse.Namespace) -> float:
-    """Of the time from the first kernel to the last, in which none ran."""
+    """Of the time from the first kernel to the last, in which none ran; nan where nobody may look."""
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         contenders.serve(backend, jobs[: options.requests // 2], options.token_budget, options.max_live)
         torch.cuda.synchronize()
     spans = sorted((e.time_range.start, e.time_range.end) for e in seen.events() if e.device_time > 0)
+    if not spans:
+        return math.nan
     busy, until = 0.0, float("-inf")
     for start, end in spans:
         busy += max(0.0, end - max(start, until))
@@ -150,12 +156,12 @@ def main() -> None:
     parser.add_argument("--device", choices=tuple(FORMATS), default="cuda" if has_cuda else "cpu")
     parser.add_argument("--models", nargs="+", default=["models/rdt-small/best_model.pt", "base", "large"])
     parser.add_argument("--workloads", nargs="*", choices=tuple(WORKLOADS), default=list(WORKLOADS))
-    parser.add_argument("--requests", type=int, default=4096 if has_cuda else 32)
-    parser.add_argument("--agreement", type=int, default=2000 if has_cuda else 32, help="requests compared")
+    parser.add_argument("--requests", type=int, default=2048 if has_cuda else 32)
+    parser.add_argument("--agreement", type=int, default=2000 if has_cuda else 32, help="requests; 0: none")
     parser.add_argument("--sizes", type=int, nargs="+", default=[16, 64, 256] if has_cuda else [4, 16])
     parser.add_argument("--token-budget", type=int, default=16_384 if has_cuda else 512)
     parser.add_argument("--max-live", type=int, default=512 if has_cuda else 64)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2 if has_cuda else 3)
     record.add_arguments(parser)
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -165,7 +171,8 @@ def main() -> None:
     agreements, results = {}, {}
     for weights in options.models:
         model = load(weights).to(device)
-        agreements[weights] = agreement(model, options)
+        if options.agreement:
+            agreements[weights] = agreement(model, options)
         prepare(model, "bf16")
         results[weights] = []
         for workload in options.workloads:

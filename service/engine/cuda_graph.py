@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -37,6 +37,11 @@ class CapturedPasses:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(model.device)  # torch's own choice is one of whichever card captured first
         self._captures = True
+
+    @property
+    def graphs(self) -> Collection[int]:
+        """Sizes of batches, in rows, that have been captured."""
+        return self._graphs.keys()
 
     def prepare(self, buffers: Buffers, sizes: Sequence[Size]) -> None:
         """All sizes, the largest first, since what it takes of the shared pool is enough for the others.

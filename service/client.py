@@ -63,9 +63,8 @@ class Client:
                 response.read()
                 _checked(response)
             events = _Events()
-            for line in response.iter_lines():
-                if (event := events.after(line)) is not None:
-                    yield event
+            for piece in response.iter_text():
+                yield from events.after(piece)
 
     def model(self) -> ModelCard:
         return ModelCard.model_validate_json(_checked(self._http.get("/model")))
@@ -116,8 +115,8 @@ class AsyncClient:
                 await response.aread()
                 _checked(response)
             events = _Events()
-            async for line in response.aiter_lines():
-                if (event := events.after(line)) is not None:
+            async for piece in response.aiter_text():
+                for event in events.after(piece):
                     yield event
 
     async def model(self) -> ModelCard:
@@ -139,13 +138,23 @@ class AsyncClient:
 
 
 class _Events:
-    """The server's events, put together from their lines: a name, then a document."""
+    """The server's events, put together from their lines: a name, then a document.
+
+    A line ends where the server ends it, not at what else Python or httpx take for an end: texts may hold that.
+    """
 
     def __init__(self) -> None:
         self._name = ""
+        self._begun = ""  # line
 
-    def after(self, line: str) -> DenoisePass | DenoiseAnswer | None:
-        """The event that the line completes. Raises `ProblemError` for one that says the stream has failed."""
+    def after(self, text: str) -> Iterator[DenoisePass | DenoiseAnswer]:
+        """The events that are complete with this. Raises `ProblemError` for one that says the stream has failed."""
+        *lines, self._begun = (self._begun + text).split("\n")
+        for line in lines:
+            if (event := self._event(line)) is not None:
+                yield event
+
+    def _event(self, line: str) -> DenoisePass | DenoiseAnswer | None:
         field, _, value = line.partition(": ")
         if field == "event":
             self._name = value

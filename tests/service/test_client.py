@@ -39,6 +39,17 @@ async def test_a_batch_and_a_stream(service: Service) -> None:
             await anext(events)
 
 
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_a_streamed_text_may_hold_other_ends_of_lines(size: int) -> None:
+    text = "a\u2028b\u2029c\u0085d\x0be"
+    events = f"event: pass\ndata: {json.dumps({'step': 1, 'level': 0.5, 'text': text}, ensure_ascii=False)}\n\n" * 2
+    content = events.encode()
+    pieces = [content[start : start + size] for start in range(0, len(content), size)]
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, content=iter(pieces)))
+    with Client("http://rdt", transport=transport) as client:
+        assert [event.text for event in client.denoise_stream("a")] == [text, text]
+
+
 def test_the_sync_clients_batch_and_stream() -> None:
     def answer(request: httpx.Request) -> httpx.Response:
         if request.url.path == "/denoise/batch":

@@ -177,7 +177,7 @@ def tokenizer_of(path: str | Path, checkpoint: Checkpoint) -> Tokenizer:
 
 
 def check_weights(path: str | Path, model: RDT, weights: Any) -> None:
-    """Raise `CheckpointError` unless the weights are finite and exactly the model's, by name and shape."""
+    """Raise `CheckpointError` unless the weights are finite, as float32, and exactly the model's, by name and shape."""
     if not isinstance(weights, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items()
     ):
@@ -191,7 +191,9 @@ def check_weights(path: str | Path, model: RDT, weights: Any) -> None:
         if expected[name].shape != weights[name].shape:
             shapes = f"{tuple(weights[name].shape)}, want {tuple(expected[name].shape)}"
             raise CheckpointError(path, f"{name} has shape {shapes}")
-        if not weights[name].is_floating_point() or not torch.isfinite(weights[name]).all():
+        if weights[name].layout is not torch.strided:
+            raise CheckpointError(path, f"{name} is no dense tensor")
+        if not weights[name].is_floating_point() or not torch.isfinite(weights[name].to(torch.float32)).all():
             raise CheckpointError(path, f"{name} holds values that are not finite numbers")
 
 

@@ -55,6 +55,8 @@ class Tokenizer:
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (
             vocabulary[token] for token in SPECIAL_TOKENS
         )
+        if self.encode(MASK_TOKEN).masked != [False, True, False]:
+            raise ValueError("the tokenizer reads [MASK] as text: want it among its added_tokens")
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:

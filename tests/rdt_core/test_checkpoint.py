@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -165,6 +166,18 @@ def poison_weight(values: Values) -> None:
     values["model_state_dict"]["inject.weight"][3, 3] = float("nan")
 
 
+def immense_weight(values: Values) -> None:
+    values["model_state_dict"]["inject.weight"] = torch.full((16, 16), 1e300, dtype=torch.float64)
+
+
+def sparse_weight(values: Values) -> None:
+    values["model_state_dict"]["inject.weight"] = torch.eye(16).to_sparse()
+
+
+def blind_tokenizer(values: Values) -> None:
+    values["tokenizer"] = json.dumps(json.loads(values["tokenizer"]) | {"added_tokens": []})
+
+
 def whole_number_weight(values: Values) -> None:
     values["model_state_dict"]["inject.weight"] = torch.zeros(16, 16, dtype=torch.int64)
 
@@ -213,6 +226,9 @@ def mistyped_setting(values: Values) -> None:
         (number_weight, "model_state_dict is not a dictionary of tensors"),
         (cut_weight, "inject.weight has shape (16, 15), want (16, 16)"),
         (poison_weight, "inject.weight holds values that are not finite numbers"),
+        (immense_weight, "inject.weight holds values that are not finite numbers"),
+        (sparse_weight, "inject.weight is no dense tensor"),
+        (blind_tokenizer, "tokenizer: the tokenizer reads [MASK] as text"),
         (whole_number_weight, "inject.weight holds values that are not finite numbers"),
         (list_weights, "model_state_dict is not a dictionary of tensors"),
         (other_vocabulary, "the tokenizer has"),

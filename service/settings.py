@@ -15,6 +15,8 @@ from service.engine.scheduler import SchedulerLimits
 from service.errors import printable
 
 PREFIX = "RDT_"
+MOST = 2**31 - 1
+"""Of whatever is counted: more is nobody's wish, and some of those who count for us take no more."""
 
 
 def _sendable(key: SecretStr) -> SecretStr:
@@ -55,21 +57,26 @@ class Settings(BaseSettings):
     token_budget: int = Field(
         0,
         ge=0,
+        le=MOST,
         description="Packed tokens of a replica's tick, at least the model's max_seq_len; 0: 512 on a CPU, on CUDA up "
         "to 16384, as memory allows.",
     )
-    max_live: int = Field(0, ge=0, description="Sequences of one tick of a replica; 0: 64 on a CPU, 512 on CUDA.")
+    max_live: int = Field(
+        0, ge=0, le=MOST, description="Sequences of one tick of a replica; 0: 64 on a CPU, 512 on CUDA."
+    )
     # Six and ten seconds of work for the bundled model on two cores, as `benchmarks.simulate --choose` sees it.
-    max_waiting: int = Field(256, ge=1, description="Requests that may wait; more are refused.")
-    max_waiting_tokens: int = Field(16_384, ge=1, description="Tokens that may wait; more are refused.")
+    max_waiting: int = Field(256, ge=1, le=MOST, description="Requests that may wait; more are refused.")
+    max_waiting_tokens: int = Field(16_384, ge=1, le=MOST, description="Tokens that may wait; more are refused.")
     shed: Literal["off", "depth"] = Field(
         "off", description="Under load: refuse when the queue is full (off), or make fewer passes before (depth)."
     )
-    shed_min_steps: int = Field(2, ge=1, description="Passes that shedding leaves to every request.")
-    max_steps_limit: int = Field(100, ge=1, description="Largest max_steps a request may ask for.")
-    max_top_k: int = Field(20, ge=0, description="Largest top_k a request may ask for.")
-    max_batch_items: int = Field(64, ge=1, description="Most texts in one batch.")
-    max_body_bytes: int = Field(1_048_576, ge=1, description="Largest request body, or gRPC message, in bytes.")
+    shed_min_steps: int = Field(2, ge=1, le=MOST, description="Passes that shedding leaves to every request.")
+    max_steps_limit: int = Field(100, ge=1, le=MOST, description="Largest max_steps a request may ask for.")
+    max_top_k: int = Field(20, ge=0, le=MOST, description="Largest top_k a request may ask for.")
+    max_batch_items: int = Field(64, ge=1, le=MOST, description="Most texts in one batch.")
+    max_body_bytes: int = Field(
+        1_048_576, ge=1, le=MOST, description="Largest request body, or gRPC message, in bytes."
+    )
     grace_seconds: float = Field(
         30.0, ge=0, allow_inf_nan=False, description="Seconds that accepted requests get to finish after SIGTERM."
     )
@@ -91,7 +98,8 @@ class Settings(BaseSettings):
     otel_endpoint: str | None = Field(
         None,
         pattern=r"^https?://[^\s/]+/?$",
-        description="OTLP collector that traces are sent to by gRPC, such as http://127.0.0.1:4317; needs rdt[otel].",
+        description="OTLP collector that traces are sent to by gRPC, such as http://127.0.0.1:4317; wants the extra "
+        "otel.",
     )
 
     @property

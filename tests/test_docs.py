@@ -28,7 +28,7 @@ def generator() -> ModuleType:
 def test_the_tables_are_what_the_code_declares(generator: ModuleType) -> None:
     page = PAGE.read_text(encoding="utf-8")
     assert generator.filled(page) == page, "run `make docs`"
-    assert "| `RDT_TOKEN_BUDGET` | `0` | 0 or more |" in page
+    assert "| `RDT_TOKEN_BUDGET` | `0` | 0 to 2147483647 |" in page
     assert "| `rdt_halts_total` | counter | `reason`: gate, max_steps, deadline |" in page
 
 

@@ -65,7 +65,7 @@ class ManyProcesses:
         try:
             from accelerate import PartialState  # noqa: PLC0415 - one process does without it
         except ImportError as error:
-            raise ConfigError("several processes need the package accelerate: pip install 'rdt[training]'") from error
+            raise ConfigError("several processes need the package accelerate: pip install '.[training]'") from error
         self._state = PartialState(cpu=on_cpu)
         self.rank, self.count = self._state.process_index, self._state.num_processes
 

@@ -59,6 +59,8 @@ def test_only_the_name_of_a_flag_is_rewritten() -> None:
         (["--max_waiting_tokens", "0"], "max_waiting_tokens"),
         (["--max_steps_limit", "0"], "max_steps_limit"),
         (["--max_body_bytes", "0"], "max_body_bytes"),
+        (["--max_body_bytes", "3000000000"], "max_body_bytes"),
+        (["--max_steps_limit", "100000000000000000000000"], "max_steps_limit"),
         (["--grace_seconds", "nan"], "grace_seconds"),
         (["--grace_seconds", "-1"], "grace_seconds"),
         (["--threads", "0"], "threads"),

@@ -23,6 +23,7 @@ from service.hosting import Host
 from service.lifecycle import Lifecycle
 from service.metrics import Metrics
 from service.rest.app import create_app
+from service.rest.protocol import Http
 from service.rest.reload import Change
 from service.rpc.server import RpcServer
 from service.settings import Settings
@@ -60,7 +61,7 @@ class FrontEnd:
         )
         self._server = _Server(
             uvicorn.Config(
-                self.app, log_config=None, access_log=False, lifespan="off", ws="none",
+                self.app, http=Http, log_config=None, access_log=False, lifespan="off", ws="none",
                 server_header=False, proxy_headers=False, timeout_graceful_shutdown=FLUSH_SECONDS,
             )
         )  # fmt: skip

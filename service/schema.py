@@ -7,7 +7,7 @@ as `Limits`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +16,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from service.engine.types import Halting, HaltReason
-from service.errors import FieldProblem, InvalidArgument, shown
+from service.errors import MAX_SHOWN_PROBLEMS, FieldProblem, InvalidArgument, shown
 from service.limits import Limits
 
 MAX_SEED = 2**63 - 1
@@ -169,11 +169,7 @@ def read_batch(fields: object, limits: Limits) -> list[BatchItem]:
     if not isinstance(fields, Mapping):
         raise InvalidArgument(f"the request is {shown(fields)}: want an object with the field items")
     shared = {name: fields[name] for name in OPTIONS if name in fields}
-    problems = [
-        FieldProblem.unknown(str(name), value, ("items", *OPTIONS))
-        for name, value in fields.items()
-        if name != "items" and name not in shared
-    ]
+    problems = _unknown(fields, ("items", *OPTIONS))
     problems += _list_problems(fields, limits)
     problems += _problems({"text": "-", **shared}, limits)
     if problems:
@@ -204,10 +200,11 @@ def _list_problems(fields: Mapping[str, object], limits: Limits) -> list[FieldPr
 
 
 def _validated(fields: Mapping[str, object], limits: Limits) -> DenoiseRequest:
-    with suppress(ValidationError):
-        request = DenoiseRequest.model_validate(fields)
-        if not limits.above(fields, _wanted(limits)):
-            return request
+    if fields.keys() <= DenoiseRequest.model_fields.keys():
+        with suppress(ValidationError):
+            request = DenoiseRequest.model_validate(fields)
+            if not limits.above(fields, _wanted(limits)):
+                return request
     raise InvalidArgument.of(_problems(fields, limits))
 
 
@@ -215,17 +212,20 @@ def _problems(fields: Mapping[str, object], limits: Limits) -> list[FieldProblem
     """Everything that is wrong with the fields of a request."""
     known = {name: value for name, value in fields.items() if name in DenoiseRequest.model_fields}
     wanted = _wanted(limits)
-    problems = [
-        FieldProblem.unknown(str(name), value, DenoiseRequest.model_fields)
-        for name, value in fields.items()
-        if name not in known
-    ]
+    problems = _unknown(fields, DenoiseRequest.model_fields)
     problems += limits.above(known, wanted)
     try:
         DenoiseRequest.model_validate(known)
     except ValidationError as error:
         problems += _schema_problems(error, known, wanted)
     return problems
+
+
+def _unknown(fields: Mapping[str, object], known: Collection[str]) -> list[FieldProblem]:
+    """One for each field that is none. Of very many only those that will be shown are written out."""
+    unknown = [name for name in fields if name not in known]
+    shown = [FieldProblem.unknown(str(name), fields[name], known) for name in unknown[:MAX_SHOWN_PROBLEMS]]
+    return shown + shown[-1:] * (len(unknown) - len(shown))
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from dataclasses import replace
 
@@ -196,3 +197,27 @@ async def test_timing_is_measured_from_arrival(service: Service, monkeypatch: py
     monkeypatch.setattr(service.engine, "submit", slow)
     timing = (await ask(service, "a")).timing_ms
     assert (timing.queue, timing.compute, timing.total) == (200.0, 700.0, pytest.approx(900.0))
+
+
+async def test_a_long_batch_leaves_others_their_turn(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokenising is the event loop's own work: a batch of long texts would stop everybody, probes too."""
+    turns, began = 0, []
+    encode = Tokenizer.encode
+
+    def noted(tokenizer: Tokenizer, text: str) -> Encoding:
+        began.append(turns)
+        return encode(tokenizer, text)
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(Tokenizer, "encode", noted)
+    running = asyncio.create_task(other())
+    items = [service.denoiser.read({"text": "a [MASK]"}) for _ in range(64)]
+    ends = await service.denoiser.denoise_batch(items, "rest")
+    running.cancel()
+    assert all(isinstance(end, DenoiseAnswer) for end in ends)
+    assert max(began.count(turn) for turn in began) <= 8

@@ -18,7 +18,7 @@ def asked_to_end(*numbers: signal.Signals) -> asyncio.Event:
 
 def on_hangup(reload: Callable[[], None], stopped: asyncio.Event) -> None:
     """SIGHUP asks for a reload, or says that the terminal has gone, and ends us."""
-    in_terminal = _has_terminal()
+    in_terminal = _has_terminal() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN  # which `nohup` has set
 
     def hang_up() -> None:
         if in_terminal and not _has_terminal():

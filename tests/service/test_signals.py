@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from service import signals
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGHUP)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("ignored", "terminal", "ends"),
+    [
+        (False, [True, False], True),  # the terminal has gone
+        (False, [True, True], False),
+        (False, [False, False], False),  # a service
+        (True, [True, False], False),  # under nohup: it may go
+    ],
+)
+async def test_a_hangup_ends_only_who_was_the_terminals(
+    monkeypatch: pytest.MonkeyPatch, ignored: bool, terminal: list[bool], ends: bool
+) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    answers = iter(terminal)
+    monkeypatch.setattr(signals, "_has_terminal", lambda: next(answers, False))
+    stopped, reloaded = asyncio.Event(), asyncio.Event()
+    signals.on_hangup(reloaded.set, stopped)
+    signal.raise_signal(signal.SIGHUP)
+    async with asyncio.timeout(5):
+        await (stopped if ends else reloaded).wait()
+    asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
+    assert stopped.is_set() != reloaded.is_set()

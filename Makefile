@@ -5,7 +5,6 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install -q -c constraints.txt
 CHECKPOINT ?= models/rdt-small/best_model.pt
 DATA ?= wikitext-2
-TEXT ?= $(DATA)
 
 .PHONY: help serve test lint format proto docs train evaluate bench up check-deploy clean
 
@@ -37,6 +36,7 @@ train: $(VENV)/all  ## train a small model: make train DATA=text.txt
 	$(BIN)/python -m training --config training/configs/small.yaml data.dataset_name=$(DATA) $(ARGS)
 
 evaluate: $(VENV)/all  ## evaluate a checkpoint: make evaluate TEXT=text.txt
+	$(if $(TEXT),,$(error TEXT is not set: want make evaluate TEXT=text.txt))
 	$(BIN)/python -m training.evaluate --checkpoint $(CHECKPOINT) --text $(TEXT) $(ARGS)
 
 bench: $(VENV)/all  ## the engine against a plain loop and static batches: make bench ARGS="--model base"

@@ -88,12 +88,15 @@ def tokenise(paragraphs: Iterable[str], tokenizer: Tokenizer) -> Corpus:
     return Corpus(np.concatenate(pieces) if pieces else np.zeros(0, np.uint16), starts)
 
 
-def local_corpus(names: str, tokenizer: Tokenizer, cache_dir: str | Path) -> Corpus:
-    """Local text files, comma-separated, tokenised once and memory-mapped from `cache_dir` after that."""
+def local_corpus(names: str, tokenizer: Tokenizer, cache_dir: str | Path, named: str = "data.dataset_name") -> Corpus:
+    """Local text files, comma-separated, tokenised once and memory-mapped from `cache_dir` after that.
+
+    Raises `ConfigError`, which calls the setting what it is `named`.
+    """
     paths = [Path(name.strip()) for name in names.split(",")]
     for path in paths:
         if not path.is_file():
-            raise ConfigError(f"data.dataset_name is {names!r}: no file {path}")
+            raise ConfigError(f"{named} is {names!r}: no file {path}")
     key = hashlib.sha256(tokenizer.json.encode())
     for path in paths:
         stat = path.stat()
@@ -101,9 +104,12 @@ def local_corpus(names: str, tokenizer: Tokenizer, cache_dir: str | Path) -> Cor
     stem = Path(cache_dir) / key.hexdigest()[:16]
     tokens_file, starts_file = stem.with_suffix(".tokens.npy"), stem.with_suffix(".starts.npy")
     if not (tokens_file.exists() and starts_file.exists()):
-        corpus = tokenise(chain.from_iterable(map(read_paragraphs, paths)), tokenizer)
+        try:
+            corpus = tokenise(chain.from_iterable(map(read_paragraphs, paths)), tokenizer)
+        except (OSError, UnicodeDecodeError, EOFError, lzma.LZMAError) as error:
+            raise ConfigError(f"{named} is {names!r}: cannot be read as UTF-8 text: {error}") from error
         if len(corpus) == 0:
-            raise ConfigError(f"data.dataset_name is {names!r}: no text in it")
+            raise ConfigError(f"{named} is {names!r}: no text in it")
         tokens_file.parent.mkdir(parents=True, exist_ok=True)
         for file, values in ((tokens_file, corpus.tokens), (starts_file, corpus.starts)):
             partial = file.with_suffix(f".{os.getpid()}.partial.npy")
@@ -136,7 +142,7 @@ def load_corpora(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Corpus, Cor
     else:
         train = hub_corpus(section.dataset_name, "train", tokenizer)
     if section.validation_name is not None and is_local(section.validation_name):
-        validation = local_corpus(section.validation_name, tokenizer, section.cache_dir)
+        validation = local_corpus(section.validation_name, tokenizer, section.cache_dir, "data.validation_name")
     elif section.validation_name is not None or not local:
         validation = hub_corpus(section.validation_name or section.dataset_name, "validation", tokenizer)
     else:

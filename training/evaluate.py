@@ -58,8 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plan = _plan(options)
         loaded = _load(options)
         scorer = None if options.scorer is None else _scorer(options, loaded)
-        evaluation = _evaluation(options, loaded, options.text)
-        validation = None if options.validation is None else _evaluation(options, loaded, options.validation)
+        evaluation = _evaluation(options, loaded, options.text, "--text")
+        validation = None
+        if options.validation is not None:
+            validation = _evaluation(options, loaded, options.validation, "--validation")
         found = evaluate(evaluation, plan, validation, scorer)
     except (ConfigError, CheckpointError) as error:
         print(f"rdt-evaluate: {error}", file=sys.stderr)
@@ -119,8 +121,8 @@ def _load(options: argparse.Namespace) -> LoadedModel:
     return loaded
 
 
-def _evaluation(options: argparse.Namespace, loaded: LoadedModel, text: str) -> Evaluation:
-    corpus = local_corpus(text, loaded.tokenizer, options.cache_dir)
+def _evaluation(options: argparse.Namespace, loaded: LoadedModel, text: str, named: str) -> Evaluation:
+    corpus = local_corpus(text, loaded.tokenizer, options.cache_dir, named)
     tokens = torch.from_numpy(corpus.tokens.astype("int64"))
     segments = cut_segments(tokens, loaded.tokenizer, options.length, options.segments)
     return Evaluation(loaded.model, loaded.tokenizer, segments, options.seed, options.batch_size)

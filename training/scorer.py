@@ -113,7 +113,7 @@ def _run(options: argparse.Namespace) -> float:
         if getattr(options, name) < minimum:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(options, name)}: want >= {minimum}")
     tokenizer = load_tokenizer(options.tokenizer)
-    whole = local_corpus(options.text, tokenizer, options.cache_dir)
+    whole = local_corpus(options.text, tokenizer, options.cache_dir, "--text")
     corpus, held_out = whole.split(min(VALIDATION_TOKENS, len(whole) // 10))
     if len(corpus) < options.length:
         raise ConfigError(f"--text has {len(whole)} tokens: want more than --length = {options.length}")

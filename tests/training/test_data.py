@@ -153,6 +153,23 @@ def test_a_text_comes_through_the_datasets_library(hub_folder: Path, tiny_tokeni
     assert words(tiny_tokenizer, validation.tokens) == "new york"
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("latin.txt", "caf\xe9".encode("latin-1")),
+        ("cut.txt.xz", lzma.compress(b"the fox " * 1000)[:40]),
+        ("no.txt", None),
+    ],
+)
+def test_a_text_that_cannot_be_read_is_named(
+    tiny_tokenizer: Tokenizer, tmp_path: Path, name: str, content: bytes | None
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=f"--text is .*{name}"):
+        data.local_corpus(str(tmp_path / name), tiny_tokenizer, tmp_path / "cache", "--text")
+
+
 def test_a_dataset_without_text_or_split_or_at_all_is_refused(hub_folder: Path, tiny_tokenizer: Tokenizer) -> None:
     (hub_folder / "train.jsonl").write_text('{"line": "the fox"}\n', encoding="utf-8")
     (hub_folder / "validation.jsonl").unlink()

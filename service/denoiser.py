@@ -157,8 +157,7 @@ class Denoiser:
         encoding = encode(request.text, self._tokenizer, self._limits)
         if request.mask_ratio is None:
             return encoding
-        hidden = hide(request.text, self._tokenizer, request.mask_ratio, request.seed or 0)
-        return encode(hidden, self._tokenizer, self._limits)
+        return hide(encoding, self._tokenizer, request.mask_ratio, request.seed or 0)
 
     def _answer(self, work: _Work, result: Result) -> DenoiseAnswer:
         self._metrics.answered(result, n_masked=sum(work.encoding.masked))

@@ -36,19 +36,28 @@ def encode(text: str, tokenizer: Tokenizer, limits: Limits) -> Encoding:
     return encoding
 
 
-def hide(text: str, tokenizer: Tokenizer, ratio: float, seed: int) -> str:
-    """Write `[MASK]` over a share of the text's tokens: the same ones for the same seed."""
-    encoding = tokenizer.encode(text)
+def hide(encoding: Encoding, tokenizer: Tokenizer, ratio: float, seed: int) -> Encoding:
+    """Mask a share of the tokens: the same ones for the same seed. Each has `[MASK]` in its place in the text. Every
+    other token stays what it was, though part of a word may look like another word without the rest.
+    """
     maskable = maskable_rows(torch.tensor(encoding.ids), tokenizer.special_ids)
     ranks = mask_ranks(maskable, torch.Generator().manual_seed(seed))
-    out, read = [], 0
+    hidden_by: dict[int, int] = {}  # character -> row
     for row in masked_at(ranks, ratio).nonzero().squeeze(1).tolist():
-        start, end = encoding.spans[row]
-        if start < read:  # a character that became two tokens is hidden once
+        hidden_by |= {character: row for character in range(*encoding.spans[row]) if character not in hidden_by}
+    hiding = set(hidden_by.values())  # of tokens on one character the first
+    text, ids, spans, masked, read = "", [], [], [], 0
+    for row, (start, end) in enumerate(encoding.spans):
+        if row not in hiding and any(character in hidden_by for character in range(start, end)):
             continue
-        out += [text[read:start], MASK_TEXT]
-        read = end
-    return "".join(out) + text[read:]
+        if start >= read:  # else it is another token on the same character
+            text += encoding.text[read:start]
+            begins, read = len(text), end
+            text += MASK_TEXT if row in hiding else encoding.text[start:end]
+        ids.append(tokenizer.mask_id if row in hiding else encoding.ids[row])
+        spans.append((begins, len(text)))
+        masked.append(encoding.masked[row] or row in hiding)
+    return Encoding(text + encoding.text[read:], ids, spans, masked)
 
 
 @dataclass(frozen=True)

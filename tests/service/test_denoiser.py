@@ -141,13 +141,39 @@ async def test_masking_adds_to_the_masks_sent(real: Service) -> None:
     assert (await ask(real, "the [MASK] fox")).corrupted_text is None
 
 
-def test_a_character_that_is_several_tokens_is_masked_once(
-    tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_character_that_is_several_tokens_is_masked_once(tiny_tokenizer: Tokenizer) -> None:
     """A Hangul syllable, for one, is normalised to two or three letters, each a token on the same character."""
     split = Encoding("가b", [2, 40, 41, 42, 3], [(0, 0), (0, 1), (0, 1), (1, 2), (2, 2)], [False] * 5)
-    monkeypatch.setattr(tiny_tokenizer, "encode", lambda _text: split)
-    assert hide("가b", tiny_tokenizer, ratio=1.0, seed=0) == "[MASK][MASK]"
+    hidden = hide(split, tiny_tokenizer, ratio=1.0, seed=0)
+    assert hidden.text == "[MASK][MASK]"
+    assert hidden.ids == [2, tiny_tokenizer.mask_id, tiny_tokenizer.mask_id, 3]
+    assert hide(split, tiny_tokenizer, ratio=0.0, seed=0) == split
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.text(max_size=30) | st.lists(st.sampled_from(["[MASK]", "Foxes", "jumps", "é", " ", "."])).map("".join),
+    st.data(),
+)
+def test_hiding_changes_nothing_but_what_it_hides(tiny_tokenizer: Tokenizer, text: str, data: st.DataObject) -> None:
+    """Read anew, a text with masks inside of words would be other tokens, and more of them than the caller sent."""
+    encoding = tiny_tokenizer.encode(text)
+    ratio, seed = data.draw(st.floats(0, 1)), data.draw(st.integers(0, 99))
+    hidden = hide(encoding, tiny_tokenizer, ratio, seed)
+    assert len(hidden.ids) == len(hidden.spans) == len(hidden.masked) <= len(encoding.ids)
+    visible = [token for token, masked in zip(hidden.ids, hidden.masked, strict=True) if not masked]
+    sent = iter(encoding.ids)
+    assert all(token in sent for token in visible), "in their order"
+    for (start, end), masked in zip(hidden.spans[1:-1], hidden.masked[1:-1], strict=True):
+        assert masked == (MASK.fullmatch(hidden.text[start:end]) is not None)
+    assert hidden.masked == [token == tiny_tokenizer.mask_id for token in hidden.ids]
+    assert MASK.sub("", hidden.text).count(" ") <= text.count(" ")
+
+
+async def test_a_text_that_fits_fits_with_any_of_its_tokens_hidden(real: Service) -> None:
+    for seed in range(10):
+        answer = await ask(real, "jumped " * 15, mask_ratio=0.5, seed=seed)  # 32 tokens: two a word
+        assert answer.corrupted_text is not None
 
 
 async def test_control_tokens_typed_by_a_caller_are_text(real: Service) -> None:

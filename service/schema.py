@@ -23,7 +23,7 @@ MAX_SEED = 2**63 - 1
 
 
 class DenoiseRequest(BaseModel):
-    """One text to restore, and how. Whatever is null takes the default of the checkpoint."""
+    """One text to restore, and how. `max_steps`, `threshold` and `halting` default to the checkpoint's."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -42,7 +42,9 @@ class DenoiseRequest(BaseModel):
     restore: Literal["masked", "all"] = Field(
         default="masked", description="`masked` fills the masks only; `all` returns the model's reading of every token."
     )
-    top_k: int = Field(default=0, ge=0, description="How many candidates to list for each restored token.")
+    top_k: int = Field(
+        default=0, ge=0, description="How many candidates to list for each restored token, the chosen one first."
+    )
     trace: bool = Field(default=False, description="List the level after every pass.")
     timeout_ms: int | None = Field(
         default=None, ge=1, description="Answer within this time with what is there; 504 if not one pass was made."

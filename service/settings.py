@@ -64,7 +64,7 @@ class Settings(BaseSettings):
     max_live: int = Field(
         0, ge=0, le=MOST, description="Sequences of one tick of a replica; 0: 64 on a CPU, 512 on CUDA."
     )
-    # Six and ten seconds of work for the bundled model on two cores, as `benchmarks.simulate --choose` sees it.
+    # Six seconds of requests, ten of tokens: the bundled model on two cores, as `benchmarks.simulate --choose` sees it.
     max_waiting: int = Field(256, ge=1, le=MOST, description="Requests that may wait; more are refused.")
     max_waiting_tokens: int = Field(16_384, ge=1, le=MOST, description="Tokens that may wait; more are refused.")
     shed: Literal["off", "depth"] = Field(

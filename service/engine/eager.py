@@ -175,7 +175,7 @@ class Decoded(NamedTuple):
         return cls(rows, tokens, (best - total).exp(), top.indices, (top.values - total[:, None]).exp())
 
     def choices(self, rows: Iterable[int], top_k: Iterable[int]) -> list[Choice]:
-        """As plain values: of each, which row of its own sequence it is, and how many runners-up were asked for."""
+        """As plain values: of each, which row of its own sequence it is, and how many candidates were asked for."""
         columns = (self.tokens, self.probabilities, self.top_tokens, self.top_probabilities)
         return [
             Choice(row, token, probability, list(zip(others, shares, strict=True))[:k])

@@ -78,7 +78,7 @@ class Plan:
 
 
 class Choice(NamedTuple):
-    """A decoded row: the token written there, how probable, and the runners-up asked for."""
+    """A decoded row: the token written there, how probable, and the candidates asked for, itself first."""
 
     row: int
     token: int

@@ -13,7 +13,6 @@ from typing import Any, NoReturn, Protocol, cast
 import grpc
 
 from service.access import ApiKey
-from service.errors import TooLarge
 from service.lifecycle import Lifecycle
 from service.metrics import Metrics
 from service.ray_serve.proxy import SECONDS_LEFT
@@ -22,7 +21,7 @@ from service.rpc.access import Door
 from service.rpc.calls import Calls
 from service.rpc.convert import SERVICE
 from service.rpc.denoise import DenoiserCalls
-from service.rpc.errors import Context, mapped_errors
+from service.rpc.errors import Context
 from service.tracing import NO_TRACER, Tracer
 
 Metadata = list[tuple[str, Any]]
@@ -99,7 +98,7 @@ class CallContext:
 
 
 class ServeCalls:
-    """Answers each call as `service.rpc.server` would, whose listener also minds the size of a message."""
+    """Answers each call as `service.rpc.server` would."""
 
     def __init__(
         self,
@@ -110,12 +109,11 @@ class ServeCalls:
         api_key: str | None = None,
         tracer: Tracer = NO_TRACER,
     ) -> None:
-        self._calls = DenoiserCalls(lifecycle, metrics).handler()
+        self._calls = DenoiserCalls(lifecycle, metrics, max_message_bytes).handler()
         self._interceptors: list[grpc.aio.ServerInterceptor] = []
         if api_key is not None:
             self._interceptors.append(Door(ApiKey(api_key), metrics))
         self._interceptors.append(Calls(tracer))  # the outermost last
-        self._max_message_bytes = max_message_bytes
 
     async def unary(self, method: str, message: bytes, context: ServeContext) -> Encoded:
         """The answer, or an empty message beside which the context holds the status."""
@@ -146,18 +144,7 @@ class ServeCalls:
         return await answer(message, cast(Context, context))
 
     async def _find(self, details: Any) -> Any:
-        handler: Any = self._calls.service(details)
-        kind = grpc.unary_unary_rpc_method_handler if handler.unary_unary else grpc.unary_stream_rpc_method_handler
-        return kind(self._within_size(handler.unary_unary or handler.unary_stream))
-
-    def _within_size(self, answer: Answer) -> Answer:
-        async def sized(message: bytes, context: Context) -> Any:
-            async with mapped_errors(context):
-                if len(message) > self._max_message_bytes:
-                    raise TooLarge(f"the message is larger than {self._max_message_bytes} bytes")
-            return await answer(message, context)
-
-        return sized
+        return self._calls.service(details)
 
 
 def _around(interceptor: grpc.aio.ServerInterceptor, find: Any) -> Any:

@@ -9,10 +9,12 @@ from contextlib import aclosing
 
 import grpc
 
+from service.errors import TooLarge
 from service.lifecycle import Lifecycle
 from service.metrics import Metrics
 from service.rpc.convert import (
     SERVICE,
+    Parsed,
     batch_fields,
     parse,
     request_fields,
@@ -31,9 +33,10 @@ ROUNDING = 0.01
 
 
 class DenoiserCalls:
-    def __init__(self, lifecycle: Lifecycle, metrics: Metrics) -> None:
+    def __init__(self, lifecycle: Lifecycle, metrics: Metrics, max_message_bytes: int) -> None:
         self._lifecycle = lifecycle
         self._metrics = metrics
+        self._max_message_bytes = max_message_bytes
 
     def handler(self) -> grpc.GenericRpcHandler:
         unary, stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
@@ -49,7 +52,7 @@ class DenoiserCalls:
         async with mapped_errors(context):
             with self._metrics.failure("grpc"):
                 denoiser = self._lifecycle.denoiser
-                request = denoiser.read(request_fields(parse(pb.DenoiseRequest, message)))
+                request = denoiser.read(request_fields(self._parsed(pb.DenoiseRequest, message)))
             answer = await denoiser.denoise(request, "grpc", seconds_left(context))
             return to_response(answer).SerializeToString()
 
@@ -57,7 +60,7 @@ class DenoiserCalls:
         async with mapped_errors(context):
             with self._metrics.failure("grpc"):
                 denoiser = self._lifecycle.denoiser
-                items = denoiser.read_batch(batch_fields(parse(pb.DenoiseBatchRequest, message)))
+                items = denoiser.read_batch(batch_fields(self._parsed(pb.DenoiseBatchRequest, message)))
             ends = await denoiser.denoise_batch(items, "grpc", seconds_left(context))
             return pb.DenoiseBatchResponse(results=map(to_result, ends)).SerializeToString()
 
@@ -65,7 +68,7 @@ class DenoiserCalls:
         async with mapped_errors(context):
             with self._metrics.failure("grpc"):
                 denoiser = self._lifecycle.denoiser
-                request = denoiser.read(request_fields(parse(pb.DenoiseRequest, message)))
+                request = denoiser.read(request_fields(self._parsed(pb.DenoiseRequest, message)))
             async with aclosing(denoiser.denoise_stream(request, "grpc", seconds_left(context))) as events:
                 async for event in events:
                     await context.write(to_event(event).SerializeToString())
@@ -73,6 +76,11 @@ class DenoiserCalls:
     async def get_model(self, _message: bytes, context: Context) -> bytes:
         async with mapped_errors(context):
             return to_model(self._lifecycle.denoiser.card).SerializeToString()
+
+    def _parsed(self, kind: type[Parsed], message: bytes) -> Parsed:
+        if len(message) > self._max_message_bytes:
+            raise TooLarge(f"the message is larger than {self._max_message_bytes} bytes")
+        return parse(kind, message)
 
 
 def seconds_left(context: Context) -> float | None:

@@ -17,6 +17,8 @@ from service.rpc.denoise import DenoiserCalls
 from service.rpc.health import Health
 from service.tracing import NO_TRACER, Tracer
 
+TOLERATED = 4
+"""Times the limit: up to there we refuse a message ourselves; what gRPC says of larger ones reads as a full queue."""
 CONNECTION_MINUTES = 5
 """A channel is asked to connect anew after this long (its calls are not interrupted), so that it learns of servers
 that have been added meanwhile; a balancer of connections sees it again.
@@ -40,12 +42,12 @@ class RpcServer:
         self._server = grpc.aio.server(
             interceptors=[Calls(tracer), *([] if api_key is None else [Door(ApiKey(api_key), metrics)])],
             options=[
-                ("grpc.max_receive_message_length", max_message_bytes),
+                ("grpc.max_receive_message_length", TOLERATED * max_message_bytes),
                 ("grpc.max_connection_age_ms", round(CONNECTION_MINUTES * 60_000)),
                 ("grpc.so_reuseport", int(share_port)),  # else a second server would get some of the calls unnoticed
             ],
         )
-        self._server.add_generic_rpc_handlers((DenoiserCalls(lifecycle, metrics).handler(),))
+        self._server.add_generic_rpc_handlers((DenoiserCalls(lifecycle, metrics, max_message_bytes).handler(),))
         add_HealthServicer_to_server(Health(lifecycle), self._server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
 

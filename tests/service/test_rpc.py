@@ -73,7 +73,7 @@ def test_the_checked_in_code_is_what_proto_says(tmp_path: Any) -> None:
 
 
 def test_every_method_is_served(service: Service) -> None:
-    handler = DenoiserCalls(service.lifecycle, service.metrics).handler()
+    handler = DenoiserCalls(service.lifecycle, service.metrics, MAX_BODY_BYTES).handler()
     for method in pb.DESCRIPTOR.services_by_name["Denoiser"].methods:
         found = handler.service(SimpleNamespace(method=f"/{SERVICE}/{method.name}"))  # type: ignore[arg-type]
         assert found is not None
@@ -89,10 +89,14 @@ async def test_bytes_that_are_no_message(service: Service, channel: grpc.aio.Cha
     assert service.sample("rdt_requests_total", transport="grpc", outcome="malformed") == 2
 
 
-async def test_a_message_over_the_limit(channel: grpc.aio.Channel) -> None:
-    with pytest.raises(grpc.aio.AioRpcError) as error:
+async def test_a_message_over_the_limit(service: Service, channel: grpc.aio.Channel) -> None:
+    with pytest.raises(grpc.aio.AioRpcError, match=f"larger than {MAX_BODY_BYTES} bytes") as error:
         await DenoiserStub(channel).Denoise(pb.DenoiseRequest(text="a" * MAX_BODY_BYTES))
-    assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED  # gRPC's own word for it
+    assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert service.sample("rdt_requests_total", transport="grpc", outcome="too_large") == 1
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await DenoiserStub(channel).Denoise(pb.DenoiseRequest(text="a" * 4 * MAX_BODY_BYTES))
+    assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED  # gRPC's own word for it: not even read
 
 
 async def test_the_longest_error_reaches_the_caller(channel: grpc.aio.Channel) -> None:

@@ -50,9 +50,10 @@ def create_app(
     `reload` can be asked for only with `admin_key`, and without one not at all.
     """
     # The bundled documentation pages load scripts from elsewhere; the schema itself stays at /openapi.json.
+    # Behind a proxy a redirect would name an address of its own, and callers send their keys wherever it leads.
     # Spans and metrics are our own: the framework's would come on top wherever OpenTelemetry is set up.
     app = FastAPI(
-        title="RDT", version=_version(), docs_url=None, redoc_url=None,
+        title="RDT", version=_version(), docs_url=None, redoc_url=None, redirect_slashes=False,
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )  # fmt: skip
     app.router.route_class = PlainRoute

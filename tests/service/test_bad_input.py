@@ -180,6 +180,7 @@ async def test_a_declared_length_over_the_limit_is_refused_unread(service: Servi
 async def test_paths_and_methods_that_do_not_exist(service: Service) -> None:
     async with service.client() as client:
         problem_of(await client.get("/nowhere"), 404)
+        problem_of(await client.post("/denoise/", json={"text": "a"}), 404)
         response = await client.get("/denoise")
     problem_of(response, 405)
     assert response.headers["allow"] == "POST"

@@ -49,6 +49,7 @@ class Tokenizer:
         self._lowered = _for_lowered(self._typed)
         self.json = definition
         vocabulary = self._corpus.get_vocab(with_added_tokens=True)
+        self._pieces: dict[int, str] = {number: piece for piece, number in vocabulary.items()}
         missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
         if missing:
             raise ValueError(f"the tokenizer has no {', '.join(missing)}: not a BERT vocabulary")
@@ -78,10 +79,10 @@ class Tokenizer:
 
     def piece(self, token_id: int) -> str:
         """The word piece of a token, with its `##` if it continues a word."""
-        piece = self._corpus.id_to_token(token_id)
+        piece = self._pieces.get(token_id)
         if piece is None:
             raise ValueError(f"token_id is {token_id}: want 0 <= token_id < {self.vocab_size}")
-        return str(piece)
+        return piece
 
     def encode(self, text: str) -> Encoding:
         """What a caller typed, as tokens; offsets count characters of `text` as it was sent."""

@@ -75,20 +75,14 @@ def write_back(encoding: Encoding, result: Result, tokenizer: Tokenizer, *, rewr
     """
     place = {row: index for index, row in enumerate(result.rows)}
     text, fills = _written(encoding, {row: result.tokens[row] for row in result.rows}, tokenizer, rewrite)
-    restored = [
-        Restored(
-            start=written.start,
-            end=written.end,
-            text=written.text,
-            probability=result.probabilities[place[written.row]],
-            step=result.fixed_at[place[written.row]],
-            candidates=[
-                Candidate(text=tokenizer.piece(token).removeprefix(CONTINUATION), probability=probability)
-                for token, probability in result.candidates[place[written.row]]
-            ],
-        )
-        for written in fills
-    ]
+    restored = []
+    for row, start, end, piece in fills:
+        index = place[row]
+        candidates = [
+            Candidate(tokenizer.piece(token).removeprefix(CONTINUATION), probability)
+            for token, probability in result.candidates[index]
+        ]
+        restored.append(Restored(start, end, piece, result.probabilities[index], result.fixed_at[index], candidates))
     return Restoration(text, restored)
 
 

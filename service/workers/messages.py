@@ -174,7 +174,7 @@ class Answered(Message):
     @classmethod
     def of(cls, row: Row) -> Self:
         values = dict(zip(RESULT, row[1:], strict=True))
-        values["candidates"] = [[*map(_pair, candidates)] for candidates in values["candidates"]]
+        values["candidates"] = [[*map(_pair, some)] if some else [] for some in values["candidates"]]
         return cls(row[0], Result(**values))
 
 

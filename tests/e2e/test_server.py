@@ -120,7 +120,11 @@ def test_a_hangup_reloads_the_checkpoint(tiny_checkpoint: Path, tmp_path: Path) 
 def test_a_server_ends_with_its_terminal(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """The same signal means something else when it comes because a terminal window was closed."""
     terminal, inside = pty.openpty()
-    own_it = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+    own_it = (
+        "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL); "  # these tests may themselves run under nohup
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
     flags = ("--http_port", "0", "--grpc_port", "0", "--checkpoint", str(tiny_checkpoint))
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(

@@ -51,7 +51,11 @@ class CapturedPasses:
         for size in reversed(sizes):
             try:
                 self._capture(buffers, size)
-            except RuntimeError:
+            except RuntimeError as error:
+                if not shortage(error):
+                    raise
+                log.warning("no memory to capture passes of %d rows: %s", size.n_rows, error)
+            if size.n_rows not in self._graphs:  # asked here, where the error no longer holds what it was raised over
                 torch.cuda.empty_cache()
 
     def __call__(self, buffers: Buffers, bucket: Bucket) -> None:

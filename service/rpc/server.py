@@ -15,6 +15,7 @@ from service.rpc.calls import Calls
 from service.rpc.convert import SERVICE
 from service.rpc.denoise import DenoiserCalls
 from service.rpc.health import Health
+from service.settings import MOST
 from service.tracing import NO_TRACER, Tracer
 
 TOLERATED = 4
@@ -42,7 +43,7 @@ class RpcServer:
         self._server = grpc.aio.server(
             interceptors=[Calls(tracer), *([] if api_key is None else [Door(ApiKey(api_key), metrics)])],
             options=[
-                ("grpc.max_receive_message_length", TOLERATED * max_message_bytes),
+                ("grpc.max_receive_message_length", min(TOLERATED * max_message_bytes, MOST)),
                 ("grpc.max_connection_age_ms", round(CONNECTION_MINUTES * 60_000)),
                 ("grpc.so_reuseport", int(share_port)),  # else a second server would get some of the calls unnoticed
             ],

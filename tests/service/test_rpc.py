@@ -25,6 +25,7 @@ from service.rpc.denoise import DenoiserCalls, seconds_left
 from service.rpc.pb import denoiser_pb2 as pb
 from service.rpc.pb.denoiser_pb2_grpc import DenoiserStub
 from service.rpc.server import RpcServer
+from service.settings import MOST
 from tests.fakes import MAX_BODY_BYTES, Service
 
 ROOT = Path(__file__).parents[2]
@@ -87,6 +88,12 @@ async def test_bytes_that_are_no_message(service: Service, channel: grpc.aio.Cha
             await channel.unary_unary(f"/{SERVICE}/{method}")(message)
         assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert service.sample("rdt_requests_total", transport="grpc", outcome="malformed") == 2
+
+
+async def test_the_largest_limit_that_settings_allow(service: Service) -> None:
+    server = RpcServer(service.lifecycle, service.metrics, max_message_bytes=MOST)
+    await server.start("127.0.0.1", 0)
+    await server.stop(0)
 
 
 async def test_a_message_over_the_limit(service: Service, channel: grpc.aio.Channel) -> None:

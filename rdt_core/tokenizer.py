@@ -15,12 +15,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+from unicodedata import combining
 
 from tokenizers import Tokenizer as WordPieceTokenizer
+from tokenizers.normalizers import Normalizer
 
 MASK = re.compile(r"\[mask\]", re.IGNORECASE | re.ASCII)
 CONTINUATION = "##"
 MASK_TOKEN = "[MASK]"
+NOT_ONE = "\0"
+"""Stands for a character that normalizing takes away or makes several of."""
+LAST_KEPT = 0xFFFF
+"""Characters beyond are rare, and there are a million of them to be remembered."""
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", MASK_TOKEN)
 
 
@@ -46,7 +52,8 @@ class Tokenizer:
         for tokenizer in (self._corpus, self._typed):
             tokenizer.no_truncation()
             tokenizer.no_padding()
-        self._lowered = _for_lowered(self._typed)
+        self._normalized = _for_normalized(self._typed)
+        self._letters = _Letters(self._typed.normalizer)
         self.json = definition
         vocabulary = self._corpus.get_vocab(with_added_tokens=True)
         self._pieces: dict[int, str] = {number: piece for piece, number in vocabulary.items()}
@@ -86,10 +93,9 @@ class Tokenizer:
 
     def encode(self, text: str) -> Encoding:
         """What a caller typed, as tokens; offsets count characters of `text` as it was sent."""
-        # No way in adds a character or takes one away.
-        if self._lowered is not None and text.isascii() and text.isprintable():
-            lowered = text.lower().replace(MASK_TOKEN.lower(), MASK_TOKEN)
-            encoded = self._lowered.encode(lowered, add_special_tokens=False)
+        # Neither way in adds a character to what is encoded, or takes one away.
+        if self._normalized is not None and NOT_ONE not in (normal := self._letters.normalize(text)):
+            encoded = self._normalized.encode(normal, add_special_tokens=False)
         else:
             encoded = self._typed.encode(MASK.sub(MASK_TOKEN, text), add_special_tokens=False)
         ids = [self.cls_id, *encoded.ids, self.sep_id]
@@ -120,19 +126,39 @@ def _as_typed(definition: str) -> str:
     return json.dumps(fields)
 
 
-def _for_lowered(typed: WordPieceTokenizer) -> WordPieceTokenizer | None:
-    """The tokenizer for text that is lower-case already, which takes half the time; None if it cannot be had.
-
-    BERT's normalizer removes control characters, spaces out Chinese ones, strips accents and lowers letters. Of
-    these, printable ASCII knows only the last.
-    """
+def _for_normalized(typed: WordPieceTokenizer) -> WordPieceTokenizer | None:
+    """The tokenizer for text that is normalized already, which takes half the time; None if there can be none."""
     fields = json.loads(typed.to_str())
-    normalizer = fields["normalizer"]
-    if normalizer is None or normalizer["type"] != "BertNormalizer" or not normalizer["lowercase"]:
-        return None
+    if fields["normalizer"] is None or fields["normalizer"]["type"] != "BertNormalizer":
+        return None  # others may read characters together
     if [token["content"] for token in fields["added_tokens"]] != [MASK_TOKEN]:
         return None  # some may be looked for in normalized text
     return WordPieceTokenizer.from_str(json.dumps(fields | {"normalizer": None}))
+
+
+class _Letters(dict[int, str]):
+    """What BERT's normalizer makes of each character where that is one character, else `NOT_ONE`.
+
+    It takes each character by itself: lowers it, strips its accent, drops it, or puts spaces around it. Only accents
+    that stand by themselves are put in order, and they are not kept here. Each character is asked for once.
+    """
+
+    def __init__(self, normalizer: Normalizer | None) -> None:
+        self._normalizer = normalizer
+
+    def __missing__(self, code: int) -> str:
+        if self._normalizer is None or code > LAST_KEPT:
+            return NOT_ONE
+        normal = self._normalizer.normalize_str(chr(code))
+        self[code] = normal if len(normal) == 1 and not combining(chr(code)) else NOT_ONE
+        return self[code]
+
+    def normalize(self, text: str) -> str:
+        """As many characters as `text` has, with masks as `[MASK]`."""
+        if text.isascii():
+            return MASK.sub(MASK_TOKEN, text.translate(self))
+        # Masks first: some other letters become theirs.
+        return MASK_TOKEN.join(part.translate(self) for part in MASK.split(text))
 
 
 class Fill(NamedTuple):

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rdt_core import Encoding, Tokenizer
-from rdt_core.tokenizer import MASK, Fill, fill
+from rdt_core.tokenizer import MASK, NOT_ONE, Fill, fill
 
 quick = settings(max_examples=60, deadline=None)
 typed_text = st.lists(
@@ -52,36 +52,72 @@ def test_masks_count_wherever_they_stand_and_in_any_case(
     assert encoding.masked == [False, *(piece == "[MASK]" for piece in pieces), False]
 
 
-PRINTABLE = st.lists(
-    st.sampled_from(["[MASK]", "[mask]", "[Mask]", "[SEP]", " ", "  ", "The", "foxes", "##s", "it's", "3.14", "[["])
-    | st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), max_size=4)
-).map("".join)
+def slowly(tokenizer: Tokenizer, text: str) -> Encoding:
+    with patch.object(tokenizer, "_normalized", None):
+        return tokenizer.encode(text)
 
 
-@settings(max_examples=300, deadline=None)
-@given(PRINTABLE)
+def takes_the_faster_way(tokenizer: Tokenizer, text: str) -> bool:
+    assert tokenizer._normalized is not None, "nothing is tested here"
+    return NOT_ONE not in tokenizer._letters.normalize(text)
+
+
+@settings(max_examples=600, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from(
+            ["[MASK]", "[mask]", "[Mask]", "[SEP]", " ", "\n", "The", "foxes", "##s", "É", "e\u0301", "–", "狐"]
+        )
+        | st.text(max_size=4)
+        | st.text(st.characters(min_codepoint=0x20, max_codepoint=0x24F), max_size=6)
+    ).map("".join)
+)
 @example("[[MASK]mask]")
-@example("".join(map(chr, range(0x20, 0x7F))))
-def test_printable_ascii_has_a_faster_way_in_to_the_same_tokens(tiny_tokenizer: Tokenizer, text: str) -> None:
-    assert tiny_tokenizer._lowered is not None, "nothing is tested here"
-    encoding = tiny_tokenizer.encode(text)
-    with patch.object(tiny_tokenizer, "_lowered", None):
-        assert tiny_tokenizer.encode(text) == encoding
+@example("[mas\u212a]")  # folds to k
+@example("e\u0323\u0301")  # put in order
+def test_normalized_text_has_a_faster_way_in_to_the_same_tokens(tiny_tokenizer: Tokenizer, text: str) -> None:
+    assert tiny_tokenizer.encode(text) == slowly(tiny_tokenizer, text)
+
+
+def test_every_character_is_normalized_alike_on_both_ways(tiny_tokenizer: Tokenizer) -> None:
+    tokenizer = Tokenizer(tiny_tokenizer.json)
+    normalizer = tokenizer._typed.normalizer
+    assert normalizer is not None
+    kept = 0
+    for start in (0, *range(0x80, 0xD800, 0x80), *range(0xE000, 0x10000, 0x80)):
+        characters = [chr(code) for code in range(start, start + 0x80)]
+        text = "".join(filter(lambda character: takes_the_faster_way(tokenizer, character), characters))
+        assert tokenizer._letters.normalize(text) == normalizer.normalize_str(text)
+        kept += len(text)
+    assert kept > 15_000  # of the rest most are Chinese and Korean
+
+
+@pytest.mark.parametrize(
+    "text", ["The [mask] fox", "two\nlines\tand a tab", "CAFÉ – “naïve” ½ £3", "Ελλάς Россия İstanbul"]
+)
+def test_most_of_what_people_write_takes_the_faster_way(tiny_tokenizer: Tokenizer, text: str) -> None:
+    assert takes_the_faster_way(tiny_tokenizer, text)
+    assert tiny_tokenizer.encode(text) == slowly(tiny_tokenizer, text)
+
+
+@pytest.mark.parametrize("text", ["狐", "e\u0301", "a\u200bb", "한", "🦊", "\0"])
+def test_characters_that_are_dropped_or_become_several_do_not(tiny_tokenizer: Tokenizer, text: str) -> None:
+    assert not takes_the_faster_way(tiny_tokenizer, text)
 
 
 def change(definition: str, **fields: object) -> Tokenizer:
     return Tokenizer(json.dumps(json.loads(definition) | fields))
 
 
-def test_a_tokenizer_that_does_more_to_ascii_than_lower_it_has_no_faster_way(tiny_tokenizer: Tokenizer) -> None:
+def test_a_tokenizer_that_normalizes_otherwise_has_no_faster_way(tiny_tokenizer: Tokenizer) -> None:
     fields = json.loads(tiny_tokenizer.json)
-    cased = fields["normalizer"] | {"lowercase": False}
-    assert change(tiny_tokenizer.json, normalizer=cased)._lowered is None
-    assert change(tiny_tokenizer.json, normalizer={"type": "Sequence", "normalizers": []})._lowered is None
-    assert change(tiny_tokenizer.json, normalizer=None)._lowered is None
+    cased = change(tiny_tokenizer.json, normalizer=fields["normalizer"] | {"lowercase": False})
+    assert cased.encode("The FOX é") == slowly(cased, "The FOX é") != tiny_tokenizer.encode("The FOX é")
+    assert change(tiny_tokenizer.json, normalizer={"type": "Sequence", "normalizers": []})._normalized is None
+    assert change(tiny_tokenizer.json, normalizer=None)._normalized is None
     own = {"id": 7, "content": "FOX", "special": False, "normalized": True}
     own |= dict.fromkeys(("lstrip", "rstrip", "single_word"), False)
-    assert change(tiny_tokenizer.json, added_tokens=[*fields["added_tokens"], own])._lowered is None
+    assert change(tiny_tokenizer.json, added_tokens=[*fields["added_tokens"], own])._normalized is None
 
 
 def test_spans_index_the_text_as_it_was_sent(tiny_tokenizer: Tokenizer) -> None:

@@ -6,6 +6,7 @@ line that names the key, the value and what is wanted.
 
 from __future__ import annotations
 
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -217,9 +218,13 @@ def _typed(hint: Any, value: Any, key: str) -> Any:
         return None
     if float in kinds and not isinstance(value, bool):
         try:  # YAML reads 3e-4 as text
-            return float(value)
+            number = float(value)
         except (TypeError, ValueError):
             pass
+        else:
+            if not math.isfinite(number):
+                raise ConfigError(f"{key} is {value!r}: want a finite number")
+            return number
     for kind in (bool, int, str):
         if kind in kinds and type(value) is kind:
             return value

@@ -40,6 +40,7 @@ from rdt_core.precision import PRECISIONS, prepare
 from rdt_core.tokenizer import Tokenizer
 from training.config import ConfigError
 from training.data import local_corpus
+from training.devices import device_named
 from training.evaluation import tallies
 from training.evaluation.causal import Scorer, load_scorer
 from training.evaluation.lookups import halting_depths
@@ -56,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         plan = _plan(options)
+        if options.output is not None:
+            options.output.mkdir(parents=True, exist_ok=True)  # before the work, not after
         loaded = _load(options)
         scorer = None if options.scorer is None else _scorer(options, loaded)
         evaluation = _evaluation(options, loaded, options.text, "--text")
@@ -63,12 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.validation is not None:
             validation = _evaluation(options, loaded, options.validation, "--validation")
         found = evaluate(evaluation, plan, validation, scorer)
-    except (ConfigError, CheckpointError) as error:
+    except (ConfigError, CheckpointError, OSError) as error:
         print(f"rdt-evaluate: {error}", file=sys.stderr)
         return 2
     text = as_text(found)
     if options.output is not None:
-        options.output.mkdir(parents=True, exist_ok=True)
         summary = {"model": loaded.name, "digest": loaded.digest, **describe(evaluation, options, scorer)}
         summary |= {"plan": asdict(plan), **asdict(replace(found, tallies=[]))}
         del summary["tallies"]
@@ -113,7 +115,8 @@ def describe(evaluation: Evaluation, options: argparse.Namespace, scorer: Scorer
 
 def _load(options: argparse.Namespace) -> LoadedModel:
     """The model, in the number format asked for. Raises `CheckpointError` and `ConfigError`."""
-    loaded = checkpoint.load(options.checkpoint, options.device)
+    device = device_named(options.device)
+    loaded = checkpoint.load(options.checkpoint, device)
     try:
         prepare(loaded.model, options.precision)
     except ValueError as error:
@@ -131,7 +134,7 @@ def _evaluation(options: argparse.Namespace, loaded: LoadedModel, text: str, nam
 def _scorer(options: argparse.Namespace, loaded: LoadedModel) -> Scorer:
     """The scorer, if it reads the model's word pieces; says so if both learned from the same file."""
     path = options.scorer
-    scorer = load_scorer(path, options.device, bfloat16=options.precision == "bf16")
+    scorer = load_scorer(path, next(loaded.model.parameters()).device, bfloat16=options.precision == "bf16")
     if _pieces(scorer.tokenizer) != _pieces(loaded.tokenizer):
         raise ConfigError(f"--scorer {path}: it has other word pieces than the model")
     training = loaded.checkpoint.config.get("training", {})
@@ -150,11 +153,11 @@ def _plan(options: argparse.Namespace) -> Plan:
     """What was asked for. Raises `ConfigError`."""
     lowest: dict[str, float] = {"max_depth": 1, "thresholds": 0, "unchanged": 0, "budgets": 1, "settle_passes": 1,
                                 "settle_thresholds": 0, "mask_predict": 1, "ancestral": 1,
-                                "round_depth": 1}  # fmt: skip
+                                "round_depth": 1, "length": 3, "segments": 1, "seed": 0, "batch_size": 1}  # fmt: skip
     for name, minimum in lowest.items():
         given = getattr(options, name)
         for value in given if isinstance(given, list | tuple) else [given]:
-            if not value >= minimum:
+            if value is not None and not value >= minimum:
                 raise ConfigError(f"--{name.replace('_', '-')} is {value}: want >= {minimum:g}")
     if options.validation is not None and Path(options.validation).resolve() == Path(options.text).resolve():
         raise ConfigError("--validation is --text: what is chosen must be chosen on other text")
@@ -188,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--round-depth", type=int, default=PLAN.round_depth, help="passes of each such round or step")
     parser.add_argument("--seed", type=int, default=0, help="of masks, samples and resamples (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="segments at once (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda when there is one)")
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,

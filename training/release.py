@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             defaults={name: value for name, value in defaults.items() if value is not None},
         )
         released = checkpoint.load(options.output)
-    except (CheckpointError, ValueError) as error:
+    except (CheckpointError, ValueError, OSError) as error:
         print(f"rdt-release: {error}", file=sys.stderr)
         return 2
     print(f"{options.output}: {released.name}@{released.digest[:12]}, {options.output.stat().st_size / 1e6:.1f} MB")

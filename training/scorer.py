@@ -24,6 +24,7 @@ from rdt_core.checkpoint import CheckpointError
 from rdt_core.tokenizer import Tokenizer
 from training.config import ConfigError
 from training.data import VALIDATION_TOKENS, Corpus, load_tokenizer, local_corpus, stable_seed
+from training.devices import device_named
 from training.evaluation.causal import CausalConfig, CausalLM, save_scorer
 from training.evaluation.restoring import cut_segments
 from training.mixed_precision import autocast
@@ -96,12 +97,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda when there is one)")
     parser.add_argument("--cache-dir", default="runs/cache")
     options = parser.parse_args(arguments)
     try:
         bits = _run(options)
-    except (ConfigError, CheckpointError) as error:
+    except (ConfigError, CheckpointError, OSError) as error:
         print(f"rdt-scorer: {error}", file=sys.stderr)
         return 2
     print(f"{options.output}: {bits:.3f} bits a token on the end of the text, which it did not learn from")
@@ -109,9 +110,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> float:
-    for name, minimum in (("steps", 1), ("batch_size", 1), ("length", 3)):
+    for name, minimum in (("steps", 1), ("batch_size", 1), ("length", 3), ("seed", 0)):
         if getattr(options, name) < minimum:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(options, name)}: want >= {minimum}")
+    if not 0 < options.learning_rate < math.inf:
+        raise ConfigError(f"--learning-rate is {options.learning_rate}: want a number > 0")
+    device = device_named(options.device)
+    options.output.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after
     tokenizer = load_tokenizer(options.tokenizer)
     whole = local_corpus(options.text, tokenizer, options.cache_dir, "--text")
     corpus, held_out = whole.split(min(VALIDATION_TOKENS, len(whole) // 10))
@@ -129,7 +134,7 @@ def _run(options: argparse.Namespace) -> float:
     model = CausalLM(config)
     if options.init_from is not None:
         copy_embeddings(model.embedding, options.init_from, tokenizer, named="--init-from")
-    model.to(options.device)
+    model.to(device)
     steps = train(
         model,
         corpus,

@@ -62,6 +62,7 @@ class Trainer:
                 f"batches are shared out, want at least one for each of the {self.processes.count} processes"
             )
         self.directory = Path(config.output.checkpoint_dir)
+        self.directory.mkdir(parents=True, exist_ok=True)  # who cannot write there learns it now
         saved = checkpoints.read(resume) if resume is not None else None
         if saved is not None and resume is not None:
             self.tokenizer = checkpoints.tokenizer_of(resume, saved)

@@ -183,6 +183,13 @@ def test_a_file_that_is_no_checkpoint_is_one_line(tmp_path: Path, capsys: pytest
         (["--round-depth", "0"], "--round-depth is 0: want >= 1"),
         (["--thresholds", "nan"], "--thresholds is nan: want >= 0"),
         (["--precision", "tf32"], "--precision is tf32: want a CUDA device, not cpu"),
+        (["--length", "2"], "--length is 2: want >= 3"),
+        (["--segments", "0"], "--segments is 0: want >= 1"),
+        (["--seed", "-1"], "--seed is -1: want >= 0"),
+        (["--batch-size", "0"], "--batch-size is 0: want >= 1"),
+        (["--device", "meta"], "--device is 'meta': want cpu, cuda or cuda:N"),
+        (["--device", "cuda:99"], "--device is 'cuda:99': there is none here"),
+        (["--output", "/dev/null/out"], "[Errno 20] Not a directory: '/dev/null/out'"),
         (["--validation", "./x.txt"], "--validation is --text: what is chosen must be chosen on other text"),
     ],
 )

@@ -40,7 +40,8 @@ def test_a_run_from_the_command_line(config_file: Path, tmp_path: Path) -> None:
         (["data.tokenizer_name=none.json"], "data.tokenizer_name is 'none.json'"),
         (["--checkpoint", "none.pt"], "none.pt: no such file"),
         (["--override", "none.yaml"], "none.yaml: No such file"),
-        (["--device", "abacus"], "--device is 'abacus': want cuda or cpu"),
+        (["output.checkpoint_dir=/dev/null/runs"], "Not a directory: '/dev/null/runs'"),
+        (["--device", "abacus"], "--device is 'abacus': want cpu, cuda or cuda:N"),
     ],
 )
 def test_bad_settings_are_one_line_and_exit_code_2(

@@ -120,6 +120,10 @@ def files(text_file: Path, tokenizer_file: Path, tmp_path: Path) -> list[str]:
     [
         (["--length", "2"], "--length is 2: want >= 3"),
         (["--steps", "0"], "--steps is 0: want >= 1"),
+        (["--seed", "-1"], "--seed is -1: want >= 0"),
+        (["--learning-rate", "inf"], "--learning-rate is inf: want a number > 0"),
+        (["--device", "abacus"], "--device is 'abacus': want cpu, cuda or cuda:N"),
+        (["--output", "/dev/null/runs/scorer.pt"], "Not a directory: '/dev/null/runs'"),
         (["--d-model", "30", "--heads", "4"], "d_model is 30: want a multiple of 2 x n_heads = 8"),
         (["--length", "100000"], "tokens: want"),
     ],

@@ -11,9 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.errors import RETRY_SECONDS, Code, Internal, Refused, ServiceError, printable
-from service.rest.problem import BadField, Problem
-
-PROBLEM_JSON = "application/problem+json"
+from service.rest.problem import PROBLEM_JSON, BadField, Problem
 
 STATUS: dict[Code, int] = {
     "invalid_argument": 422,

@@ -6,6 +6,8 @@ from pydantic import BaseModel, Field
 
 from service.schema import DenoiseAnswer
 
+PROBLEM_JSON = "application/problem+json"
+
 
 class BadField(BaseModel):
     """What is wrong with one field, and the value it had."""

@@ -52,7 +52,10 @@ def _serve(settings: Settings) -> int:
 
 
 def denoise(arguments: Sequence[str] | None = None) -> int:
-    """Restore a text, the lines of a file, or what is typed. 0: done; 2: bad input, named in one line."""
+    """Restore a text, the lines of a file, or what is typed. 0: done; 2: bad input, each named in one line.
+
+    Of a file and of what is typed a bad line is left out, and the others are restored.
+    """
     options = _denoise_parser().parse_args(arguments)
 
     from service.local import LocalDenoiser  # noqa: PLC0415 - torch takes seconds; --help and bad flags need not wait
@@ -60,16 +63,19 @@ def denoise(arguments: Sequence[str] | None = None) -> int:
     try:
         denoiser = LocalDenoiser(options.checkpoint, options.device)
         wanted = {name: getattr(options, name) for name in ("max_steps", "threshold", "halting")}
-        for text in _texts(options):
+        status = 0
+        for place, text in _texts(options):
             try:
                 _print_reading(text, denoiser.denoise({"text": text, **wanted}))
             except ServiceError as error:
-                if not options.interactive:
-                    raise
-                _complain("rdt-denoise", error, EXIT_BAD_INPUT)
+                complaint = _complain("rdt-denoise", f"{place}{error}", EXIT_BAD_INPUT)
+                status = status if options.interactive else complaint
+    except BrokenPipeError:  # who reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ServiceError, OSError, ValueError) as error:  # a CheckpointError is a ValueError
         return _complain("rdt-denoise", error, EXIT_BAD_INPUT)
-    return 0
+    return status
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -91,13 +97,20 @@ def _denoise_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _texts(options: argparse.Namespace) -> Iterable[str]:
+def _texts(options: argparse.Namespace) -> Iterable[tuple[str, str]]:
+    """Texts, each with what to say before what is wrong with it."""
     if options.interactive:
-        return _typed_lines()
+        return (("", line) for line in _typed_lines())
     if options.file is not None:
-        lines = options.file.read_text(encoding="utf-8").splitlines()
-        return [line for line in lines if line.strip()]
-    return [options.text]
+        return _lines(options.file)
+    return [("", options.text)]
+
+
+def _lines(file: Path) -> Iterator[tuple[str, str]]:
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield f"{file}:{number}: ", line.rstrip("\n")
 
 
 def _typed_lines() -> Iterator[str]:
@@ -119,5 +132,5 @@ def _print_reading(text: str, reading: Reading) -> None:
 
 
 def _complain(program: str, problem: object, status: int) -> int:
-    print(f"{program}: {' '.join(str(problem).split())}", file=sys.stderr)
+    logs.complain(program, problem)
     return status

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Literal
@@ -27,6 +28,15 @@ def configure(level: str, form: Format) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler])
     if form == "json":
         logging.captureWarnings(True)  # they would be the only lines that are no JSON
+
+
+def complain(program: str, problem: object) -> None:
+    """Say in one line why a program ends: as it is for who started it, as one of them where lines are JSON."""
+    line = " ".join(str(problem).split())
+    if any(isinstance(handler.formatter, JsonLines) for handler in logging.getLogger().handlers):
+        logging.getLogger(program).critical("%s", line)
+    else:
+        print(f"{program}: {line}", file=sys.stderr)
 
 
 class TextLines(logging.Formatter):

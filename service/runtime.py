@@ -11,13 +11,13 @@ import asyncio
 import contextlib
 import logging
 import socket
-import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
 
 import uvicorn
 from pydantic import SecretStr
 
+from service import logs
 from service.errors import ServiceError
 from service.hosting import Host
 from service.lifecycle import Lifecycle
@@ -71,8 +71,8 @@ class FrontEnd:
         """Raises `OSError` if the gRPC address cannot be had."""
         settings = self._settings
         await self.rpc.start(settings.host, settings.grpc_port)
-        log.info("listening on http://%s:%d", *listener.getsockname()[:2])
-        log.info("listening on grpc://%s:%d", settings.host, self.rpc.port)
+        log.info("listening on http://%s", address(*listener.getsockname()[:2]))
+        log.info("listening on grpc://%s", address(settings.host, self.rpc.port))
         self._answering = asyncio.create_task(self._server.serve(sockets=[listener]))
 
     async def close(self) -> None:
@@ -108,6 +108,11 @@ async def serve(settings: Settings) -> int:
     return status
 
 
+def address(host: str, port: int) -> str:
+    """As URLs write it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def listen(host: str, port: int, *, share: bool = False) -> socket.socket:
     """Raises `OSError` naming the address. With `share`, others that share it get some of its connections.
 
@@ -118,7 +123,7 @@ def listen(host: str, port: int, *, share: bool = False) -> socket.socket:
     try:
         listener = socket.create_server((host, port), family=family, backlog=2048, reuse_port=share)
     except OSError as error:
-        raise OSError(f"cannot listen on {host}:{port}: {error}") from error
+        raise OSError(f"cannot listen on {address(host, port)}: {error}") from error
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
@@ -141,7 +146,7 @@ async def load_and_wait(host: Host, stopped: asyncio.Event) -> int:
     await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
     if loading.done() and (error := loading.exception()) is not None:
         log.debug("loading failed", exc_info=error)
-        print(f"rdt-serve: cannot start: {error}", file=sys.stderr)
+        logs.complain("rdt-serve", f"cannot start: {error}")
         stopping.cancel()
         return 1
     if not stopped.is_set():

@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from service.access import ApiKey
 from service.errors import ServiceError
@@ -30,6 +31,12 @@ class PlainRoute(APIRoute):
     """Documents an endpoint, and hands it the request as it came: every endpoint here reads its request and writes its
     response itself, and to find its arguments and to check its answer once more would take longer than all of that.
     """
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """HEAD is GET; the server leaves the body out."""
+        if scope["method"] == "HEAD" and "GET" in (self.methods or ()):
+            scope = {**scope, "method": "GET"}
+        await super().handle(scope, receive, send)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         return self.endpoint

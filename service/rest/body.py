@@ -25,7 +25,12 @@ async def read_json(request: Request) -> object:
         body = await request.body()
     except ClientDisconnect:
         raise Cancelled("the caller left while sending the request") from None
-    return parse_json(body)
+    try:
+        return parse_json(body)
+    except Malformed:
+        if encoding := request.headers.get("content-encoding"):
+            raise UnsupportedFormat(f"the content encoding is {encoding[:80]}: want none") from None
+        raise
 
 
 def parse_json(body: bytes) -> object:

@@ -60,7 +60,7 @@ def read_line(pipe: int) -> str:
 
 
 def complain(problem: object, status: int) -> int:
-    print(f"rdt-serve: {' '.join(str(problem).split())}", file=sys.stderr)
+    logs.complain("rdt-serve", problem)
     return status
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -69,6 +70,12 @@ BAD_BODIES: list[tuple[str, bytes, dict[str, str], int]] = [
     ("a string", b'"text"', JSON, 422),
     ("a form", b"text=a", {"Content-Type": "application/x-www-form-urlencoded"}, 415),
     ("no content type", b'{"text": "a"}', {}, 415),
+    (
+        "compressed",
+        gzip.compress(b'{"text": "a"}'),
+        {"Content-Type": "application/json", "Content-Encoding": "gzip"},
+        415,
+    ),
     ("too many bytes", b'{"text": "' + b"a" * MAX_BODY_BYTES + b'"}', JSON, 413),
 ]
 

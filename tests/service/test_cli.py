@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 from pathlib import Path
 
@@ -49,6 +50,29 @@ def test_a_file_line_by_line(checkpoint: list[str], tmp_path: Path, capsys: pyte
     file.write_text("the [MASK]\n\n  \nfox [MASK]\n", encoding="utf-8")
     assert denoise([*checkpoint, "--file", str(file)]) == 0
     assert [found[0] for found in OUTPUT.findall(capsys.readouterr().out)] == ["the [MASK]", "fox [MASK]"]
+
+
+def test_bad_lines_of_a_file_are_named_and_the_others_restored(
+    checkpoint: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "texts.txt"
+    file.write_text("the\u2028[MASK]\n\n" + "a " * 40 + "\nfox\f[MASK]\n\u200b\n", encoding="utf-8")
+    assert denoise([*checkpoint, "--file", str(file)]) == 2
+    printed = capsys.readouterr()
+    assert [found[0] for found in OUTPUT.findall(printed.out)] == ["the\u2028[MASK]", "fox\f[MASK]"]
+    problems = printed.err.splitlines()
+    assert [line.partition(": text ")[0] for line in problems] == [f"rdt-denoise: {file}:{number}" for number in (3, 5)]
+
+
+def test_a_reader_who_has_seen_enough_is_no_error(
+    checkpoint: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        monkeypatch.setattr("sys.stdout", closed)
+        assert denoise([*checkpoint, "--text", "the [MASK]"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("ending", ["exit\nthe [MASK]\n", ""])

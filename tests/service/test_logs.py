@@ -20,7 +20,7 @@ import uvicorn
 from rdt_core import ModelConfig, Tokenizer
 from service import calls
 from service.errors import Internal
-from service.logs import JsonLines, TextLines, fields
+from service.logs import JsonLines, TextLines, complain, fields
 from service.rpc.pb import denoiser_pb2 as pb
 from service.rpc.pb.denoiser_pb2_grpc import DenoiserStub
 from tests.fakes import Service
@@ -91,6 +91,21 @@ def test_a_traceback_cannot_pass_for_a_line() -> None:
     assert any("all is well" in line for line in below)
     assert all(line.startswith("  ") and line.isprintable() for line in below)
     assert len(JsonLines().format(raised(FORGED)).splitlines()) == 1
+
+
+def test_why_a_program_ends_is_a_line_like_others_only_among_json(capsys: pytest.CaptureFixture[str]) -> None:
+    root, out = logging.getLogger(), StringIO()
+    for formatter in (TextLines(), JsonLines()):
+        handler = logging.StreamHandler(out)
+        handler.setFormatter(formatter)
+        root.addHandler(handler)
+        try:
+            complain("rdt-serve", "cannot start:\nno such file")
+        finally:
+            root.removeHandler(handler)
+    assert capsys.readouterr().err == "rdt-serve: cannot start: no such file\n"
+    said = json.loads(out.getvalue())
+    assert (said["level"], said["logger"], said["message"]) == ("critical", "rdt-serve", "cannot start: no such file")
 
 
 def test_warnings_are_json_too() -> None:

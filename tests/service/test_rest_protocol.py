@@ -86,6 +86,21 @@ async def test_an_offer_that_is_not_taken_changes_nothing(port: int, offer: byte
         assert json.loads(body)["text"] == "the fox\r\nUpgrade: not a header"
 
 
+@pytest.mark.parametrize(("path", "status"), [("/health/ready", 200), ("/", 200), ("/denoise", 405), ("/none", 404)])
+async def test_head_is_get_without_a_body(port: int, path: str, status: int) -> None:
+    asked = f"{path} HTTP/1.1\r\nHost: rdt\r\nConnection: close\r\n\r\n".encode()
+    heads = []
+    for method in (b"HEAD ", b"GET "):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(method + asked)
+        head, _, body = (await asyncio.wait_for(reader.read(), 5)).partition(b"\r\n\r\n")
+        writer.close()
+        assert bool(body) == (method == b"GET ")
+        heads.append(head.split(b"\r\n")[0])
+    assert heads[0] == heads[1]
+    assert heads[0].startswith(b"HTTP/1.1 %d " % status)
+
+
 async def last_words(port: int, *pieces: bytes) -> tuple[int, str]:
     """What the server says before it hangs up, as status and detail: (0, "") if it hangs up in silence."""
     async with asyncio.timeout(5):

@@ -16,7 +16,7 @@ import pytest
 from service import cli
 from service.client import AsyncClient, ProblemError
 from service.loading import pick_device
-from service.runtime import listen, serve
+from service.runtime import address, listen, serve
 from service.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("_log_everything")
@@ -93,6 +93,11 @@ async def test_warming_is_no_load(tiny_checkpoint: Path, caplog: pytest.LogCaptu
     async with running(settings, caplog) as (client, _):
         await client.denoise("a [MASK]", max_steps=1)
         assert "rdt_tick_tokens_count 1.0" in (await client._http.get("/metrics")).text
+
+
+def test_addresses_are_written_as_in_urls() -> None:
+    assert address("127.0.0.1", 80) == "127.0.0.1:80"
+    assert address("::1", 80) == "[::1]:80"
 
 
 def test_accepted_connections_send_at_once() -> None:

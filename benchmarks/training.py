@@ -21,7 +21,7 @@ import torch
 from torch.nn.functional import linear
 
 from benchmarks import record
-from rdt_core import checkpoint, flops
+from rdt_core import checkpoint, flops, layers
 from training.config import TrainConfig, load_config
 from training.data import Batch
 from training.losses import Losses
@@ -54,9 +54,11 @@ class Counting(Trainer):
         return losses
 
 
-def measure(config: TrainConfig, device: torch.device, n_steps: int) -> dict[str, Any]:
+def measure(config: TrainConfig, device: torch.device, n_steps: int, compiled: bool = False) -> dict[str, Any]:
     """Median tokens a second over single steps, and their useful FLOP/s over the peak's."""
     trainer = Counting(config, device)
+    if compiled:
+        compile_layers(trainer)
     steps = iter(trainer._steps())
     for _ in range(WARM_STEPS):
         next(steps)
@@ -69,11 +71,19 @@ def measure(config: TrainConfig, device: torch.device, n_steps: int) -> dict[str
     peak = matrix_peak(trainer)
     return {
         "bfloat16": config.mixed_precision,
+        "compiled": compiled,
         "tokens_per_second": round(statistics.median(rates)),
         "useful_gflops": round(statistics.median(work) / 1e9, 1),
         "peak_gflops": round(peak / 1e9, 1),
         "share_of_peak": round(statistics.median(work) / peak, 3),
     }
+
+
+def compile_layers(trainer: Trainer) -> None:
+    """The layers by `torch.compile`, for any lengths; but for attention, where every length would be compiled anew."""
+    layers.packed_attention = torch.compiler.disable(layers.packed_attention)
+    for layer in trainer.model.encoder:
+        layer.compile(dynamic=True)
 
 
 def matrix_peak(trainer: Trainer) -> float:
@@ -115,6 +125,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, default=Path("models/rdt-small/best_model.pt"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="of the CPU (default: all cores)")
+    parser.add_argument("--compile", action="store_true", help="measure with the layers compiled, too")
     parser.add_argument("--steps", type=int, default=10, help="measured in each phase (default: %(default)s)")
     record.add_arguments(parser)
     parser.add_argument("assignments", nargs="*", metavar="section.key=value")
@@ -130,8 +141,10 @@ def main() -> None:
             for mixed in (False, True):
                 settings = [*given, *options.assignments, f"training.one_pass_steps={one_pass_steps}"]
                 config = replace(load_config(options.config, None, settings), mixed_precision=mixed)
-                results.append({"phase": phase, **measure(config, torch.device(options.device), options.steps)})
-                print(results[-1], flush=True)
+                for compiled in (False, True) if options.compile else (False,):
+                    found = measure(config, torch.device(options.device), options.steps, compiled)
+                    results.append({"phase": phase, **found})
+                    print(results[-1], flush=True)
     record.finish("training", options, results=results)
 
 

@@ -10,6 +10,7 @@ padding, so there is no mask: a token attends to every token of its own sequence
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing
     """Attention inside each sequence: three `(T, H, C)` -> `(T, H, C)`.
 
     Rows after the last sequence's are dead: they stay what their query was, and nobody looks at them.
-    Equal lengths need one batched call. On CUDA in half precision the variable-length kernel takes
+    Equal lengths need one batched call. On CUDA in half precision the variable-length kernel, where there is one, takes
     any lengths in one call. Otherwise one call a sequence, which on a CPU costs nothing measurable.
     """
     if len(query) > packing.n_tokens:
@@ -55,7 +56,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing
         q, k, v = (x.view(shape).transpose(1, 2) for x in (query, key, value))  # (N, H, L, C)
         mixed = products_attention if slow_backward(query) else F.scaled_dot_product_attention
         return mixed(q, k, v).transpose(1, 2).reshape(query.shape)
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+    if has_varlen_attention(query.device, query.dtype, query.shape[-1]):
         from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 - needs CUDA's kernels
 
         longest = packing.longest
@@ -65,6 +66,14 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing
     heads_first = (x.transpose(0, 1)[None].split(packing.lengths, dim=2) for x in (query, key, value))
     apart = [F.scaled_dot_product_attention(q, k, v) for q, k, v in zip(*heads_first, strict=True)]  # (1, H, L, C) each
     return torch.cat(apart, dim=2)[0].transpose(0, 1)
+
+
+@cache
+def has_varlen_attention(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
+    """Whether `torch.nn.attention.varlen` computes this: half precision, from Ampere on (8.0), heads of 8 n <= 256."""
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return head_width % 8 == 0 and head_width <= 256 and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def products_attention(query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False) -> Tensor:

@@ -76,7 +76,9 @@ def prepare(model: RDT, precision: Precision = "fp32") -> RDT:
 
 def natural_precision(device: torch.device) -> Precision:
     """What a device is best at: on a CPU exactness costs a factor of two to three, on CUDA of ten and more."""
-    return "bf16" if device.type == "cuda" else "fp32"
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"  # before Ampere bf16 is emulated
 
 
 def _replace(module: nn.Module, **parts: nn.Module) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
+from rdt_core.layers import has_varlen_attention
 from rdt_core.model import RDT
+from rdt_core.precision import DTYPES
 from service.engine.backend import Backend
 from service.engine.cuda_graph import CapturedPasses
 from service.engine.eager import EagerBackend
@@ -10,9 +14,10 @@ from service.engine.lookahead import LookaheadBackend
 
 
 def make_backend(model: RDT, token_budget: int, max_live: int) -> Backend:
-    """On CUDA in half precision captured passes, launched ahead. In other formats attention asks the host how long
-    sequences are, and on a CPU there is nobody to run ahead of.
+    """On CUDA in half precision captured passes, launched ahead. In other formats, on cards before Ampere and with heads
+    of some widths attention asks the host for lengths, and on a CPU there is nobody to run ahead of.
     """
-    if model.device.type == "cuda" and model.precision in ("bf16", "fp16"):
+    head_width = model.config.d_model // model.config.n_heads
+    if has_varlen_attention(model.device, DTYPES.get(model.precision, torch.float32), head_width):
         return LookaheadBackend(model, token_budget, max_live, CapturedPasses(model))
     return EagerBackend(model)

@@ -28,7 +28,7 @@ WARM_PASSES = 2
 class CapturedPasses:
     """`Passes` by CUDA graphs; once a capture fails, by plain launches. One for each backend, since it holds addresses.
 
-    Wants a model in half precision: elsewhere attention looks at the lengths on the host.
+    Wants variable-length attention: elsewhere it looks at the lengths on the host.
     """
 
     def __init__(self, model: RDT) -> None:

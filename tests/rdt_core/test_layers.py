@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rdt_core import Packing
-from rdt_core.layers import AdaptiveNorm, packed_attention, products_attention, rotary_angles, rotate
+from rdt_core.layers import (
+    AdaptiveNorm,
+    has_varlen_attention,
+    packed_attention,
+    products_attention,
+    rotary_angles,
+    rotate,
+)
 from tests.rdt_core.conftest import Build
 from tests.rdt_core.sequences import random_sequences
 
@@ -26,6 +33,25 @@ def softmax_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
     """Attention of one sequence, from its formula."""
     weights = (torch.einsum("lhc,mhc->hlm", query, key) / query.shape[-1] ** 0.5).softmax(-1)
     return torch.einsum("hlm,mhc->lhc", weights, value)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_width", "has"),
+    [
+        ((8, 0), torch.bfloat16, 64, True),
+        ((9, 0), torch.float16, 256, True),
+        ((8, 6), torch.float32, 64, False),
+        ((7, 5), torch.float16, 64, False),
+        ((8, 0), torch.bfloat16, 12, False),
+        ((8, 0), torch.bfloat16, 264, False),
+    ],
+)
+def test_the_kernel_for_any_lengths_has_its_conditions(
+    capability: tuple[int, int], dtype: torch.dtype, head_width: int, has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", {torch.device("cuda:1"): capability}.get)
+    assert has_varlen_attention.__wrapped__(torch.device("cuda:1"), dtype, head_width) == has
+    assert not has_varlen_attention(torch.device("cpu"), dtype, head_width)
 
 
 def test_attention_by_products_is_the_fused_one() -> None:

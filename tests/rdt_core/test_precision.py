@@ -149,8 +149,10 @@ def test_logits_on_a_card_are_not_rounded_to_half_precision() -> None:
     assert (logits.shape, logits.dtype, logits.device.type) == ((5, 7), torch.float32, "cuda")
 
 
-def test_what_is_left_to_the_device() -> None:
+def test_what_is_left_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert natural_precision(torch.device("cpu")) == "fp32"
-    assert natural_precision(torch.device("cuda:1")) == "bf16"
+    for capability, wanted in (((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", {torch.device("cuda:1"): capability}.get)
+        assert natural_precision(torch.device("cuda:1")) == wanted
     assert RDT(CONFIGS["plain"]).precision == "fp32"
     assert prepare(RDT(CONFIGS["plain"]), "bf16").precision == "bf16"

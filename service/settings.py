@@ -49,7 +49,7 @@ class Settings(BaseSettings):
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16", "int8"] = Field(
         "auto",
         description="Number format of the matrix products; fp32 is the reference, the others are faster; auto: fp32 on "
-        "a CPU, bf16 on CUDA.",
+        "a CPU, bf16 on CUDA, fp16 before Ampere.",
     )
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on.")
     http_port: int = Field(8000, ge=0, le=65_535, description="Port of the REST interface; 0 picks a free one.")

@@ -131,6 +131,8 @@ def _for_normalized(typed: WordPieceTokenizer) -> WordPieceTokenizer | None:
     fields = json.loads(typed.to_str())
     if fields["normalizer"] is None or fields["normalizer"]["type"] != "BertNormalizer":
         return None  # others may read characters together
+    if not fields["normalizer"]["lowercase"]:
+        return None  # accents would come off letters that then read [MASK]
     if [token["content"] for token in fields["added_tokens"]] != [MASK_TOKEN]:
         return None  # some may be looked for in normalized text
     return WordPieceTokenizer.from_str(json.dumps(fields | {"normalizer": None}))

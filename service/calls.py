@@ -32,9 +32,13 @@ def begin(proposed_id: str) -> Call:
     It is current until the task ends, and never taken back: the task is the call's own, and a server logs a
     crash only after everything here has been left.
     """
-    call = Call(proposed_id if SANE_ID.fullmatch(proposed_id) else f"{random.getrandbits(128):032x}")
+    call = Call(proposed_id if SANE_ID.fullmatch(proposed_id) else fresh_id())
     current.set(call)
     return call
+
+
+def fresh_id() -> str:
+    return f"{random.getrandbits(128):032x}"
 
 
 def note(outcome: str) -> None:

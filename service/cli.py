@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 from service import logs, loop
 from service.errors import ServiceError
 from service.settings import Settings, SettingsError, read_settings, unknown_variables
+from service.signals import hangup_held
 from service.tracing import NotInstalledError
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ def serve(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger(__name__).warning("%s is set but is no setting", name)
 
     try:
-        return _serve(settings)
+        with hangup_held():
+            return _serve(settings)
     except NotInstalledError as error:
         return _complain("rdt-serve", error, EXIT_BAD_INPUT)
     except OSError as error:

@@ -121,7 +121,9 @@ def listen(host: str, port: int, *, share: bool = False) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listener = socket.create_server((host, port), family=family, backlog=2048, reuse_port=share)
+        listener = socket.create_server(
+            (host, port), family=family, backlog=2048, reuse_port=share, dualstack_ipv6=host == "::"
+        )
     except OSError as error:
         raise OSError(f"cannot listen on {address(host, port)}: {error}") from error
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

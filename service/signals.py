@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 def asked_to_end(*numbers: signal.Signals) -> asyncio.Event:
@@ -14,6 +15,22 @@ def asked_to_end(*numbers: signal.Signals) -> asyncio.Event:
     for number in numbers or (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     return stopped
+
+
+@contextmanager
+def hangup_held() -> Iterator[None]:
+    """SIGHUP, which would be fatal, waits until somebody takes it, in children that are started meanwhile, too."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def take_hangup(act: Callable[[], None]) -> None:
+    """SIGHUP calls this from now on, also if it came while it was held."""
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, act)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
 
 
 def on_hangup(reload: Callable[[], None], stopped: asyncio.Event) -> None:
@@ -26,7 +43,7 @@ def on_hangup(reload: Callable[[], None], stopped: asyncio.Event) -> None:
         else:
             reload()
 
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hang_up)
+    take_hangup(hang_up)
 
 
 def _has_terminal() -> bool:

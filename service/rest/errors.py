@@ -89,7 +89,10 @@ async def on_http_error(request: Request, error: Exception) -> Response:
         errors=[],
         request_id=request.state.request_id,
     )
-    return _response(problem, error.headers or {})
+    headers = dict(error.headers or {})
+    if "GET" in (methods := headers.get("Allow", "").split(", ")):
+        headers["Allow"] = ", ".join([*methods, "HEAD"])
+    return _response(problem, headers)
 
 
 async def on_crash(request: Request, _error: Exception) -> Response:

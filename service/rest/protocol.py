@@ -1,4 +1,7 @@
-"""HTTP as uvicorn speaks it, with limits on how a request arrives, and deaf to offers to speak something else."""
+"""HTTP as uvicorn speaks it, with limits on how a request arrives, and deaf to offers to speak something else.
+
+A head is put together here and handed to the parser whole; a body goes through as it comes.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,22 @@ import re
 from http import HTTPStatus
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from service import calls
 from service.rest.problem import PROBLEM_JSON, Problem
 
 HEAD_BYTES = 65_536
-"""Of a request line and its headers. Nothing else bounds them."""
+"""Of a request line and its headers, and of the trailers of a body in chunks. Nothing else bounds them."""
 ARRIVAL_SECONDS = 30.0
 """Until a request has arrived, head and body, from its first byte on; and until the first byte of a connection."""
-UPGRADE = re.compile(rb"\r\nupgrade[ \t]*:", re.IGNORECASE)
+READING_SECONDS = 30.0
+"""How long a caller may leave everything unread that is sent to it."""
+PARTING_SECONDS = 1.0
+"""For a caller to read an answer to what it has not finished sending: to close at once might take it away."""
+HEAD_END = re.compile(rb"\r?\n\r?\n")
+UPGRADE = re.compile(rb"\nupgrade[ \t]*:", re.IGNORECASE)
 
 
 class Http(HttpToolsProtocol):
@@ -26,90 +36,187 @@ class Http(HttpToolsProtocol):
     Java's own client offers HTTP/2 with every request, and so does `curl --http2`. The parser takes any offer for
     accepted and the body for the other protocol's, so that it would be lost (Kludex/uvicorn#2722). Here the header gets
     another name before the parser sees it; WebSockets are not served.
+
+    Where a body in chunks ends only the parser knows, so it is the last of its connection.
     """
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self._in_head = True
-        self._n_head = 0
-        self._arriving = False  # between the first byte of a request and its last
-        self._deadline: asyncio.TimerHandle | None = None
+        self._head = bytearray()  # what there is of the next one
+        self._n_heads = 0  # that the parser has read
+        self._in_body = False
+        self._left: int | None = None  # bytes of the body that are to come; None for chunks
+        self._n_aside = 0  # bytes since the last of a body in chunks
+        self._deaf = False  # to all that may still come
+        self._running: RequestResponseCycle | None = None  # the request that is being answered, or was last
+        self._deadline: asyncio.TimerHandle | None = None  # of what arrives
+        self._patience: asyncio.TimerHandle | None = None  # with what is not read
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as in uvicorn
         super().connection_made(transport)
-        self._expect()
+        self._deadline = self.loop.call_later(ARRIVAL_SECONDS, self._is_late)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._expect_no_more()
+        self._stop_waiting()
+        self.resume_writing()
+        self.pipeline.clear()
+        if self._answering is not None:  # uvicorn tells only the newest
+            self._answering.disconnected = True
+            self._answering.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._in_head:
-            head, blank, rest = data.partition(b"\r\n\r\n")
-            self._n_head += len(head)
-            if self._n_head > HEAD_BYTES:
-                self._end(431, f"the headers are longer than {HEAD_BYTES} bytes")
-                return
-            data = UPGRADE.sub(b"\r\nx-offered-upgrade:", head) + blank + rest
-        super().data_received(data)
-        if not self._arriving:
-            self._expect_no_more()
-        elif self._deadline is None:
-            self._expect()
+        while data and not self._deaf:
+            data = self._read_body(data) if self._in_body else self._read_head(data)
+        if (self._head or self._in_body) and self._deadline is None and not self._deaf:
+            self._deadline = self.loop.call_later(ARRIVAL_SECONDS, self._is_late)
+
+    def _read_head(self, data: bytes) -> bytes:
+        """What is left of the data."""
+        if not self._head:
+            data = data.lstrip(b"\r\n")  # as the parser does
+            if not data:
+                return b""
+            self._stop_waiting()
+            self._unset_keepalive_if_required()
+            if not data[:1].isalpha():  # TLS, say, whose head would never end
+                self._end(400, "Invalid HTTP request received.")
+                return b""
+        n_before = len(self._head)
+        self._head += data
+        end = HEAD_END.search(self._head, max(0, n_before - 3))
+        length = len(self._head) if end is None else end.end()
+        if length > HEAD_BYTES:
+            self._end(431, f"the headers are longer than {HEAD_BYTES} bytes")
+        elif end is not None:
+            head, self._head = bytes(self._head[:length]), bytearray()
+            n_parsed = self._n_heads
+            self._parse(UPGRADE.sub(b"\nx-offered-upgrade:", head))
+            if self._n_heads == n_parsed and not self._deaf:  # the parser sees no end where we do
+                self._end(400, "Invalid HTTP request received.")
+            return data[length - n_before :]
+        return b""
+
+    def _read_body(self, data: bytes) -> bytes:
+        """What is left of the data."""
+        if self._left:
+            piece, rest = data[: self._left], data[self._left :]
+            self._left -= len(piece)
+            self._parse(piece)
+            return rest
+        self._n_aside += len(data)
+        self._parse(data)
+        if self._n_aside > HEAD_BYTES and self._in_body and not self._deaf:
+            self._end(431, f"the trailers are longer than {HEAD_BYTES} bytes")
+        return b""
+
+    def _parse(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade:  # CONNECT
+            self._end(400, "Invalid HTTP request received.")
+        except httptools.HttpParserError:
+            if not self._deaf:
+                self._end(400, "Invalid HTTP request received.")
 
     def on_message_begin(self) -> None:
-        self._arriving = True
+        if self._deaf:
+            raise ValueError("a request behind a body in chunks")  # stops the parser
         super().on_message_begin()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._in_body:  # a trailer must not pass for a header
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
-        self._in_head, self._n_head = False, 0
         super().on_headers_complete()
+        self._n_heads += 1
+        chunked = any(name == b"transfer-encoding" for name, _ in self.headers)
+        lengths = [value for name, value in self.headers if name == b"content-length"]
+        self._in_body, self._n_aside = True, 0
+        self._left = int(lengths[0]) if lengths and not chunked else None
+        if chunked:
+            self.cycle.keep_alive = False
+
+    def on_body(self, body: bytes) -> None:
+        self._n_aside = 0
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self._in_head, self._arriving = True, False
         super().on_message_complete()
+        self._deaf = self._left is None and not self.cycle.keep_alive
+        self._in_body = False
+        self._stop_waiting()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._head or self._in_body:  # it is not idle
+            self._unset_keepalive_if_required()
+
+    @property
+    def _answering(self) -> RequestResponseCycle | None:
+        """The request that is being answered, if there is one."""
+        return None if self._running is None or self._running.response_complete else self._running
 
     def shutdown(self) -> None:
-        if self._arriving and not self._answering:
+        if self._head or self._in_body:
             self._end(503, "the server is shutting down and takes no new work")
         else:
             super().shutdown()
 
-    def send_400_response(self, msg: str) -> None:
-        self._end(400, msg)
-
-    @property
-    def _answering(self) -> bool:
-        """An answer is being made or written that is not of the request that arrives."""
-        if self._in_head:
-            return self.cycle is not None and not self.cycle.response_complete
-        return bool(self.pipeline) or (self.cycle.response_started and not self.cycle.response_complete)
-
-    def _expect(self) -> None:
-        self._deadline = self.loop.call_later(ARRIVAL_SECONDS, self._is_late)
-
-    def _expect_no_more(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
-
     def _is_late(self) -> None:
         self._deadline = None
-        if self._arriving and self._answering:
-            self._expect()
-        elif self._arriving:
+        arriving = self.cycle if self._in_body else None
+        if self._answering is not None and self._answering is not arriving:  # what came before it goes before it
+            self._deadline = self.loop.call_later(ARRIVAL_SECONDS, self._is_late)
+        elif self._head or self._in_body:
             self._end(408, f"the request has not arrived within {ARRIVAL_SECONDS:g} s")
         else:
             self.transport.close()
 
+    def _stop_waiting(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
     def _end(self, status: int, detail: str) -> None:
         """Answer a request that has not arrived in whole, unless it has been answered, and hang up."""
-        if not (self._answering or (not self._in_head and self.cycle.response_complete)):
-            problem = Problem(type="about:blank", title=HTTPStatus(status).phrase, status=status, detail=detail)
-            body = problem.model_dump_json().encode("ascii")
-            self.transport.write(
-                f"HTTP/1.1 {status} {problem.title}\r\nContent-Type: {PROBLEM_JSON}\r\n"
-                f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode("ascii")
-                + body
-            )
-        self.transport.close()
+        arriving = self.cycle if self._in_body else None
+        self._deaf, self._head = True, bytearray()
+        self._stop_waiting()
+        if (earlier := self._answering) is not None and earlier is not arriving:
+            earlier.keep_alive = False  # the connection ends with its answer
+            self.pipeline.clear()
+            return
+        if arriving is None or not arriving.response_started:
+            self._say(status, detail)
+        if arriving is not None:
+            arriving.disconnected = True  # so that nobody answers it once more
+            arriving.message_event.set()
+        self.transport.write_eof()
+        self.flow.resume_reading()
+        self._deadline = self.loop.call_later(PARTING_SECONDS, self.transport.abort)
+
+    def _say(self, status: int, detail: str) -> None:
+        call = calls.fresh_id()
+        problem = Problem(
+            type="about:blank", title=HTTPStatus(status).phrase, status=status, detail=detail, request_id=call
+        )
+        body = problem.model_dump_json().encode("ascii")
+        head = f"HTTP/1.1 {status} {problem.title}\r\nContent-Type: {PROBLEM_JSON}\r\nX-Request-Id: {call}\r\n"
+        self.transport.write(f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode("ascii") + body)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._patience is None:
+            self._patience = self.loop.call_later(READING_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import SecretStr
 
 from service.settings import Settings
+from service.signals import hangup_held
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,8 @@ class Child:
     @classmethod
     async def start(cls, orders: Orders) -> Child:
         """In a group of its own: a key pressed at a terminal is for the supervisor alone."""
-        process = await asyncio.create_subprocess_exec(*cls.command, stdin=asyncio.subprocess.PIPE, process_group=0)
+        with hangup_held():  # workers have no use for it, and the engine none before it is up
+            process = await asyncio.create_subprocess_exec(*cls.command, stdin=asyncio.subprocess.PIPE, process_group=0)
         assert process.stdin is not None
         with suppress(ConnectionError):  # it died at once, as its status will say
             process.stdin.write(orders.line())

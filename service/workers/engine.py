@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import time
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from service.hosting import Host
 from service.metrics import Metrics
 from service.runtime import load_and_wait, reloader
 from service.settings import Settings
+from service.signals import take_hangup
 from service.workers.children import CANNOT_START, ENGINE_FAILED
 from service.workers.metering import Ledger
 from service.workers.server import EngineServer
@@ -24,7 +24,7 @@ async def run(settings: Settings, path: Path, stopped: asyncio.Event) -> int:
     metrics = Metrics(time.monotonic)
     server = EngineServer(Ledger(metrics, settings.api_workers))
     host = Host(settings, server.models, metrics)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader(host))
+    take_hangup(reloader(host))
     await server.start(path, host)
     status = await load_and_wait(host, stopped)
     if status == 0:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,10 @@ from service.workers.wire import Wire
 log = logging.getLogger(__name__)
 
 
+SETTLE_SECONDS = 1.0
+"""Before a worker lets callers in: it gets its share of them at once, though others are there that could answer."""
+
+
 class Worker:
     """Serves whatever model the engine says it serves."""
 
@@ -42,10 +47,16 @@ class Worker:
         self._tokenizer: Tokenizer | None = None
         self._adopting = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._adopted = asyncio.Event()
 
     def start(self) -> None:
         self._begin(self.link.run())
         self._begin(self.metrics.report_forever())
+
+    async def settle(self, seconds: float) -> None:
+        """Until it serves a model, or so long: an engine that is up says at once which."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._adopted.wait(), seconds)
 
     async def reload(self) -> Reloaded:
         """Ask the engine to. Every worker serves the new model when this returns; raises as `Host.reload` does."""
@@ -87,6 +98,7 @@ class Worker:
             for _ in range(RETIRING_TURNS):
                 await asyncio.sleep(0)
             wire.send(Adopted(serving.digest))
+            self._adopted.set()
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
         self._tasks.add(task := asyncio.create_task(work))
@@ -115,9 +127,10 @@ async def run(settings: Settings, name: str, path: Path, stopped: asyncio.Event)
     tracer = open_tracer(settings.otel_endpoint)
     worker = Worker(settings, name, path, tracer)
     front = FrontEnd(settings, worker.lifecycle, worker.metrics, tracer, worker.reload, share_port=True)
+    worker.start()
+    await worker.settle(SETTLE_SECONDS)
     with listen(settings.host, settings.http_port, share=True) as listener:
         await front.open(listener)
-        worker.start()
         await stopped.wait()
         await worker.drain(settings.grace_seconds)
         await front.close()

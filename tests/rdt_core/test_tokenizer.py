@@ -111,8 +111,9 @@ def change(definition: str, **fields: object) -> Tokenizer:
 
 def test_a_tokenizer_that_normalizes_otherwise_has_no_faster_way(tiny_tokenizer: Tokenizer) -> None:
     fields = json.loads(tiny_tokenizer.json)
-    cased = change(tiny_tokenizer.json, normalizer=fields["normalizer"] | {"lowercase": False})
-    assert cased.encode("The FOX é") == slowly(cased, "The FOX é") != tiny_tokenizer.encode("The FOX é")
+    cased = change(tiny_tokenizer.json, normalizer=fields["normalizer"] | {"lowercase": False, "strip_accents": True})
+    assert cased._normalized is None
+    assert not any(cased.encode("[MÁSK]").masked)
     assert change(tiny_tokenizer.json, normalizer={"type": "Sequence", "normalizers": []})._normalized is None
     assert change(tiny_tokenizer.json, normalizer=None)._normalized is None
     own = {"id": 7, "content": "FOX", "special": False, "normalized": True}

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import re
+import socket
+import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -179,3 +183,152 @@ async def test_at_shutdown_a_request_that_is_still_arriving_is_told_so(
         await front.close()
     assert await telling == (503, "the server is shutting down and takes no new work")
     assert [record for record in caplog.records if record.exc_info] == []
+
+
+CHUNKED = b"POST /denoise HTTP/1.1\r\nHost: rdt\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+CHUNKS = b"%x\r\n%s\r\n0\r\n" % (len(BODY), BODY)
+
+
+async def everything(port: int, *pieces: bytes, seconds: float = 0.01) -> bytes:
+    """All that the server says until it hangs up, or falls silent."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    said = b""
+    with contextlib.suppress(TimeoutError, ConnectionError):
+        for piece in pieces:
+            writer.write(piece)
+            await asyncio.sleep(seconds)
+        async with asyncio.timeout(0.3):
+            while piece := await reader.read(65_536):
+                said += piece
+    writer.close()
+    return said
+
+
+def statuses(said: bytes) -> list[int]:
+    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+) ", said)]
+
+
+@pytest.mark.parametrize("offer", [b"", OFFERS[0]])
+async def test_a_request_may_arrive_cut_anywhere(port: int, offer: bytes) -> None:
+    sent = request(offer)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    for cut in range(1, len(sent)):
+        writer.write(sent[:cut])
+        await asyncio.sleep(0.001)
+        writer.write(sent[cut:] + b"\r\n")  # some callers send one line too many
+        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+        assert head.startswith(b"HTTP/1.1 200 OK\r\n"), cut
+        length = re.search(rb"content-length: (\d+)", head)
+        assert length is not None
+        await reader.readexactly(int(length[1]))
+    writer.close()
+
+
+async def test_a_body_is_never_a_second_request(port: int) -> None:
+    """However its lines read, and wherever the head before it is cut."""
+    inner = b"\r\nupgrade: x" * 3 + b"GET /health/live HTTP/1.1\r\nHost: rdt\r\n\r\n"
+    body = b"{}" + inner
+    head = b"POST /denoise HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+    for cut in range(len(head) - 5, len(head) + 3):
+        whole = head + body
+        assert statuses(await everything(port, whole[:cut], whole[cut:])) == [400]
+
+
+async def test_a_body_in_chunks_is_read_and_is_the_last_of_its_connection(port: int) -> None:
+    for pieces in ([CHUNKED + CHUNKS + b"\r\n" + request(b"")], [CHUNKED, CHUNKS, b"\r\n", request(b"")]):
+        said = await everything(port, *pieces)
+        assert statuses(said) == [200]
+        assert b"connection: close" in said
+        assert b"the fox" in said
+
+
+async def test_trailers_are_no_headers_and_have_their_limit(port: int) -> None:
+    said = await everything(port, CHUNKED + CHUNKS + b"X-Request-Id: from-the-trailer\r\n\r\n")
+    assert statuses(said) == [200]
+    assert b"from-the-trailer" not in said
+    lines = b"a: b\r\n" * 2000
+    assert statuses(await everything(port, CHUNKED, CHUNKS, *[lines] * 10)) == [431]
+    one = b"a: " + b"b" * 10_000
+    assert statuses(await everything(port, CHUNKED, CHUNKS, one, *[b"b" * 10_000] * 8)) == [431]
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_blank_lines_are_no_request(port: int) -> None:
+    began = time.monotonic()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    with contextlib.suppress(ConnectionError):
+        while time.monotonic() - began < 5 and not reader.at_eof():
+            writer.write(b"\r\n")
+            await asyncio.sleep(0.01)
+    assert await reader.read() == b""
+    assert time.monotonic() - began < 1
+    writer.close()
+
+
+async def test_the_time_runs_from_the_first_byte_of_each_request(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "ARRIVAL_SECONDS", 0.2)
+    one = request(b"")
+    pieces = [one + one[:10], *[one[10:] + one[:10]] * 6, one[10:]]  # each ends in the next one
+    assert statuses(await everything(port, *pieces, seconds=0.06)) == [200] * 8
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    await asyncio.sleep(0.15)
+    writer.write(one[:30])
+    await asyncio.sleep(0.15)
+    writer.write(one[30:])
+    assert (await asyncio.wait_for(reader.readline(), 5)).startswith(b"HTTP/1.1 200 ")
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"CONNECT x:80 HTTP/1.1\r\n\r\n",
+        b"GET http://h HTTP/1.1\r\n\r\n",
+        b"GET http://h:99999999/ HTTP/1.1\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS
+    ],
+)
+async def test_requests_that_no_route_can_have_are_refused_and_nothing_breaks(
+    port: int, sent: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert statuses(await everything(port, sent)) == [400]
+    assert statuses(await everything(port, request(b"") + sent)) == [200]  # what was asked before it is answered
+    assert statuses(await everything(port, request(b""), sent)) == [200, 400]
+    assert [record for record in caplog.records if record.exc_info] == []
+
+
+async def test_who_hangs_up_with_a_request_behind_the_first_frees_the_engine(port: int, service: Service) -> None:
+    service.engine.held = asyncio.Event()
+    _, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(request(b"") * 3)
+    async with asyncio.timeout(5):
+        while service.engine.live != 1:
+            await asyncio.sleep(0.005)
+        writer.close()
+        while service.engine.live != 0:
+            await asyncio.sleep(0.005)
+    assert service.engine.n_left == 1
+
+
+async def test_a_long_refused_request_gets_to_read_why(port: int) -> None:
+    for n_bytes in (200_000, 1_000_000):
+        said = await everything(port, b"GET / HTTP/1.1\r\nx: " + b"y" * n_bytes + b"\r\n\r\n")
+        assert statuses(said) == [431]
+        assert b"the headers are longer than 65536 bytes" in said
+
+
+async def test_who_reads_nothing_is_left(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "READING_SECONDS", 0.1)
+    with socket.create_connection(("127.0.0.1", port)) as caller:
+        caller.setblocking(False)
+        asked = b"GET /openapi.json HTTP/1.1\r\nHost: rdt\r\n\r\n" * 50
+        gone = False
+        async with asyncio.timeout(10):
+            while not gone:
+                try:
+                    caller.send(asked)
+                except BlockingIOError:
+                    pass
+                except ConnectionError:
+                    gone = True
+                await asyncio.sleep(0.01)

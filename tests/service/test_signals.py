@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +16,22 @@ def as_before() -> Iterator[None]:
     before = signal.getsignal(signal.SIGHUP)
     yield
     signal.signal(signal.SIGHUP, before)
+
+
+async def test_a_hangup_that_comes_too_early_waits() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    reloaded = asyncio.Event()
+    with signals.hangup_held():
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)"])
+        child.send_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)
+        signals.take_hangup(reloaded.set)
+        async with asyncio.timeout(5):
+            await reloaded.wait()
+    asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
+    assert child.poll() is None
+    child.kill()
+    assert child.wait() == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(

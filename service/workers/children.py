@@ -20,7 +20,6 @@ from typing import Any, ClassVar, Literal
 from pydantic import SecretStr
 
 from service.settings import Settings
-from service.signals import hangup_held
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +75,13 @@ class Child:
     @classmethod
     async def start(cls, orders: Orders) -> Child:
         """In a group of its own: a key pressed at a terminal is for the supervisor alone."""
-        with hangup_held():  # workers have no use for it, and the engine none before it is up
+        # Children are born with SIGHUP held: workers have no use for it, and the engine none before it is up. The
+        # process is there before anything else has a turn, but other births may overlap with the rest of this.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+        try:
             process = await asyncio.create_subprocess_exec(*cls.command, stdin=asyncio.subprocess.PIPE, process_group=0)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
         assert process.stdin is not None
         with suppress(ConnectionError):  # it died at once, as its status will say
             process.stdin.write(orders.line())

@@ -15,7 +15,7 @@ from pydantic import SecretStr
 
 from service.settings import Settings
 from service.workers import supervisor
-from service.workers.children import CANNOT_START, ENGINE_FAILED, Orders, end_with_parent
+from service.workers.children import CANNOT_START, ENGINE_FAILED, Child, Orders, end_with_parent
 from service.workers.supervisor import MAX_WORKER_DEATHS, Crew, reserved
 from tests.service.fleet import until
 
@@ -54,6 +54,19 @@ class FakeChild:
     def die(self, status: int) -> None:
         if not self.status.done():
             self.status.set_result(status)
+
+
+async def test_children_outlive_a_hangup_that_comes_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Child, "command", (sys.executable, "-c", "import time; time.sleep(30)"))
+    orders = Orders.of("worker", "0", Path("none"), Settings())
+    children = await asyncio.gather(Child.start(orders), Child.start(orders))
+    assert signal.SIGHUP not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    for child in children:
+        child.send(signal.SIGHUP)
+    await asyncio.sleep(0.1)
+    for child in children:
+        child.send(signal.SIGKILL)
+        assert await child.wait() == -signal.SIGKILL
 
 
 class Life:

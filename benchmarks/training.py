@@ -46,7 +46,7 @@ class Counting(Trainer):
         losses = super()._losses(batch)
         config, length, n_tokens = self.model.config, batch.length, len(batch.targets)
         with_gradient = min(self.drawn, self.config.training.grad_passes)
-        outer = (config.n_prelude_layers + config.n_decoder_layers * with_gradient) * flops.layer_flops(config, length)
+        outer = (config.n_prelude_layers + config.n_coda_layers * with_gradient) * flops.layer_flops(config, length)
         passes = (self.drawn + 2 * with_gradient) * flops.pass_flops(config, length)
         decoded = 3 * with_gradient * int(batch.masked.sum()) * flops.decode_flops(config)
         self.useful_flops += n_tokens * (3 * outer + passes) + decoded

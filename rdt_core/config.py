@@ -80,6 +80,11 @@ class ModelConfig:
         if self.decoder_type == "transformer" and self.n_decoder_layers == 0:
             raise ValueError("n_decoder_layers is 0: want >= 1 with decoder_type 'transformer'")
 
+    @property
+    def n_coda_layers(self) -> int:
+        """Decoder layers that there are: a linear decoder has none, whatever their number says."""
+        return self.n_decoder_layers if self.decoder_type == "transformer" else 0
+
     def _check_int(self, name: str, minimum: int, maximum: int | None = None) -> None:
         value = getattr(self, name)
         whole = isinstance(value, int) and not isinstance(value, bool)

@@ -24,6 +24,6 @@ def decode_flops(config: ModelConfig) -> int:
 
 def sequence_flops(config: ModelConfig, length: int, n_decoded: int, steps: int) -> int:
     """A whole restoration: prelude, `steps` passes, decoder layers, and `n_decoded` rows through the vocabulary."""
-    outer = config.n_prelude_layers + config.n_decoder_layers
+    outer = config.n_prelude_layers + config.n_coda_layers
     encoder = length * (steps * pass_flops(config, length) + outer * layer_flops(config, length))
     return encoder + n_decoded * decode_flops(config)

@@ -61,8 +61,7 @@ class RDT(nn.Module):
         self.encoder = nn.ModuleList(
             EncoderLayer(*layer, conditioned=config.level_conditioning) for _ in range(config.n_encoder_layers)
         )
-        n_decoder_layers = config.n_decoder_layers if config.decoder_type == "transformer" else 0
-        self.decoder = nn.ModuleList(EncoderLayer(*layer) for _ in range(n_decoder_layers))
+        self.decoder = nn.ModuleList(EncoderLayer(*layer) for _ in range(config.n_coda_layers))
         self.decoder_norm = nn.LayerNorm(config.d_model)
         self.decoder_bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.projection: nn.Module | None = None  # onto the vocabulary, when it is not the plain tied one

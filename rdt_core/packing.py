@@ -88,12 +88,6 @@ def rows_of(packing: Packing, sequences: Sequence[int]) -> Tensor:
     return to_device(torch.cat(rows), packing.positions.device)
 
 
-def select(packed: Tensor, packing: Packing, sequences: Sequence[int]) -> tuple[Tensor, Packing]:
-    """Keep some sequences, in the given order, and close the gaps: `(T, ...)` -> `(T', ...)`."""
-    kept = Packing.of([packing.lengths[i] for i in sequences], packed.device)
-    return packed[rows_of(packing, sequences)], kept
-
-
 def sequence_mean(rows: Tensor, weights: Tensor, packing: Packing) -> Tensor:
     """Weighted mean of the rows of each sequence; zero where all its weights are.
 

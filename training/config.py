@@ -26,7 +26,10 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class ModelSection:
-    """The shape of the model; `vocab_size` and `max_seq_len` come from the tokenizer and the data section."""
+    """The shape of the model, and what requests are answered with by default; `vocab_size` is the tokenizer's.
+
+    `max_seq_len` is what the server takes. Longer texts than `data.max_seq_length` are then longer than any in training.
+    """
 
     d_model: int = 512
     n_heads: int = 8
@@ -47,7 +50,8 @@ class ModelSection:
 @dataclass(frozen=True)
 class TrainingSection:
     batch_size: int = 16
-    """Sequences of `data.max_seq_length` tokens a step; shorter draws fill the same number of tokens."""
+    """Sequences of `data.max_seq_length` tokens in each of the `gradient_accumulation_steps` batches of a step; shorter
+    draws fill the same number of tokens."""
     gradient_accumulation_steps: int = 1
     num_epochs: int = 10
     num_steps: int | None = None
@@ -140,6 +144,22 @@ class TrainConfig:
 
     def to_mapping(self) -> dict[str, Any]:
         return asdict(self)
+
+
+NO_MATTER = ("data.num_workers", "data.pin_memory", "data.cache_dir", "output.log_dir", "output.log_every_n_steps")
+"""Settings that change nothing but how, and how fast."""
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The settings that two configurations, as mappings, have and do not share: `training.learning_rate 0.1 -> 0.2`."""
+    found = []
+    for name in sorted(before.keys() & now.keys()):
+        key, old, new = prefix + name, before[name], now[name]
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += differences(old, new, f"{key}.")
+        elif old != new and key not in NO_MATTER:
+            found.append(f"{key} {old} -> {new}")
+    return found
 
 
 def load_config(path: str | Path, override: str | Path | None = None, assignments: Sequence[str] = ()) -> TrainConfig:
@@ -244,6 +264,8 @@ def _check(config: TrainConfig) -> None:
         0: "seed training.one_pass_steps training.gate_every_n_steps training.gate_steps training.weight_decay "
         "training.loss_weight_recon training.loss_weight_gate data.num_workers",
     }
+    if config.training.scheme == "chain" and config.training.gate_steps:
+        raise ConfigError("training.gate_steps is for scheme unroll: with chain the gate learns all along, want 0")
     for minimum, keys in at_least.items():
         for key in keys.split():
             value = _get(config, key)

@@ -35,10 +35,10 @@ HUB_NAMES = {
 }
 TEXT_SUFFIXES = (".txt", ".raw", ".tokens", ".txt.xz", ".raw.xz", ".tokens.xz")
 PARAGRAPHS_A_BLOCK = 4096
+TOKENS = 65_536  # that uint16 tells apart
 VALIDATION_TOKENS = 50_000
 
 _AT = re.compile(r" @([-,.])@ ")
-_HEADING = re.compile(r"^\s*(= )+.*( =)+\s*$")
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ class Corpus:
 
 def clean(line: str) -> str:
     """A line of WikiText as ordinary text: ` @-@ ` undone, `<unk>` as `[UNK]`; headings become empty."""
-    if _HEADING.match(line):
+    line = line.strip()
+    if line.startswith("= ") and line.endswith(" ="):
         return ""
     return _AT.sub(r"\1", line).replace("<unk>", "[UNK]").strip()
 
@@ -101,21 +102,33 @@ def local_corpus(names: str, tokenizer: Tokenizer, cache_dir: str | Path, named:
     for path in paths:
         stat = path.stat()
         key.update(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
+    if tokenizer.vocab_size > TOKENS:
+        raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens: want at most {TOKENS}")
     stem = Path(cache_dir) / key.hexdigest()[:16]
     tokens_file, starts_file = stem.with_suffix(".tokens.npy"), stem.with_suffix(".starts.npy")
-    if not (tokens_file.exists() and starts_file.exists()):
+    if (kept := _kept(tokens_file, starts_file)) is None:
         try:
             corpus = tokenise(chain.from_iterable(map(read_paragraphs, paths)), tokenizer)
         except (OSError, UnicodeDecodeError, EOFError, lzma.LZMAError) as error:
             raise ConfigError(f"{named} is {names!r}: cannot be read as UTF-8 text: {error}") from error
-        if len(corpus) == 0:
-            raise ConfigError(f"{named} is {names!r}: no text in it")
+        if np.isin(corpus.tokens, list(tokenizer.special_ids)).all():
+            raise ConfigError(f"{named} is {names!r}: no text in it that this tokenizer knows")
         tokens_file.parent.mkdir(parents=True, exist_ok=True)
         for file, values in ((tokens_file, corpus.tokens), (starts_file, corpus.starts)):
             partial = file.with_suffix(f".{os.getpid()}.partial.npy")
             np.save(partial, values)
             partial.replace(file)
-    return Corpus(np.load(tokens_file, mmap_mode="r"), np.load(starts_file))
+        kept = _kept(tokens_file, starts_file)
+        assert kept is not None
+    return kept
+
+
+def _kept(tokens: Path, starts: Path) -> Corpus | None:
+    """None if there is nothing, or only what a power cut has left."""
+    try:
+        return Corpus(np.load(tokens, mmap_mode="r"), np.load(starts))
+    except (FileNotFoundError, EOFError, ValueError):
+        return None
 
 
 def hub_corpus(name: str, split: str, tokenizer: Tokenizer) -> Corpus:
@@ -216,6 +229,10 @@ class Vocabulary(NamedTuple):
         return cls(tokenizer.vocab_size, tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id, tokenizer.special_ids)
 
 
+START_FAVOUR = 4
+"""Times that text at the start of a paragraph may be as frequent as other text."""
+
+
 class Batches(Dataset[Batch]):
     """Random segments of a corpus; item `k` depends on the seed and `k` alone."""
 
@@ -244,10 +261,13 @@ class Batches(Dataset[Batch]):
         return min(section.max_seq_length, int(math.exp(low + where * (high - low))))
 
     def _draw_segment(self, length: int, generator: torch.Generator) -> Tensor:
-        """Half of the segments start where a paragraph does: callers' texts start somewhere too."""
+        """Half of the segments start where a paragraph does, as callers' texts do; fewer where paragraphs are so long
+        that little else would be seen.
+        """
         last = len(self.corpus) - (length - 2)
         start = int(torch.randint(last + 1, (), generator=generator))
-        if torch.rand((), generator=generator) < 0.5:
+        near_starts = len(self.corpus.starts) * length / len(self.corpus)
+        if torch.rand((), generator=generator) < min(0.5, START_FAVOUR * near_starts):
             before = int(np.searchsorted(self.corpus.starts, start, side="right"))
             start = int(self.corpus.starts[before - 1]) if before else start  # the tail of a split may have none
         body = torch.from_numpy(self.corpus.tokens[start : start + length - 2].astype(np.int64))

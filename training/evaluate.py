@@ -51,6 +51,7 @@ from training.report import format_comparisons, format_table, plot, written
 __all__ = ["Evaluation", "Measured", "cut_segments", "halting_depths", "main"]  # the benchmarks measure with these
 
 PLAN = Plan()
+LENGTH = 128
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.output.mkdir(parents=True, exist_ok=True)  # before the work, not after
         loaded = _load(options)
         scorer = None if options.scorer is None else _scorer(options, loaded)
+        if shared := _learned_from(loaded) & {Path(name.strip()).name for name in options.text.split(",")}:
+            print(f"rdt-evaluate: the model has learned from {', '.join(sorted(shared))}", file=sys.stderr)
         evaluation = _evaluation(options, loaded, options.text, "--text")
         validation = None
         if options.validation is not None:
@@ -121,6 +124,11 @@ def _load(options: argparse.Namespace) -> LoadedModel:
         prepare(loaded.model, options.precision)
     except ValueError as error:
         raise ConfigError(f"--{error}") from error
+    most = loaded.model.config.max_seq_len
+    if options.length is None:
+        options.length = min(LENGTH, most)
+    if options.length > most:
+        raise ConfigError(f"--length is {options.length}: the model takes at most {most} tokens")
     return loaded
 
 
@@ -137,12 +145,16 @@ def _scorer(options: argparse.Namespace, loaded: LoadedModel) -> Scorer:
     scorer = load_scorer(path, next(loaded.model.parameters()).device, bfloat16=options.precision == "bf16")
     if _pieces(scorer.tokenizer) != _pieces(loaded.tokenizer):
         raise ConfigError(f"--scorer {path}: it has other word pieces than the model")
-    training = loaded.checkpoint.config.get("training", {})
-    learned_from = str(training.get("data", {}).get("dataset_name", "")).split(",")
-    shared = {Path(name).name for name in learned_from} & set(scorer.text.split(",")) - {""}
-    if shared:
+    if shared := _learned_from(loaded) & set(scorer.text.split(",")):
         print(f"rdt-evaluate: the scorer and the model both learned from {', '.join(sorted(shared))}", file=sys.stderr)
     return scorer
+
+
+def _learned_from(loaded: LoadedModel) -> set[str]:
+    """Names of the files, as far as the checkpoint tells."""
+    training = loaded.checkpoint.config.get("training", {})
+    names = str(training.get("data", {}).get("dataset_name", "")).split(",")
+    return {Path(name.strip()).name for name in names} - {""}
 
 
 def _pieces(tokenizer: Tokenizer) -> list[str]:
@@ -153,7 +165,7 @@ def _plan(options: argparse.Namespace) -> Plan:
     """What was asked for. Raises `ConfigError`."""
     lowest: dict[str, float] = {"max_depth": 1, "thresholds": 0, "unchanged": 0, "budgets": 1, "settle_passes": 1,
                                 "settle_thresholds": 0, "mask_predict": 1, "ancestral": 1,
-                                "round_depth": 1, "length": 3, "segments": 1, "seed": 0, "batch_size": 1}  # fmt: skip
+                                "round_depth": 1, "length": 3, "segments": 2, "seed": 0, "batch_size": 1}  # fmt: skip
     for name, minimum in lowest.items():
         given = getattr(options, name)
         for value in given if isinstance(given, list | tuple) else [given]:
@@ -177,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--validation", help="another such file, to choose the table's depths and the best lookup on")
     parser.add_argument("--scorer", type=Path, help="a file of python -m training.scorer")
     parser.add_argument("--output", type=Path, help="folder for evaluation.json, .npz, .txt and .png")
-    parser.add_argument("--length", type=int, default=128, help="tokens a segment (default: %(default)s)")
+    parser.add_argument("--length", type=int, help=f"tokens a segment (default: {LENGTH}, or what the model takes)")
     parser.add_argument("--segments", type=int, help="how many segments of each text, evenly spread (default: all)")
     parser.add_argument("--mask-ratios", type=float, nargs="+", default=PLAN.mask_ratios)
     parser.add_argument("--max-depth", type=int, default=PLAN.max_depth)

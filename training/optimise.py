@@ -32,6 +32,12 @@ def make_optimizer(model: RDT, section: TrainingSection) -> AdamW:
     return AdamW(groups, lr=section.learning_rate, betas=(0.9, section.adam_beta2), fused=True)
 
 
+def adopt_settings(optimizer: AdamW, model: RDT, section: TrainingSection) -> None:
+    """Those of the section, in place of what was loaded with the optimizer's state."""
+    for group, fresh in zip(optimizer.param_groups, make_optimizer(model, section).param_groups, strict=True):
+        group.update({name: value for name, value in fresh.items() if name != "params"}, initial_lr=fresh["lr"])
+
+
 class Average:
     """A running average of weights over steps (Polyak & Juditsky, 1992), exponentially weighted."""
 

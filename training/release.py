@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--name", help="what the model is called (default: the run's name)")
     parser.add_argument("--halting", choices=HALTINGS, help="default way of halting")
-    parser.add_argument("--max_steps", type=int, help="default ceiling of passes")
+    parser.add_argument("--max_steps", "--max-steps", type=int, help="default ceiling of passes")
     parser.add_argument("--threshold", type=float, help="default threshold of the level")
     options = parser.parse_args(arguments)
     defaults = {name: getattr(options, name) for name in REQUEST_DEFAULTS}

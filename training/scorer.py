@@ -149,6 +149,8 @@ def _run(options: argparse.Namespace) -> float:
         for loss in bar:
             bar.set_postfix(nats=f"{loss:.3f}", refresh=False)
     bits = bits_a_token(model.eval(), segments)
+    if not math.isfinite(bits):
+        raise ConfigError(f"--learning-rate is {options.learning_rate}: the scorer has diverged; nothing was saved")
     names = ",".join(Path(name.strip()).name for name in options.text.split(","))
     training = {"text": names, "steps": options.steps, "batch_size": options.batch_size, "length": options.length,
                 "learning_rate": options.learning_rate, "seed": options.seed, "held_out_bits": bits}  # fmt: skip

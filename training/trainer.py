@@ -11,6 +11,7 @@ import math
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,17 +28,29 @@ from rdt_core.checkpoint import Checkpoint
 from rdt_core.config import REQUEST_DEFAULTS, ModelConfig
 from rdt_core.model import RDT
 from rdt_core.tokenizer import Tokenizer
-from training.config import ConfigError, TrainConfig
+from training.config import ConfigError, TrainConfig, differences
 from training.data import Batch, Batches, load_corpora, load_tokenizer, stable_seed
 from training.losses import Losses, chain_losses, gate_losses, unroll_losses
 from training.mixed_precision import autocast
-from training.optimise import Average, gate_parameters, make_optimizer, make_scheduler, trunk_parameters
+from training.optimise import (
+    Average,
+    adopt_settings,
+    gate_parameters,
+    make_optimizer,
+    make_scheduler,
+    trunk_parameters,
+)
 from training.processes import OneProcess, Processes, add_up_gradients, share
 from training.validation import Validation, validate
 from training.warm_start import warm_start
 
 TRAIN, VALIDATION, UNROLL = 1, 2, 3  # streams of randomness
 MIB = 2**20
+MEASURED = (
+    "seed", "data.", "training.masking_strategy", "training.total_steps", "training.max_chain_length",
+    "training.scheme", "training.loss_weight", "output.eval_batches", "output.checkpoint_dir",
+)  # fmt: skip
+"""Settings with others of which a validation loss is another one, or its model elsewhere."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -63,6 +76,10 @@ class Trainer:
             )
         self.directory = Path(config.output.checkpoint_dir)
         self.directory.mkdir(parents=True, exist_ok=True)  # who cannot write there learns it now
+        self.notes: list[str] = []
+        """What whoever started the run may not expect."""
+        if resume is None and any(self.directory.glob("*.pt")):
+            self.notes.append(f"{self.directory} has checkpoints of another run: its best_model.pt will be replaced")
         saved = checkpoints.read(resume) if resume is not None else None
         if saved is not None and resume is not None:
             self.tokenizer = checkpoints.tokenizer_of(resume, saved)
@@ -70,11 +87,15 @@ class Trainer:
             self.tokenizer = load_tokenizer(config.data.tokenizer_name)
         train, validation = self.processes.first_before_others(lambda: load_corpora(config, self.tokenizer))
         self.batches = Batches(train, config, self.tokenizer, stable_seed(config.seed, TRAIN))
-        self.validation_batches = Batches(validation, config, self.tokenizer, stable_seed(config.seed, VALIDATION))
+        # What is kept for the model to see tells the answer, and what is replaced by other words is no gap.
+        all_masked = replace(config, training=replace(config.training, random_token_share=0.0, keep_token_share=0.0))
+        self.validation_batches = Batches(validation, all_masked, self.tokenizer, stable_seed(config.seed, VALIDATION))
         self.steps_an_epoch = max(1, len(self.batches) // config.training.gradient_accumulation_steps)
         self.n_steps = config.training.num_steps or config.training.num_epochs * self.steps_an_epoch
         if config.training.gate_steps >= self.n_steps:
             raise ConfigError(f"training.gate_steps is {config.training.gate_steps}: the run has {self.n_steps} steps")
+        if (config.training.warmup_steps or 0) >= self.n_steps - config.training.gate_steps:
+            raise ConfigError(f"training.warmup_steps is {config.training.warmup_steps}: that is all of the run")
 
         torch.manual_seed(stable_seed(config.seed))
         self.model = RDT(model_config(config, self.tokenizer)).to(device)
@@ -87,7 +108,7 @@ class Trainer:
         self._signals: list[int] = []  # those that came to this process
         self._stopping = False  # one had come to some process by the last step
         self.step = 0
-        self.best_loss = math.inf
+        self.best_loss, self.best_of = math.inf, ""
         self.last_saved = resume
         if saved is not None and resume is not None:
             self._restore(resume, saved)
@@ -95,9 +116,13 @@ class Trainer:
     def fit(self) -> bool:
         """Train to the last step; False if a signal ended the run early (its state is saved)."""
         quiet = not self.processes.first
-        writer = None if quiet else SummaryWriter(self.config.output.log_dir)
+        writer = None if quiet else SummaryWriter(self.config.output.log_dir, purge_step=self.step + 1)
         bar: tqdm[Any] = tqdm(total=self.n_steps, initial=self.step, desc="training", unit="step", disable=quiet)
         with writer or nullcontext(), bar, _stop_signal() as self._signals:
+            if self.step >= self.n_steps:
+                self.notes.append(f"there is nothing to do: the checkpoint is of step {self.step} of {self.n_steps}")
+            for note in () if quiet else self.notes:
+                bar.write(note)
             for losses in self._steps():
                 bar.update()
                 self._log(writer, bar, losses)
@@ -218,11 +243,24 @@ class Trainer:
                 writer.add_scalar(f"val/{name}", value, self.step)
             shown = ", ".join(f"{name} {value:.4f}" for name, value in result._asdict().items())
             bar.write(f"step {self.step}: {shown}")
-        if result.total_loss < self.best_loss:
-            self.best_loss = result.total_loss
+        measure = self._measure
+        if measure != self.best_of:
+            self.best_of, self.best_loss = measure, math.inf
+        loss = result.recon_loss if measure == "recon" else result.total_loss
+        if loss < self.best_loss:
+            self.best_loss = loss
             if self.processes.first:
-                checkpoints.save(self.directory / "best_model.pt", self._checkpoint(result.total_loss))
+                checkpoints.save(self.directory / "best_model.pt", self._checkpoint(loss))
         return result
+
+    @property
+    def _measure(self) -> str:
+        """What the best model is the best by: reconstruction, and the gate as well as soon as that is taught."""
+        section = self.config.training
+        if self.step > self.n_steps - section.gate_steps:
+            return "gate stage"
+        taught = section.scheme == "chain" or (section.gate_every_n_steps > 0 and self.step > section.one_pass_steps)
+        return "total" if taught else "recon"
 
     def save(self) -> Path:
         """Write a checkpoint to resume from, and drop all but the last few."""
@@ -232,7 +270,8 @@ class Trainer:
         if not self.processes.first:
             return path
         checkpoints.save(path, self._checkpoint(self.best_loss if math.isfinite(self.best_loss) else None))
-        kept = sorted(self.directory.glob("checkpoint_epoch_*_step_*.pt"), key=_step_of)
+        own = (file for file in self.directory.glob("checkpoint_epoch_*_step_*.pt") if _step_of(file) <= self.step)
+        kept = sorted(own, key=_step_of)  # later ones are another run's
         for old in kept[: -self.config.training.keep_last_n_checkpoints]:
             old.unlink()
         return path
@@ -251,7 +290,8 @@ class Trainer:
             loss=loss,
             optimizer_state_dict=self.optimizer.state_dict(),
             scheduler_state_dict={"last_epoch": self.scheduler.last_epoch},
-            progress={"best_loss": self.best_loss} | ({} if self.average is None else {"average": self.average.values}),
+            progress={"best_loss": self.best_loss, "best_of": self.best_of}
+            | ({} if self.average is None else {"average": self.average.values}),
         )
 
     def _restore(self, path: Path, saved: Checkpoint) -> None:
@@ -266,9 +306,14 @@ class Trainer:
         if self.average is not None:
             self.average.restore(saved.progress.get("average") or self.average.parameters)
         self.optimizer.load_state_dict(saved.optimizer_state_dict)
+        adopt_settings(self.optimizer, self.model, self.config.training)
         self.step = saved.step
         self.scheduler = make_scheduler(self.optimizer, self.config.training, self.n_steps, self.step)
-        self.best_loss = saved.progress["best_loss"]
+        changed = differences(saved.config.get("training", {}), self.config.to_mapping())
+        if changed:
+            self.notes.append(f"other settings than the checkpoint's: {', '.join(changed)}")
+        if not any(name.startswith(MEASURED) for name in changed):
+            self.best_loss, self.best_of = saved.progress["best_loss"], saved.progress.get("best_of", "")
 
 
 def model_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:

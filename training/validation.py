@@ -17,7 +17,7 @@ class Validation(NamedTuple):
     """Means over the same batches every time."""
 
     total_loss: float
-    recon_loss: float  # nats a masked token after the longest trained depth
+    recon_loss: float  # nats a masked token after `max_chain_length` passes
     gate_loss: float
     exact_match: float  # share of masked tokens restored, same depth
     exact_match_one_pass: float

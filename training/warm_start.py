@@ -33,8 +33,11 @@ def _copy_all(model: RDT, path: Path, tokenizer: Tokenizer) -> None:
     saved = checkpoint.read(path)
     if checkpoint.tokenizer_of(path, saved).json != tokenizer.json:
         raise ConfigError(f"training.init_from is {str(path)!r}: its tokenizer is not data.tokenizer_name's")
-    n_layers = checkpoint.model_config(path, saved).n_encoder_layers
-    weights = stacked(saved.model_state_dict, n_layers, model.config.n_encoder_layers)
+    theirs = checkpoint.model_config(path, saved)
+    if theirs.n_heads != model.config.n_heads:  # the one part of the shape that weights do not tell
+        heads = f"it has {theirs.n_heads} heads, model.n_heads is {model.config.n_heads}"
+        raise ConfigError(f"training.init_from is {str(path)!r}: {heads}")
+    weights = stacked(saved.model_state_dict, theirs.n_encoder_layers, model.config.n_encoder_layers)
     checkpoint.check_weights(path, model, weights)
     model.load_state_dict(weights)
 
@@ -70,10 +73,16 @@ def _word_embeddings(folder: Path, tokenizer: Tokenizer, named: str) -> Tensor:
         raise ConfigError(f"{named} is {str(folder)!r}: want a folder with config.json and weights")
     vocabulary = folder / "tokenizer.json"
     if vocabulary.is_file():
-        theirs = json.loads(vocabulary.read_text(encoding="utf-8"))["model"]["vocab"]
+        try:
+            theirs = json.loads(vocabulary.read_text(encoding="utf-8"))["model"]["vocab"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{named} is {str(folder)!r}: its tokenizer.json is none") from error
         if theirs != json.loads(tokenizer.json)["model"]["vocab"]:
             raise ConfigError(f"{named} is {str(folder)!r}: its vocabulary is not this tokenizer's")
     from transformers import AutoModel  # noqa: PLC0415 - heavy, and only for a warm start
 
-    source = AutoModel.from_pretrained(folder, local_files_only=True)
+    try:
+        source = AutoModel.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # of many kinds: no weights, truncated ones, a model that nobody knows
+        raise ConfigError(f"{named} is {str(folder)!r}: {' '.join(str(error).split())[:300]}") from error
     return source.get_input_embeddings().weight.detach().float()

@@ -299,3 +299,13 @@ def test_a_file_replaced_while_it_is_read_is_not_taken_for_the_other(
     monkeypatch.setattr(checkpoint, "read", slow_read)
     with pytest.raises(CheckpointError, match="was replaced while it was being read: try again"):
         checkpoint.load(path)
+
+
+def test_a_disk_that_is_full_is_an_error_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0\nmore")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match=r"model.pt: cannot be written: \[enforce fail"):
+        checkpoint.save(tmp_path / "model.pt", Checkpoint({}, {}, "{}"))
+    assert list(tmp_path.iterdir()) == []

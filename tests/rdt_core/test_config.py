@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from rdt_core import PRESETS, RDT, ModelConfig
+from rdt_core.flops import layer_flops, sequence_flops
 
 WHOLE = "want a whole number >="
 BAD_FIELDS: list[tuple[str, Any, str]] = [
@@ -68,3 +69,10 @@ def test_presets_have_their_published_shapes_and_build(name: str, shape: tuple[i
     assert (config.d_model, config.n_heads, config.n_encoder_layers, config.d_ff) == shape
     model = RDT(config.with_changes(vocab_size=10, n_encoder_layers=1))
     assert model.embedding.weight.shape == (10, shape[0])
+
+
+def test_a_linear_decoder_has_no_layers_to_count() -> None:
+    linear, layers = ModelConfig(n_decoder_layers=4), ModelConfig(n_decoder_layers=4, decoder_type="transformer")
+    assert (linear.n_coda_layers, layers.n_coda_layers) == (0, 4)
+    assert sequence_flops(linear, 10, 2, 3) == sequence_flops(ModelConfig(), 10, 2, 3)
+    assert sequence_flops(layers, 10, 2, 3) == sequence_flops(linear, 10, 2, 3) + 40 * layer_flops(linear, 10)

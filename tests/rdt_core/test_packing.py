@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rdt_core import Packing, pack, unpack
-from rdt_core.packing import rows_of, select, sequence_mean, to_device
+from rdt_core.packing import rows_of, sequence_mean, to_device
 
 quick = settings(max_examples=40, deadline=None)
 some_lengths = st.lists(st.integers(1, 7), min_size=1, max_size=6)
@@ -29,16 +29,12 @@ def test_unpack_undoes_pack(lengths: list[int]) -> None:
 
 @quick
 @given(some_lengths, st.data())
-def test_select_keeps_the_named_sequences_in_the_named_order(lengths: list[int], data: st.DataObject) -> None:
+def test_rows_are_those_of_the_named_sequences_in_the_named_order(lengths: list[int], data: st.DataObject) -> None:
     keep = data.draw(st.lists(st.sampled_from(range(len(lengths))), min_size=1, unique=True))
     sequences = numbered(lengths)
-    expected, expected_packing = pack([sequences[i] for i in keep])
+    expected, _ = pack([sequences[i] for i in keep])
     packed, packing = pack(sequences)
-    kept, kept_packing = select(packed, packing, keep)
-    assert torch.equal(kept, expected)
     assert torch.equal(packed[rows_of(packing, keep)], expected)
-    assert kept_packing.lengths == expected_packing.lengths
-    assert torch.equal(kept_packing.positions, expected_packing.positions)
 
 
 def test_the_layout_of_three_sequences() -> None:

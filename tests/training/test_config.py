@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 import training
-from training.config import ConfigError, load_config, parse_config
+from training.config import ConfigError, differences, load_config, parse_config
 
 CONFIGS = sorted((Path(training.__file__).parent / "configs").glob("*.yaml"))
 
@@ -111,6 +111,17 @@ def test_a_value_out_of_its_range_is_refused(key: str, value: Any, wanted: str) 
     message = refusal(key, value)
     assert message.startswith(f"{key} is ")
     assert wanted in message
+
+
+def test_a_chain_has_no_stage_for_the_gate() -> None:
+    with pytest.raises(ConfigError, match=r"training.gate_steps is for scheme unroll"):
+        parse_config({"training": {"scheme": "chain", "gate_steps": 10}})
+
+
+def test_differences_name_what_both_have() -> None:
+    before = {"seed": 0, "data": {"num_workers": 0, "cache_dir": "a", "dataset_name": "a.txt"}, "old": 1}
+    now = {"seed": 0, "data": {"num_workers": 2, "cache_dir": "b", "dataset_name": "b.txt"}, "new": 1}
+    assert differences(before, now) == ["data.dataset_name a.txt -> b.txt"]
 
 
 def test_corruption_shares_add_up_to_one_at_the_most() -> None:

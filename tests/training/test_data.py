@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import lzma
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -121,16 +122,46 @@ def test_validation_text_is_the_end_of_a_local_text_or_a_text_of_its_own(
 def test_texts_that_cannot_be_learnt_from_are_refused(
     train_settings: Settings, tiny_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    empty, short = tmp_path / "empty.txt", tmp_path / "short.txt"
+    empty, short, unknown = tmp_path / "empty.txt", tmp_path / "short.txt", tmp_path / "unknown.txt"
+    unknown.write_text("<unk> <unk>\n" * 30, encoding="utf-8")
     empty.write_text("\n\n", encoding="utf-8")
     short.write_text("the quick brown fox\n", encoding="utf-8")
     for path, problem in (
         (tmp_path / "none.txt", "no file .*none.txt"),
         (empty, "no text in it"),
+        (unknown, "no text in it that this tokenizer knows"),
         (short, "the training text has 4 tokens: want at least data.max_seq_length = 16"),
     ):
         with pytest.raises(ConfigError, match=problem):
             load_corpora(train_settings(**{"data.dataset_name": str(path)}), tiny_tokenizer)
+
+
+def test_a_tokenizer_of_too_many_words_is_refused(text_file: Path, tmp_path: Path) -> None:
+    tokenizer: Any = SimpleNamespace(json="{}", vocab_size=119_547)
+    with pytest.raises(ConfigError, match="the tokenizer has 119547 tokens: want at most 65536"):
+        local_corpus(str(text_file), tokenizer, tmp_path)
+
+
+def test_what_a_power_cut_leaves_in_the_cache_is_made_anew(
+    text_file: Path, tiny_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    whole = local_corpus(str(text_file), tiny_tokenizer, tmp_path).tokens.copy()
+    for file in tmp_path.glob("*.npy"):
+        file.write_bytes(b"")
+    assert np.array_equal(local_corpus(str(text_file), tiny_tokenizer, tmp_path).tokens, whole)
+
+
+@pytest.mark.parametrize(("n_paragraphs", "share"), [(1, 0.02), (10, 0.16), (100, 0.5)])
+def test_starts_of_paragraphs_are_seen_often_but_not_all_the_time(
+    train_settings: Settings, tiny_tokenizer: Tokenizer, n_paragraphs: int, share: float
+) -> None:
+    """4,000 tokens: the first of a paragraph are 7 and the others 9; segments have 16 tokens with their frame."""
+    tokens, starts = np.full(4000, 9, dtype=np.uint16), np.arange(n_paragraphs) * (4000 // n_paragraphs)
+    tokens[starts] = 7
+    config = train_settings(**{"data.full_length_share": 1.0, "training.batch_size": 32})
+    batches = data.Batches(Corpus(tokens, starts), config, tiny_tokenizer, seed=0)
+    firsts = torch.cat([batches[index].targets.view(32, 16)[:, 1] for index in range(50)])
+    assert (firsts == 7).double().mean().item() == pytest.approx(share, abs=0.05)
 
 
 @pytest.fixture

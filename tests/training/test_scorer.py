@@ -152,3 +152,14 @@ def test_an_evaluation_scores_the_restored_text(
     assert row["lm_bits"] > summary["original_lm_bits"]["0.5"]  # random weights write nothing likely
     assert row["lm_excess_bits"] > 0
     assert row["lm_bits_interval"] > 0
+
+
+def test_a_scorer_that_diverges_is_not_saved(
+    text_file: Path, tokenizer_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "scorer.pt"
+    arguments = ["--text", str(text_file), "--tokenizer", str(tokenizer_file), "--output", str(path), "--steps", "3"]
+    arguments += ["--batch-size", "8", "--length", "16", "--d-model", "32", "--heads", "2", "--layers", "1"]
+    assert main([*arguments, "--learning-rate", "1e30", "--cache-dir", str(tmp_path)]) == 2
+    assert "the scorer has diverged" in capsys.readouterr().err
+    assert not path.exists()

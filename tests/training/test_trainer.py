@@ -247,7 +247,7 @@ def test_a_finished_run_can_be_given_more_steps(
     trainer = Trainer(longer, cpu, resume=saved_at(finished, 8))
     assert trainer.step == 8
     progress = checkpoint.read(saved_at(finished, 8)).progress
-    assert progress == {"best_loss": trainer.best_loss}
+    assert progress == {"best_loss": trainer.best_loss, "best_of": "total"}
     assert math.isfinite(trainer.best_loss)
     assert trainer.fit()
     assert checkpoint.read(saved_at(longer, 10)).step == 10

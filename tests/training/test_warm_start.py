@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +96,19 @@ def test_layers_are_stacked_in_order() -> None:
     assert [grown[f"encoder.{i}.w"].item() for i in range(5)] == [0, 1, 0, 1, 0]
     assert len(grown) == 6
     assert stacked(weights, 2, 2) == stacked(weights, 2, 1) == weights
+
+
+def test_as_many_heads_are_wanted(tiny_model: RDT, tiny_checkpoint: Path) -> None:
+    other = RDT(replace(tiny_model.config, n_heads=2 * tiny_model.config.n_heads))
+    with pytest.raises(ConfigError, match=f"it has {tiny_model.config.n_heads} heads, model.n_heads is"):
+        warm_start(other, tiny_checkpoint, checkpoint.load(tiny_checkpoint).tokenizer)
+
+
+@pytest.mark.parametrize(("name", "content"), [("tokenizer.json", "{}"), ("config.json", '{"model_type": "no such"}')])
+def test_a_folder_that_cannot_be_read_is_named(
+    model: RDT, tiny_tokenizer: Tokenizer, tmp_path: Path, name: str, content: str
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"training.init_from is '{tmp_path}': "):
+        warm_start(model, tmp_path, tiny_tokenizer)

@@ -45,7 +45,7 @@ class Effort(NamedTuple):
     def flops(self, config: ModelConfig, length: int) -> Tensor:
         """Operations of each segment `(S,)`; as `flops.sequence_flops`, which has one start and one decode."""
         layer = flops.layer_flops(config, length)
-        layers = self.starts * config.n_prelude_layers * layer + self.decodes * config.n_decoder_layers * layer
+        layers = self.starts * config.n_prelude_layers * layer + self.decodes * config.n_coda_layers * layer
         encoder = layers + self.passes * flops.pass_flops(config, length)
         return (length * encoder + self.rows * flops.decode_flops(config)).double()
 

@@ -1,0 +1,106 @@
+"""What a run makes of a folder, a checkpoint and settings that were another's."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from rdt_core import checkpoint
+from tests.training.conftest import Settings, saved_at
+from training.config import ConfigError, TrainConfig
+from training.trainer import Trainer
+
+
+@pytest.fixture
+def finished(train_settings: Settings, cpu: torch.device) -> TrainConfig:
+    config = train_settings(**{"training.save_every_n_steps": 4})
+    Trainer(config, cpu).fit()
+    return config
+
+
+def test_a_second_run_in_a_folder_keeps_its_own_checkpoints_and_leaves_the_others(
+    finished: TrainConfig, train_settings: Settings, cpu: torch.device, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = {"training.num_steps": 3, "training.save_every_n_steps": 1, "training.keep_last_n_checkpoints": 2}
+    Trainer(train_settings(**short, seed=1), cpu).fit()
+    folder = Path(finished.output.checkpoint_dir)
+    steps = sorted(int(file.stem.rpartition("_")[2]) for file in folder.glob("checkpoint_*.pt"))
+    assert steps == [2, 3, 4, 8]
+    assert f"{folder} has checkpoints of another run: its best_model.pt will be replaced" in capsys.readouterr().out
+
+
+def test_a_resumed_run_learns_as_its_settings_say(
+    finished: TrainConfig, train_settings: Settings, cpu: torch.device, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"training.learning_rate": 0.01, "training.weight_decay": 0.5, "training.adam_beta2": 0.9, "seed": 7}
+    config = train_settings(**changes, **{"training.num_steps": 12, "training.scheduler": "linear"})
+    trainer = Trainer(config, cpu, resume=saved_at(finished, 4))
+    factor = (12 - 4) / (12 - round(0.05 * 12))
+    for group, decay in zip(trainer.optimizer.param_groups, (0.5, 0.0), strict=True):
+        assert group["lr"] == pytest.approx(0.01 * factor)
+        assert (group["initial_lr"], group["weight_decay"], group["betas"]) == (0.01, decay, (0.9, 0.9))
+    trainer.fit()
+    said = capsys.readouterr().out
+    assert "other settings than the checkpoint's: seed 0 -> 7, training.adam_beta2 0.98 -> 0.9, " in said
+    assert "training.learning_rate 0.003 -> 0.01" in said
+
+
+def test_the_best_of_a_run_is_not_measured_by_another(
+    finished: TrainConfig, train_settings: Settings, cpu: torch.device, tmp_path: Path
+) -> None:
+    assert Trainer(finished, cpu, resume=saved_at(finished, 8)).best_loss < math.inf
+    for changes in ({"training.masking_strategy": "cosine"}, {"output.checkpoint_dir": str(tmp_path / "new")}):
+        config = train_settings(**changes, **{"training.num_steps": 12})
+        trainer = Trainer(config, cpu, resume=saved_at(finished, 8))
+        assert trainer.best_loss == math.inf
+        trainer.fit()
+        best = checkpoint.read(Path(config.output.checkpoint_dir) / "best_model.pt")
+        assert best.step > 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "measures"),
+    [
+        ({"training.gate_every_n_steps": 0, "training.gate_steps": 3}, ["recon"] * 5 + ["gate stage"] * 3),
+        ({"training.one_pass_steps": 5}, ["recon"] * 5 + ["total"] * 3),
+        ({"training.scheme": "chain"}, ["total"] * 8),
+    ],
+)
+def test_the_best_model_is_judged_by_what_is_being_taught(
+    train_settings: Settings, cpu: torch.device, changes: dict[str, object], measures: list[str]
+) -> None:
+    trainer = Trainer(train_settings(**changes, **{"output.eval_every_n_steps": 1}), cpu)
+    found, validate = [], trainer._validate
+
+    def note(*arguments: object) -> object:
+        result = validate(*arguments)  # type: ignore[arg-type]
+        found.append(trainer.best_of)
+        return result
+
+    trainer._validate = note  # type: ignore[assignment,method-assign]
+    trainer.fit()
+    assert found == measures
+
+
+def test_validation_shows_no_answers(train_settings: Settings, cpu: torch.device) -> None:
+    shares = {"training.keep_token_share": 0.5, "training.random_token_share": 0.5}
+    trainer = Trainer(train_settings(**shares), cpu)
+    mask = trainer.tokenizer.mask_id
+    batch = trainer.validation_batches[1]
+    assert (batch.tokens[batch.masked] == mask).all()
+    assert not (trainer.batches[1].tokens[trainer.batches[1].masked] == mask).any()
+
+
+def test_a_checkpoint_of_the_end_says_that_nothing_is_left(
+    finished: TrainConfig, cpu: torch.device, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert Trainer(finished, cpu, resume=saved_at(finished, 8)).fit()
+    assert "there is nothing to do: the checkpoint is of step 8 of 8" in capsys.readouterr().out
+
+
+def test_a_run_that_would_only_warm_up_is_refused(train_settings: Settings, cpu: torch.device) -> None:
+    with pytest.raises(ConfigError, match="warmup_steps is 8: that is all of the run"):
+        Trainer(train_settings(**{"training.warmup_steps": 8}), cpu)

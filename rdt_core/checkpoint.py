@@ -2,8 +2,8 @@
 
 Keys: `epoch`, `step`, `model_state_dict`, `optimizer_state_dict`, `scheduler_state_dict`, `loss`,
 `config` (`{"model": ..., "training": ...}`) and `tokenizer` (the tokenizer's JSON). A resumable
-checkpoint adds `progress` (the best loss and what it is of, the running average); `step` and the run's seed tell all that
-is random. A release drops all but the weights.
+checkpoint adds `progress` (the best loss and what it is of, the running average); the step and the run's seed tell all
+that is random. A release drops all but the weights.
 
 Files are read with `weights_only=True`: a pickle that would run code is refused, never executed.
 """

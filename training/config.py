@@ -28,7 +28,7 @@ class ConfigError(ValueError):
 class ModelSection:
     """The shape of the model, and what requests are answered with by default; `vocab_size` is the tokenizer's.
 
-    `max_seq_len` is what the server takes. Longer texts than `data.max_seq_length` are then longer than any in training.
+    `max_seq_len` is what the server takes, also where `data.max_seq_length` is less and no text in training is as long.
     """
 
     d_model: int = 512

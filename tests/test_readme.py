@@ -69,7 +69,8 @@ def test_the_command_line_prints_what_is_shown() -> None:
 
 def test_the_training_commands_train_and_evaluate(tmp_path: Path) -> None:
     lines = ["The quick brown fox jumps over the lazy dog near the river bank , and sleeps .\n"] * 200
-    (tmp_path / "text.txt").write_text("".join(lines), encoding="utf-8")
+    for name in ("text.txt", "other.txt"):
+        (tmp_path / name).write_text("".join(lines), encoding="utf-8")
     tokenizer = f"data.tokenizer_name={ROOT / 'models/rdt-small/best_model.pt'}"
     train = [
         part.replace("training/configs", str(ROOT / "training/configs"))

@@ -21,7 +21,7 @@ import torch
 from torch.nn.functional import linear
 
 from benchmarks import record
-from rdt_core import checkpoint, flops, layers
+from rdt_core import checkpoint, flops
 from training.config import TrainConfig, load_config
 from training.data import Batch
 from training.losses import Losses
@@ -54,11 +54,9 @@ class Counting(Trainer):
         return losses
 
 
-def measure(config: TrainConfig, device: torch.device, n_steps: int, compiled: bool = False) -> dict[str, Any]:
+def measure(config: TrainConfig, device: torch.device, n_steps: int) -> dict[str, Any]:
     """Median tokens a second over single steps, and their useful FLOP/s over the peak's."""
     trainer = Counting(config, device)
-    if compiled:
-        compile_layers(trainer)
     steps = iter(trainer._steps())
     for _ in range(WARM_STEPS):
         next(steps)
@@ -71,19 +69,12 @@ def measure(config: TrainConfig, device: torch.device, n_steps: int, compiled: b
     peak = matrix_peak(trainer)
     return {
         "bfloat16": config.mixed_precision,
-        "compiled": compiled,
+        "compiled": config.training.compile,
         "tokens_per_second": round(statistics.median(rates)),
         "useful_gflops": round(statistics.median(work) / 1e9, 1),
         "peak_gflops": round(peak / 1e9, 1),
         "share_of_peak": round(statistics.median(work) / peak, 3),
     }
-
-
-def compile_layers(trainer: Trainer) -> None:
-    """The layers by `torch.compile`, for any lengths; but for attention, where every length would be compiled anew."""
-    layers.packed_attention = torch.compiler.disable(layers.packed_attention)
-    for layer in trainer.model.encoder:
-        layer.compile(dynamic=True)
 
 
 def matrix_peak(trainer: Trainer) -> float:
@@ -142,7 +133,8 @@ def main() -> None:
                 settings = [*given, *options.assignments, f"training.one_pass_steps={one_pass_steps}"]
                 config = replace(load_config(options.config, None, settings), mixed_precision=mixed)
                 for compiled in (False, True) if options.compile else (False,):
-                    found = measure(config, torch.device(options.device), options.steps, compiled)
+                    config = replace(config, training=replace(config.training, compile=compiled))
+                    found = measure(config, torch.device(options.device), options.steps)
                     results.append({"phase": phase, **found})
                     print(results[-1], flush=True)
     record.finish("training", options, results=results)

@@ -120,13 +120,13 @@ class SelfAttention(nn.Module):
     def __init__(self, d_model: int, n_heads: int) -> None:
         super().__init__()
         self.n_heads = n_heads
-        self.rotate = rotate
+        self.rotate, self.attend = rotate, packed_attention
         self.qkv = nn.Linear(d_model, 3 * d_model)
         self.out = nn.Linear(d_model, d_model)
 
     def forward(self, x: Tensor, packing: Packing, rotary: tuple[Tensor, Tensor]) -> Tensor:
         q, k, v = self.qkv(x).view(x.shape[0], 3, self.n_heads, -1).unbind(1)  # (T, H, C) each
-        mixed = packed_attention(self.rotate(q, *rotary), self.rotate(k, *rotary), v, packing)
+        mixed = self.attend(self.rotate(q, *rotary), self.rotate(k, *rotary), v, packing)
         return self.out(mixed.reshape(x.shape))
 
 

@@ -93,6 +93,8 @@ class TrainingSection:
     """With `unroll`, the last so many steps of the run teach the gate alone, on the finished encoder."""
     gate_change_share: float = 0.02
     """Predictions count as settled once at most this share differs from the final ones."""
+    compile: bool = False
+    """The encoder's layers by `torch.compile`: that takes a quarter of a minute and a C++ compiler, on CUDA Triton."""
     init_from: str | None = None
     """A checkpoint of this project that this model starts from, or a local folder with a BERT-like one, whose token
     embeddings it takes."""

@@ -28,6 +28,7 @@ from rdt_core.checkpoint import Checkpoint
 from rdt_core.config import REQUEST_DEFAULTS, ModelConfig
 from rdt_core.model import RDT
 from rdt_core.tokenizer import Tokenizer
+from training.compiled import compile_layers
 from training.config import ConfigError, TrainConfig, differences
 from training.data import Batch, Batches, load_corpora, load_tokenizer, stable_seed
 from training.losses import Losses, chain_losses, gate_losses, unroll_losses
@@ -99,6 +100,8 @@ class Trainer:
 
         torch.manual_seed(stable_seed(config.seed))
         self.model = RDT(model_config(config, self.tokenizer)).to(device)
+        if config.training.compile:
+            compile_layers(self.model)
         if config.training.init_from is not None and saved is None:
             warm_start(self.model, config.training.init_from, self.tokenizer)
         self.optimizer = make_optimizer(self.model, config.training)

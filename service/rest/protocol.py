@@ -24,8 +24,9 @@ READING_SECONDS = 30.0
 """How long a caller may leave everything unread that is sent to it."""
 PARTING_SECONDS = 1.0
 """For a caller to read an answer to what it has not finished sending: to close at once might take it away."""
-HEAD_END = re.compile(rb"\r?\n\r?\n")
+HEAD_END = re.compile(rb"\n\r?\n")
 UPGRADE = re.compile(rb"\nupgrade[ \t]*:", re.IGNORECASE)
+NO_HTTP = "Invalid HTTP request received."
 
 
 class Http(HttpToolsProtocol):
@@ -80,20 +81,24 @@ class Http(HttpToolsProtocol):
             self._stop_waiting()
             self._unset_keepalive_if_required()
             if not data[:1].isalpha():  # TLS, say, whose head would never end
-                self._end(400, "Invalid HTTP request received.")
+                self._end(400, NO_HTTP)
                 return b""
         n_before = len(self._head)
-        self._head += data
-        end = HEAD_END.search(self._head, max(0, n_before - 3))
-        length = len(self._head) if end is None else end.end()
+        if n_before:
+            self._head += data
+        head = self._head or data
+        end = HEAD_END.search(head, max(0, n_before - 2))
+        length = len(head) if end is None else end.end()
         if length > HEAD_BYTES:
             self._end(431, f"the headers are longer than {HEAD_BYTES} bytes")
-        elif end is not None:
-            head, self._head = bytes(self._head[:length]), bytearray()
+        elif end is None:
+            self._head = self._head or bytearray(data)
+        else:
+            self._head = bytearray()
             n_parsed = self._n_heads
-            self._parse(UPGRADE.sub(b"\nx-offered-upgrade:", head))
+            self._parse(without_upgrade(bytes(head[:length])))
             if self._n_heads == n_parsed and not self._deaf:  # the parser sees no end where we do
-                self._end(400, "Invalid HTTP request received.")
+                self._end(400, NO_HTTP)
             return data[length - n_before :]
         return b""
 
@@ -114,29 +119,26 @@ class Http(HttpToolsProtocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:  # CONNECT
-            self._end(400, "Invalid HTTP request received.")
+            self._end(400, NO_HTTP)
         except httptools.HttpParserError:
             if not self._deaf:
-                self._end(400, "Invalid HTTP request received.")
+                self._end(400, NO_HTTP)
 
     def on_message_begin(self) -> None:
         if self._deaf:
             raise ValueError("a request behind a body in chunks")  # stops the parser
         super().on_message_begin()
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if not self._in_body:  # a trailer must not pass for a header
-            super().on_header(name, value)
-
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
+        headers = dict(self.headers)
+        self.headers = []  # for trailers, which must not pass for headers
         self._n_heads += 1
-        chunked = any(name == b"transfer-encoding" for name, _ in self.headers)
-        lengths = [value for name, value in self.headers if name == b"content-length"]
         self._in_body, self._n_aside = True, 0
-        self._left = int(lengths[0]) if lengths and not chunked else None
-        if chunked:
-            self.cycle.keep_alive = False
+        if b"transfer-encoding" in headers:
+            self._left, self.cycle.keep_alive = None, False
+        else:
+            self._left = int(headers.get(b"content-length", 0))
 
     def on_body(self, body: bytes) -> None:
         self._n_aside = 0
@@ -144,7 +146,7 @@ class Http(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
-        self._deaf = self._left is None and not self.cycle.keep_alive
+        self._deaf = self._left is None
         self._in_body = False
         self._stop_waiting()
 
@@ -220,3 +222,8 @@ class Http(HttpToolsProtocol):
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
+
+
+def without_upgrade(head: bytes) -> bytes:
+    """Offers of another protocol under a name that means nothing. Most heads have none."""
+    return UPGRADE.sub(b"\nx-offered-upgrade:", head) if b"pgrade" in head.lower() else head

@@ -135,7 +135,7 @@ def _load(options: argparse.Namespace) -> LoadedModel:
 def _evaluation(options: argparse.Namespace, loaded: LoadedModel, text: str, named: str) -> Evaluation:
     corpus = local_corpus(text, loaded.tokenizer, options.cache_dir, named)
     tokens = torch.from_numpy(corpus.tokens.astype("int64"))
-    segments = cut_segments(tokens, loaded.tokenizer, options.length, options.segments)
+    segments = cut_segments(tokens, loaded.tokenizer, options.length, options.segments, named=named)
     return Evaluation(loaded.model, loaded.tokenizer, segments, options.seed, options.batch_size)
 
 

@@ -123,7 +123,7 @@ def _run(options: argparse.Namespace) -> float:
     if len(corpus) < options.length:
         raise ConfigError(f"--text has {len(whole)} tokens: want more than --length = {options.length}")
     tokens = torch.from_numpy(held_out.tokens.astype("int64"))
-    segments = cut_segments(tokens, tokenizer, options.length, HELD_OUT_SEGMENTS)
+    segments = cut_segments(tokens, tokenizer, options.length, HELD_OUT_SEGMENTS, named="the end of --text")
     try:
         config = CausalConfig(
             tokenizer.vocab_size, options.d_model, options.heads, options.layers, d_ff=4 * options.d_model

@@ -77,6 +77,9 @@ class Trainer:
             )
         self.directory = Path(config.output.checkpoint_dir)
         self.directory.mkdir(parents=True, exist_ok=True)  # who cannot write there learns it now
+        if self.processes.first:
+            for left in self.directory.glob(".*.pt.*.partial"):  # by a run that was killed while it saved
+                left.unlink()
         self.notes: list[str] = []
         """What whoever started the run may not expect."""
         if resume is None and any(self.directory.glob("*.pt")):

@@ -32,6 +32,14 @@ def test_a_second_run_in_a_folder_keeps_its_own_checkpoints_and_leaves_the_other
     assert f"{folder} has checkpoints of another run: its best_model.pt will be replaced" in capsys.readouterr().out
 
 
+def test_what_a_killed_run_had_begun_to_save_is_cleared_away(finished: TrainConfig, cpu: torch.device) -> None:
+    left = Path(finished.output.checkpoint_dir) / ".checkpoint_epoch_0_step_9.pt.123.partial"
+    left.write_bytes(b"half")
+    Trainer(finished, cpu, resume=saved_at(finished, 4))
+    assert not left.exists()
+    assert saved_at(finished, 8).exists()
+
+
 def test_a_resumed_run_learns_as_its_settings_say(
     finished: TrainConfig, train_settings: Settings, cpu: torch.device, capsys: pytest.CaptureFixture[str]
 ) -> None:

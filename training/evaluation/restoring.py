@@ -80,12 +80,17 @@ class Slice(NamedTuple):
         return Measured(correct.cpu(), nats.double().cpu(), segments.cpu(), guesses.cpu())
 
 
-def cut_segments(tokens: Tensor, tokenizer: Tokenizer, length: int, at_most: int | None) -> list[Tensor]:
-    """Contiguous segments of `length` tokens, `[CLS]` and `[SEP]` included; `at_most` of them, evenly spread."""
+def cut_segments(
+    tokens: Tensor, tokenizer: Tokenizer, length: int, at_most: int | None, *, named: str = "--text"
+) -> list[Tensor]:
+    """Contiguous segments of `length` tokens, `[CLS]` and `[SEP]` included; `at_most` of them, evenly spread.
+
+    Raises `ConfigError`, which calls the text what it is `named`.
+    """
     body = length - 2
     n = len(tokens) // body
     if n == 0:
-        raise ConfigError(f"--text has {len(tokens)} tokens: want at least --length = {length}")
+        raise ConfigError(f"{named} has {len(tokens)} tokens: want at least --length = {length}")
     chosen = range(n) if at_most is None or at_most >= n else [i * n // at_most for i in range(at_most)]
     ends = torch.tensor([tokenizer.cls_id]), torch.tensor([tokenizer.sep_id])
     return [torch.cat((ends[0], tokens[i * body : (i + 1) * body], ends[1])) for i in chosen]

@@ -135,10 +135,7 @@ class Http(HttpToolsProtocol):
         self.headers = []  # for trailers, which must not pass for headers
         self._n_heads += 1
         self._in_body, self._n_aside = True, 0
-        if b"transfer-encoding" in headers:
-            self._left, self.cycle.keep_alive = None, False
-        else:
-            self._left = int(headers.get(b"content-length", 0))
+        self._left = None if b"transfer-encoding" in headers else int(headers.get(b"content-length", 0))
 
     def on_body(self, body: bytes) -> None:
         self._n_aside = 0
@@ -146,9 +143,12 @@ class Http(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
-        self._deaf = self._left is None
         self._in_body = False
         self._stop_waiting()
+        if self._left is None:
+            self._deaf, self.cycle.keep_alive = True, False
+            if self.cycle.response_complete:  # refused before it was there
+                self.transport.close()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle

@@ -242,6 +242,22 @@ async def test_a_body_in_chunks_is_read_and_is_the_last_of_its_connection(port: 
         assert b"the fox" in said
 
 
+async def test_a_body_in_chunks_that_was_refused_early_is_heard_to_its_end(port: int) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(CHUNKED.replace(b"application/json", b"text/plain"))
+    async with asyncio.timeout(5):
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 415 ")
+        assert b"connection: close" not in head
+        writer.write(CHUNKS)
+        await asyncio.sleep(0.05)
+        assert not reader.at_eof()
+        writer.write(b"\r\n")
+        await reader.read()
+        assert reader.at_eof()
+    writer.close()
+
+
 async def test_trailers_are_no_headers_and_have_their_limit(port: int) -> None:
     said = await everything(port, CHUNKED + CHUNKS + b"X-Request-Id: from-the-trailer\r\n\r\n")
     assert statuses(said) == [200]

@@ -107,10 +107,7 @@ def local_corpus(names: str, tokenizer: Tokenizer, cache_dir: str | Path, named:
     stem = Path(cache_dir) / key.hexdigest()[:16]
     tokens_file, starts_file = stem.with_suffix(".tokens.npy"), stem.with_suffix(".starts.npy")
     if (kept := _kept(tokens_file, starts_file)) is None:
-        try:
-            corpus = tokenise(chain.from_iterable(map(read_paragraphs, paths)), tokenizer)
-        except (OSError, UnicodeDecodeError, EOFError, lzma.LZMAError) as error:
-            raise ConfigError(f"{named} is {names!r}: cannot be read as UTF-8 text: {error}") from error
+        corpus = tokenise(chain.from_iterable(_readable(path, named) for path in paths), tokenizer)
         if np.isin(corpus.tokens, list(tokenizer.special_ids)).all():
             raise ConfigError(f"{named} is {names!r}: no text in it that this tokenizer knows")
         tokens_file.parent.mkdir(parents=True, exist_ok=True)
@@ -121,6 +118,13 @@ def local_corpus(names: str, tokenizer: Tokenizer, cache_dir: str | Path, named:
         kept = _kept(tokens_file, starts_file)
         assert kept is not None
     return kept
+
+
+def _readable(path: Path, named: str) -> Iterator[str]:
+    try:
+        yield from read_paragraphs(path)
+    except (OSError, UnicodeDecodeError, EOFError, lzma.LZMAError) as error:
+        raise ConfigError(f"{named} has {path}: cannot be read as UTF-8 text: {error}") from error
 
 
 def _kept(tokens: Path, starts: Path) -> Corpus | None:

@@ -195,10 +195,12 @@ def test_a_text_comes_through_the_datasets_library(hub_folder: Path, tiny_tokeni
 def test_a_text_that_cannot_be_read_is_named(
     tiny_tokenizer: Tokenizer, tmp_path: Path, name: str, content: bytes | None
 ) -> None:
+    (tmp_path / "good.txt").write_text("the quick fox\n", encoding="utf-8")
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(ConfigError, match=f"--text is .*{name}"):
-        data.local_corpus(str(tmp_path / name), tiny_tokenizer, tmp_path / "cache", "--text")
+    wanted = "--text is .*no file .*" if content is None else "--text has [^,]*"  # of the two the one that is bad
+    with pytest.raises(ConfigError, match=wanted + name):
+        data.local_corpus(f"{tmp_path / 'good.txt'},{tmp_path / name}", tiny_tokenizer, tmp_path / "cache", "--text")
 
 
 def test_a_dataset_without_text_or_split_or_at_all_is_refused(hub_folder: Path, tiny_tokenizer: Tokenizer) -> None:

@@ -6,6 +6,7 @@ A head is put together here and handed to the parser whole; a body goes through 
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from http import HTTPStatus
 from typing import Any
@@ -15,6 +16,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from service import calls
 from service.rest.problem import PROBLEM_JSON, Problem
+
+log = logging.getLogger(__name__)
 
 HEAD_BYTES = 65_536
 """Of a request line and its headers, and of the trailers of a body in chunks. Nothing else bounds them."""
@@ -120,8 +123,9 @@ class Http(HttpToolsProtocol):
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:  # CONNECT
             self._end(400, NO_HTTP)
-        except httptools.HttpParserError:
+        except httptools.HttpParserError as error:
             if not self._deaf:
+                log.debug("not HTTP", exc_info=error)
                 self._end(400, NO_HTTP)
 
     def on_message_begin(self) -> None:
@@ -188,8 +192,9 @@ class Http(HttpToolsProtocol):
     def _end(self, status: int, detail: str) -> None:
         """Answer a request that has not arrived in whole, unless it has been answered, and hang up."""
         arriving = self.cycle if self._in_body else None
-        self._deaf, self._head = True, bytearray()
+        self._deaf, self._in_body, self._head = True, False, bytearray()
         self._stop_waiting()
+        log.debug("a request is refused as it arrives: %d %s", status, detail)
         if (earlier := self._answering) is not None and earlier is not arriving:
             earlier.keep_alive = False  # the connection ends with its answer
             self.pipeline.clear()

@@ -185,6 +185,18 @@ async def test_at_shutdown_a_request_that_is_still_arriving_is_told_so(
     assert [record for record in caplog.records if record.exc_info] == []
 
 
+@pytest.mark.usefixtures("impatient")
+async def test_a_shutdown_while_somebody_reads_why_changes_nothing(server: tuple[FrontEnd, int]) -> None:
+    front, port = server
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(request(b"")[:-1])
+    async with asyncio.timeout(5):
+        said = await reader.read()  # and the connection is open on this side
+        await front.close()
+    writer.close()
+    assert statuses(said) == [408]
+
+
 CHUNKED = b"POST /denoise HTTP/1.1\r\nHost: rdt\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
 CHUNKS = b"%x\r\n%s\r\n0\r\n" % (len(BODY), BODY)
 
@@ -197,9 +209,8 @@ async def everything(port: int, *pieces: bytes, seconds: float = 0.01) -> bytes:
         for piece in pieces:
             writer.write(piece)
             await asyncio.sleep(seconds)
-        async with asyncio.timeout(0.3):
-            while piece := await reader.read(65_536):
-                said += piece
+        while piece := await asyncio.wait_for(reader.read(65_536), 0.3 if said else 5):
+            said += piece
     writer.close()
     return said
 

@@ -142,7 +142,7 @@ def _evaluation(options: argparse.Namespace, loaded: LoadedModel, text: str, nam
 def _scorer(options: argparse.Namespace, loaded: LoadedModel) -> Scorer:
     """The scorer, if it reads the model's word pieces; says so if both learned from the same file."""
     path = options.scorer
-    scorer = load_scorer(path, next(loaded.model.parameters()).device, bfloat16=options.precision == "bf16")
+    scorer = load_scorer(path, loaded.model.device, bfloat16=options.precision == "bf16")
     if _pieces(scorer.tokenizer) != _pieces(loaded.tokenizer):
         raise ConfigError(f"--scorer {path}: it has other word pieces than the model")
     if shared := _learned_from(loaded) & set(scorer.text.split(",")):

@@ -105,7 +105,7 @@ class LookaheadBackend:
         try:
             with on_device(self._model.device):
                 return self._run(plan)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             said = shortage(error)
             if said is None:
                 raise
@@ -140,7 +140,7 @@ class LookaheadBackend:
 
     def _run_beside(self, plan: Plan) -> Outcome:
         """Those that have to be read after every pass."""
-        admitted = tuple(a for a in plan.admitted if a.job.stream or a.job.halting == "settle")
+        admitted = tuple(a for a in plan.admitted if _goes_beside(a.job))
         self._beside.update(a.ticket for a in admitted)
         live = tuple(ticket for ticket in plan.live if ticket in self._beside)
         dropped = tuple(ticket for ticket in plan.dropped if ticket in self._beside)
@@ -154,7 +154,7 @@ class LookaheadBackend:
 
     def _arrange(self, plan: Plan) -> None:
         """Those that halted or were dropped go, and newcomers join."""
-        newcomers = [a for a in plan.admitted if a.ticket not in self._beside]
+        newcomers = [a for a in plan.admitted if not _goes_beside(a.job)]
         stay = set(plan.live) - self._halted
         kept = [(place, one) for place, one in enumerate(self._sequences) if one.ticket in stay]
         if not newcomers and len(kept) == len(self._sequences):
@@ -260,6 +260,11 @@ def to_host(*tensors: Tensor) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
     copied = torch.cuda.Event()
     copied.record()
     return copies, copied.synchronize
+
+
+def _goes_beside(job: Job) -> bool:
+    """It has to be read after every pass."""
+    return job.stream or job.halting == "settle"
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -214,3 +215,16 @@ def test_sizes_have_room_for_the_budget_and_the_batch() -> None:
     assert sizes_up_to(80, 64)[-1] == Size(80, 65), "as many sequences as may be live"
     assert sizes_up_to(64, 1) == [Size(64, 2)]
     assert sizes_up_to(16_384, 512)[-1] == Size(16_384, 513), "attention looks at every place, taken or not"
+
+
+@pytest.mark.parametrize("changes", [{"stream": True}, {"halting": "settle"}])
+def test_what_is_read_after_every_pass_is_not_computed_twice(tiny_model: RDT, changes: dict[str, Any]) -> None:
+    backend, scheduler = backend_of(tiny_model), Scheduler(LIMITS)
+    job = replace(plain_job(depth=1), **changes)
+    with scheduler.line.reserve() as place:
+        scheduler.submit(job, place, now=0.0)
+    plan = scheduler.plan(now=0.0)
+    [(_, result)] = scheduler.commit(plan, backend.run(plan), now=0.0)
+    assert result.steps == 1
+    assert backend._sequences == []
+    assert backend._launched is None

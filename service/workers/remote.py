@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from itertools import count
 from pathlib import Path
 
@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 0.05
 """How often an engine is looked for that is not there."""
+LOOK_SECONDS, SILENT_LOOKS = 5.0, 3
+"""The engine says something every second. One that has said nothing at so many looks does not compute either."""
 NO_ENGINE = Status("failed", 0, 0, 0)
 
 
@@ -70,6 +72,7 @@ class Link:
         self._idle.set()
         self._base = Base("", {})
         self._lost = asyncio.Event()
+        self._spoken = False  # since it was looked at last
         self.wire: Wire | None = None
         self.status = NO_ENGINE
         self.draining = False
@@ -86,7 +89,19 @@ class Link:
             self._lost.clear()
             self.wire = wire
             wire.send(Hello(self._worker, self._base.engine, self._base.counters))
-            await self._lost.wait()
+            await self._watch(wire)
+
+    async def _watch(self, wire: Wire) -> None:
+        """Until the connection ends, or the engine at the other end of it stands still."""
+        silent = 0
+        while not self._lost.is_set():
+            self._spoken = False
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._lost.wait(), LOOK_SECONDS)
+            silent = 0 if self._spoken else silent + 1
+            if silent == SILENT_LOOKS:  # looks, not seconds: this process may have stood still itself
+                log.error("the engine has said nothing for %g s", LOOK_SECONDS * SILENT_LOOKS)
+                wire.abort()
 
     async def ask(self, question: Callable[[int], Message], on_reading: OnReading | None = None) -> Message:
         """The answer. Raises the error that was answered instead, and `Unavailable` when the engine is lost.
@@ -127,6 +142,7 @@ class Link:
             self.wire.close()
 
     def _heard(self, wire: Wire, message: Message) -> None:
+        self._spoken = True
         if isinstance(message, Pass):
             asked = self._asked.get(message.id)
             if asked is not None and asked.on_reading is not None:

@@ -16,7 +16,7 @@ from service.engine.types import Job, Reading, Result
 from service.errors import DeadlineExceeded, FailedPrecondition, Internal, ResourceExhausted, Unavailable
 from service.schema import DenoiseAnswer
 from service.settings import Settings
-from service.workers import wire
+from service.workers import remote, wire
 from service.workers.messages import Pass, Submit
 from service.workers.worker import Worker
 from tests.service.fleet import Fleet, OneEngine, ask, brief, denoiser_of, running, until
@@ -366,3 +366,17 @@ async def test_an_engine_that_is_to_end_waits_for_its_workers(
 async def test_a_refused_reload_says_why(fleet: Fleet) -> None:
     with pytest.raises(FailedPrecondition, match="this one stays"):
         await (await fleet.worker()).reload()
+
+
+async def test_an_engine_that_stands_still_is_lost(
+    fleet: Fleet, held: HeldBackend, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(remote, "LOOK_SECONDS", 0.02)
+    worker = await fleet.worker()
+    task = await live(fleet, worker, held)
+    for telling in fleet.server._tasks:
+        telling.cancel()
+    with pytest.raises(Unavailable, match="the engine was lost"):
+        await asyncio.wait_for(task, timeout=5)
+    assert worker.lifecycle.state == "failed"
+    assert "the engine has said nothing for" in caplog.text

@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 
 from rdt_core import Encoding, ModelConfig, Tokenizer
@@ -38,6 +38,9 @@ from service.tracing import NO_TRACER, Timeline, Tracer
 
 log = logging.getLogger(__name__)
 
+HANDED_IN_SECONDS = 0.002
+TURNS = 16
+"""Between taking a denoiser and submitting to its engine lie at most the starts of two or three tasks."""
 ITEMS_A_TURN = 8
 """So many texts of a batch are tokenised before somebody else has a turn: a long one takes several milliseconds."""
 
@@ -65,6 +68,7 @@ class Denoiser:
         self._metrics = metrics
         self._clock = clock
         self._tracer = tracer
+        self._batches = 0  # that are being handed in
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -99,7 +103,11 @@ class Denoiser:
     ) -> list[DenoiseAnswer | ServiceError]:
         """All items at once, each to the queue and the metrics a request of its own. An item's error is its result."""
 
+        n_begun = 0
+
         async def end_of(index: int, item: BatchItem) -> DenoiseAnswer | ServiceError:
+            nonlocal n_begun
+            n_begun += 1
             try:
                 with self._tracer.item(index):
                     if isinstance(item, DenoiseRequest):
@@ -112,13 +120,34 @@ class Denoiser:
                 log.exception("an item of a batch failed")
                 return Internal("the server has logged what went wrong")
 
-        ends = []
-        async with asyncio.TaskGroup() as tasks:
-            for index, item in enumerate(items):
-                ends.append(tasks.create_task(end_of(index, item)))
-                if index % ITEMS_A_TURN == ITEMS_A_TURN - 1:
-                    await asyncio.sleep(0)
+        ends: list[asyncio.Task[DenoiseAnswer | ServiceError]] = []
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                with self._handing_in():
+                    for index, item in enumerate(items):
+                        ends.append(tasks.create_task(end_of(index, item)))
+                        if index % ITEMS_A_TURN == ITEMS_A_TURN - 1:
+                            await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            for _ in range(len(items) - n_begun):
+                self._metrics.left(transport)
+            raise
         return [end.result() for end in ends]
+
+    async def handed_in(self) -> None:
+        """Returns once everything that was brought here before is on its way to the engine."""
+        await _turns()  # who has asked for the denoiser comes to use it
+        while self._batches:
+            await asyncio.sleep(HANDED_IN_SECONDS)
+        await _turns()  # the last items get to the engine
+
+    @contextmanager
+    def _handing_in(self) -> Iterator[None]:
+        self._batches += 1
+        try:
+            yield
+        finally:
+            self._batches -= 1
 
     async def denoise_stream(
         self, request: DenoiseRequest, transport: Transport, seconds_left: float | None = None
@@ -241,3 +270,8 @@ def build_job(
 
 def _milliseconds(seconds: float) -> float:
     return round(seconds * 1e3, 3)
+
+
+async def _turns() -> None:
+    for _ in range(TURNS):
+        await asyncio.sleep(0)

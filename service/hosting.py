@@ -24,7 +24,7 @@ from service.engine.backends import make_backend
 from service.engine.engine import BatchingEngine, Engine
 from service.engine.scheduler import SchedulerLimits
 from service.engine.types import Job
-from service.errors import FailedPrecondition, ServiceError
+from service.errors import FailedPrecondition, ServiceError, Unavailable
 from service.lifecycle import Lifecycle
 from service.limits import Limits
 from service.loading import load_model
@@ -67,6 +67,7 @@ class Host:
         self._watching: asyncio.Task[None] | None = None
         self._finishing: asyncio.Task[None] | None = None
         metrics.watch(self)
+        metrics.watch_budget(lambda: 0 if self._engine is None else self._engine.largest_tick)
         metrics.watch_readiness(lambda: lifecycle.state == "ready")
 
     @property
@@ -131,13 +132,12 @@ class Host:
         return [engine for engine in (self._engine, self._retiring) if engine is not None]
 
     async def _warm_engine(self, loaded: LoadedModel, *more: LoadedModel) -> BatchingEngine:
-        settings, metrics = self._settings, self._metrics
+        settings = self._settings
         limits = scheduler_limits(settings, loaded)
         n_replicas = settings.replicas or default_replicas(loaded.model.device)
-        metrics.describe_bounds(limits, n_replicas * (1 + len(more)))
         bounds = limits.token_budget, limits.max_live
         backends = [make_backend(one.model, *bounds) for one in (loaded, *more) for _ in range(n_replicas)]
-        engine = BatchingEngine(backends, limits, watcher=metrics)
+        engine = BatchingEngine(backends, limits, watcher=self._metrics, patience=settings.stuck_seconds or None)
         try:
             await engine.warm(rehearsals(loaded, limits))
             if engine.largest_tick < loaded.model.config.max_seq_len:
@@ -157,12 +157,14 @@ class Host:
         except UNSERVABLE as error:
             log.error("%s stays: the checkpoint cannot be served: %s", serving.label, error)
             raise FailedPrecondition(f"the checkpoint cannot be served, {serving.label} stays: {error}") from error
-        if self._lifecycle.state != "ready":  # asked to end meanwhile
+        try:
+            before = self._lifecycle.denoiser
+        except Unavailable:  # asked to end meanwhile, or a tick of the old model broke
             await engine.stop()
-            self._lifecycle.check()
+            raise
         self._retiring = self._engine
         card = self._open(loaded, engine)
-        self._finishing = asyncio.create_task(self._retire())
+        self._finishing = asyncio.create_task(self._retire(before))
         log.info("%s takes the place of %s", card.label, serving.label)
         return Reload("swapped", serving.label, card.label)
 
@@ -171,6 +173,7 @@ class Host:
         denoiser = build_denoiser(loaded, engine, self._settings, self._metrics, self._tracer)
         card = denoiser.card
         self._metrics.describe_model(card.name, card.digest, card.device, card.precision)
+        self._metrics.describe_bounds(engine.bounds, engine.n_replicas)
         self._lifecycle.open(denoiser)
         if self._watching is not None:
             self._watching.cancel()  # it would keep the old engine, and so the old weights, for ever
@@ -178,8 +181,9 @@ class Host:
         garbage.settle()
         return card
 
-    async def _retire(self) -> None:
+    async def _retire(self, before: Denoiser) -> None:
         assert self._retiring is not None
+        await before.handed_in()
         await self._lifecycle.handed_over()
         await self._retiring.retire()
         self._retiring = None

@@ -1,10 +1,15 @@
-"""The event loop of every process that answers callers or computes."""
+"""The event loop of every process that answers callers or computes, and the end of such a process."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
+import threading
 from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any
+
+from service.engine.replica import THREADS
 
 try:
     import uvloop
@@ -13,10 +18,12 @@ except ImportError:  # not made for Windows
 else:
     new_event_loop = uvloop.new_event_loop
 
-Value = TypeVar("Value")
 
-
-def run(main: Coroutine[Any, Any, Value]) -> Value:
-    """As `asyncio.run`, on uvloop where there is one."""
+def run(main: Coroutine[Any, Any, int]) -> int:
+    """As `asyncio.run`, on uvloop where there is one. Ends the process when a stuck thread would keep it for ever."""
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        return runner.run(main)
+        status = runner.run(main)
+    if any(thread.name.startswith(THREADS) for thread in threading.enumerate()):
+        logging.shutdown()
+        os._exit(status)
+    return status

@@ -111,7 +111,7 @@ class Metrics:
         self.decoded_rows = self._counter("decoded_rows", "Rows that went through the vocabulary projection.")
         self.decode_seconds = self._counter("decode_seconds", "Seconds of ticks spent in the vocabulary projection.")
         self.broken_ticks = self._counter("broken_ticks", "Ticks that failed, and with them their live requests.")
-        self.out_of_memory = self._counter("out_of_memory", "Ticks without enough memory; each halves the budget.")
+        self.out_of_memory = self._counter("out_of_memory", "Ticks without enough memory, tried again with less.")
         self.reloads = self._counter("model_reloads", "Attempts to take in the checkpoint file again.", outcome=RELOADS)
         self.ready = self._gauge("ready", "1 while requests are taken, else 0.")
         self.live_requests = self._gauge("live_requests", "Requests being computed now.")
@@ -132,6 +132,9 @@ class Metrics:
         self.waiting_requests.set_function(lambda: engine.waiting)
         self.waiting_tokens.set_function(lambda: engine.waiting_tokens)
 
+    def watch_budget(self, largest_tick: Callable[[], int]) -> None:
+        self.tick_tokens_limit.set_function(largest_tick)
+
     def watch_readiness(self, ready: Callable[[], bool]) -> None:
         self.ready.set_function(lambda: float(ready()))
 
@@ -139,7 +142,6 @@ class Metrics:
         self.replicas.set(replicas)
         self.waiting_requests_limit.set(bounds.max_waiting)
         self.waiting_tokens_limit.set(bounds.max_waiting_tokens)
-        self.tick_tokens_limit.set(bounds.token_budget)
 
     def describe_model(self, name: str, digest: str, device: str, precision: str) -> None:
         """The model that requests meet from now on."""
@@ -165,6 +167,10 @@ class Metrics:
                 self.refused.labels(error.reason).inc()
             raise
 
+    def left(self, transport: Transport) -> None:
+        """Counts a request whose caller left before anything was done about it."""
+        self.requests.labels(transport, "cancelled").inc()
+
     def answered(self, result: Result, n_masked: int) -> None:
         """Accounts for the work behind one answer."""
         self.queue_duration.observe(result.queue_seconds)
@@ -186,10 +192,9 @@ class Metrics:
         """Accounts for a tick that failed."""
         self.broken_ticks.inc()
 
-    def memory_ran_out(self, token_budget: int) -> None:
-        """Accounts for a tick that was too large, and for the smaller ones to come."""
+    def memory_ran_out(self) -> None:
+        """Accounts for a tick that there was no memory for."""
         self.out_of_memory.inc()
-        self.tick_tokens_limit.set(token_budget)
 
     async def scrape(self) -> bytes:
         """What a scraper is shown: everything of the whole server, wherever the rest of it runs."""

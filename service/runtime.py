@@ -158,7 +158,7 @@ async def load_and_wait(host: Host, stopped: asyncio.Event) -> int:
     stopping.cancel()
     loading.cancel()
     if not stopped.is_set():
-        log.critical("the engine has failed twice in a minute: ending the process")
+        log.critical("the engine has failed: ending the process")
         return 1
     log.info("draining")
     return 0

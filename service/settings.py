@@ -89,6 +89,12 @@ class Settings(BaseSettings):
     replicas: int = Field(
         0, ge=0, le=1024, description="Batches computed side by side; 0: one for each core of a CPU, one on CUDA."
     )
+    stuck_seconds: float = Field(
+        60.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Seconds after which a tick that has not come back ends the process, for a restart; 0: never.",
+    )
     threads: int = Field(1, ge=1, le=1024, description="Compute threads of each replica on a CPU.")
     api_workers: int = Field(
         0, ge=0, le=64, description="Processes that answer callers, apart from the engine's; 0: all in one process."

@@ -72,7 +72,7 @@ class EagerBackend:
     def run(self, plan: Plan) -> Outcome:
         try:
             return self._run(plan)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             said = shortage(error)
             if said is None:
                 raise

@@ -13,15 +13,16 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from contextvars import Context
+from dataclasses import replace
 from typing import Protocol
 
 from service.engine.backend import Backend, OutOfMemory
 from service.engine.queue import Place
+from service.engine.replica import Replica, Stuck
 from service.engine.scheduler import Line, Scheduler, SchedulerLimits, told
-from service.engine.types import Admission, Job, Outcome, Plan, Reading, Result, Ticket
+from service.engine.types import Job, Outcome, Plan, Reading, Result, Ticket
 from service.errors import DeadlineExceeded, Internal, ResourceExhausted, ServiceError, Unavailable
 
 log = logging.getLogger(__name__)
@@ -33,10 +34,10 @@ FATAL_WINDOW_SECONDS = 60.0
 """A second broken tick within this time ends the process: whatever is wrong, a restart is the better cure."""
 
 
-SHORTEST_TEXT = 3  # tokens: [CLS], something, [SEP]
+SHORTAGE_SECONDS = 0.1
+"""Before a third try: whoever else holds the memory gets a moment to give it back."""
 
-RETIRING_TURNS = 16
-"""Between taking an engine to submit to and submitting to it lie at most the starts of two or three tasks."""
+SHORTEST_TEXT = 3  # tokens: [CLS], something, [SEP]
 
 
 class Watcher(Protocol):
@@ -48,8 +49,8 @@ class Watcher(Protocol):
     def tick_broke(self) -> None:
         """A tick failed, and its jobs with it."""
 
-    def memory_ran_out(self, token_budget: int) -> None:
-        """A tick was too large; the next ones have so many tokens at the most."""
+    def memory_ran_out(self) -> None:
+        """There was no memory for a tick."""
 
 
 class Engine(Protocol):
@@ -104,21 +105,11 @@ class _Caller:
             self.answer.set_exception(error)
 
 
-class _Replica:
-    """A backend, the thread it computes in, and who is live there."""
-
-    def __init__(self, backend: Backend, scheduler: Scheduler) -> None:
-        self.backend = backend
-        self.scheduler = scheduler
-        self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
-        self.work = asyncio.Event()  # something to plan
-        self.tick_seconds = 0.0  # of the last tick: a guess at the next
-
-
 class BatchingEngine:
     """Sequences of any depth share every pass. Lives on the event loop that called `start`.
 
-    `limits` bound the one line and the batch of each backend.
+    `limits` bound the one line and the batch of each backend. A tick that has not come back after `patience`
+    seconds ends the engine.
     """
 
     def __init__(
@@ -127,10 +118,11 @@ class BatchingEngine:
         limits: SchedulerLimits,
         clock: Clock = time.monotonic,
         watcher: Watcher | None = None,
+        patience: float | None = None,
     ) -> None:
         self._limits = limits
         self._line = Line(limits)
-        self._replicas = [_Replica(backend, Scheduler(limits, self._line)) for backend in backends]
+        self._replicas = [Replica(backend, Scheduler(limits, self._line), patience) for backend in backends]
         self._clock = clock
         self._watcher = watcher
         self._callers: dict[Ticket, _Caller] = {}
@@ -157,6 +149,15 @@ class BatchingEngine:
     def live(self) -> int:
         return sum(replica.scheduler.n_live for replica in self._replicas)
 
+    @property
+    def n_replicas(self) -> int:
+        return len(self._replicas)
+
+    @property
+    def bounds(self) -> SchedulerLimits:
+        """As they are after warming, when memory may have halved the budget of a tick."""
+        return replace(self._limits, token_budget=self.largest_tick)
+
     async def warm(self, ticks: Sequence[Sequence[Job]]) -> None:
         """Before `start`: one pass of each of these on every replica. Nothing of it is counted, and no bound applies.
 
@@ -164,12 +165,16 @@ class BatchingEngine:
         """
         await asyncio.gather(*(self._warm(replica, ticks) for replica in self._replicas))
 
-    async def _warm(self, replica: _Replica, ticks: Sequence[Sequence[Job]]) -> None:
+    async def _warm(self, replica: Replica, ticks: Sequence[Sequence[Job]]) -> None:
         for jobs in ticks:
+            n_tokens = sum(len(job.tokens) for job in jobs)
             try:
-                await asyncio.get_running_loop().run_in_executor(replica.worker, _rehearse, replica.backend, jobs)
+                await replica.rehearse(jobs)
             except OutOfMemory as error:
-                self._shrink(replica, sum(len(job.tokens) for job in jobs), error)
+                self._shrink(replica, n_tokens, error)
+            else:
+                replica.scheduler.worked(n_tokens)
+        replica.scheduler.warmed()
 
     async def start(self) -> None:
         self._accepting = True
@@ -213,12 +218,7 @@ class BatchingEngine:
             self._drop_all(_shut_down)
 
     async def retire(self) -> None:
-        """End once there is nothing left to do: another engine takes the work that comes from now on.
-
-        Callers who have just been sent here still are a few turns of the event loop away, so the door stays open.
-        """
-        for _ in range(RETIRING_TURNS):
-            await asyncio.sleep(0)
+        """End once there is nothing left to do: another engine takes the work that comes from now on."""
         await self._idle.wait()
         await self.stop()
 
@@ -230,9 +230,9 @@ class BatchingEngine:
             loop.cancel()
         self._loops.clear()  # they hold this engine, and it them
         for replica in self._replicas:
-            await asyncio.to_thread(replica.worker.shutdown)  # at most one pass
+            await replica.stop()
 
-    async def _run(self, replica: _Replica) -> None:
+    async def _run(self, replica: Replica) -> None:
         """The engine: plan, run, commit, for ever."""
         while True:
             plan = replica.scheduler.plan(self._clock(), replica.tick_seconds, self._share, replica.backend.ticks_late)
@@ -251,12 +251,14 @@ class BatchingEngine:
                     self._answer(ticket, result)
             except OutOfMemory as error:
                 await self._make_room(replica, plan, error)
+            except Stuck:
+                raise  # the end of this loop, and of the engine
             except Exception as error:
                 await self._recover(replica, error)
 
-    async def _tick(self, replica: _Replica, plan: Plan) -> Outcome:
+    async def _tick(self, replica: Replica, plan: Plan) -> Outcome:
         began = self._clock()
-        outcome = await asyncio.get_running_loop().run_in_executor(replica.worker, replica.backend.run, plan)
+        outcome = await replica.run(plan)
         replica.tick_seconds = self._clock() - began
         if self._watcher is not None:
             self._watcher.ticked(replica.tick_seconds, plan, outcome)
@@ -264,9 +266,13 @@ class BatchingEngine:
 
     @property
     def _share(self) -> float:
-        """Packed tokens of each replica if all there are were spread evenly."""
-        live = sum(replica.scheduler.live_tokens for replica in self._replicas)
-        return (live + self._line.n_tokens) / len(self._replicas)
+        """Packed tokens of each replica if all there are were spread evenly, over those that could take any."""
+        schedulers = [replica.scheduler for replica in self._replicas]
+        if len({scheduler.token_budget for scheduler in schedulers}) > 1:  # some are short of memory
+            shortest = min((entry.n_tokens for entry in self._line), default=0)
+            schedulers = [scheduler for scheduler in schedulers if scheduler.token_budget >= shortest] or schedulers
+        live = sum(scheduler.live_tokens for scheduler in schedulers)
+        return (live + self._line.n_tokens) / len(schedulers)
 
     def _wake(self) -> None:
         for replica in self._replicas:
@@ -276,10 +282,15 @@ class BatchingEngine:
         for replica in self._replicas:
             self._fail(replica.scheduler.drop_all(), make_error)
 
-    async def _make_room(self, replica: _Replica, plan: Plan, error: OutOfMemory) -> None:
-        """Half of the tokens from now on. Nobody fails but those whose text alone is too large for any replica."""
+    async def _make_room(self, replica: Replica, plan: Plan, error: OutOfMemory) -> None:
+        """Fewer tokens, or another try. Nobody fails but those whose text alone is too large for any replica."""
+        if self._watcher is not None:
+            self._watcher.memory_ran_out()
+        again = replica.scheduler.short
         self._shrink(replica, plan.n_tokens, error)
-        await asyncio.get_running_loop().run_in_executor(replica.worker, replica.backend.reset)
+        await replica.reset()
+        if again:
+            await asyncio.sleep(SHORTAGE_SECONDS)
         largest = self.largest_tick
         homeless = [entry.ticket for entry in self._line if entry.n_tokens > largest]
         for ticket in homeless:
@@ -290,19 +301,17 @@ class BatchingEngine:
             self._give_up()
         self._wake()
 
-    def _shrink(self, replica: _Replica, n_tokens: int, error: OutOfMemory) -> None:
-        replica.scheduler.shrink(n_tokens)
+    def _shrink(self, replica: Replica, n_tokens: int, error: OutOfMemory) -> None:
+        replica.scheduler.shrink(n_tokens, self._clock())
         budget = replica.scheduler.token_budget
         log.warning("no memory for a tick of %d tokens, %d at the most from now on: %s", n_tokens, budget, error)
-        if self._watcher is not None:
-            self._watcher.memory_ran_out(budget)
 
     @property
     def largest_tick(self) -> int:
         """Tokens of the longest text that some replica has memory for."""
         return max(replica.scheduler.token_budget for replica in self._replicas)
 
-    async def _recover(self, replica: _Replica, error: Exception) -> None:
+    async def _recover(self, replica: Replica, error: Exception) -> None:
         """A tick broke: its jobs fail, the backend starts afresh. Twice in a minute, and the engine gives up."""
         log.error("a tick failed with %d sequences live", replica.scheduler.n_live, exc_info=error)
         self._broken = True
@@ -313,22 +322,23 @@ class BatchingEngine:
         now = self._clock()
         gives_up, self._broke_at = now - self._broke_at < FATAL_WINDOW_SECONDS, now
         try:
-            await asyncio.get_running_loop().run_in_executor(replica.worker, replica.backend.reset)
+            await replica.reset()
         except Exception:
             log.exception("the backend cannot be restarted")
             gives_up = True
         if gives_up:
             self._give_up()
-        else:
+        elif not self.failed.is_set():  # by another replica
             self._broken = False
 
     def _give_up(self) -> None:
         self._broken = True
         self._drop_all(lambda: Unavailable("the engine has failed", "failed"))
+        self._idle.set()  # there may be no loop left to say so
         self.failed.set()
 
     def _loop_ended(self, loop: asyncio.Task[None]) -> None:
-        """The loop ends when it is cancelled. Any other end is a mistake of ours, and nobody may hang on it."""
+        """The loop ends when it is cancelled. Any other end, by a stuck tick or a mistake of ours: nobody may hang."""
         if not loop.cancelled() and (error := loop.exception()) is not None:
             log.critical("the engine's loop broke", exc_info=error)
             self._give_up()
@@ -362,19 +372,6 @@ class BatchingEngine:
             raise Unavailable("the engine has failed and is restarting", "failed")
         if not self._accepting:
             raise Unavailable("the server is shutting down and takes no new work", "draining")
-
-
-def _rehearse(backend: Backend, jobs: Sequence[Job]) -> None:
-    """As often as it takes until all are told of, which a backend that looks ahead does later."""
-    admitted = tuple(Admission(ticket, job, job.max_steps) for ticket, job in enumerate(jobs))
-    n_tokens, live = sum(len(job.tokens) for job in jobs), tuple(range(len(jobs)))
-    try:
-        while live:
-            plan = Plan(admitted, (), frozenset(), (), live, n_tokens)
-            ended = {ticket for ticket, reading in told(plan, backend.run(plan)) if reading.reason is not None}
-            admitted, live = (), tuple(ticket for ticket in live if ticket not in ended)
-    finally:
-        backend.reset()
 
 
 def _too_late() -> DeadlineExceeded:

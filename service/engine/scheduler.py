@@ -30,6 +30,10 @@ class SchedulerLimits:
     shed_min_steps: int | None = None
 
 
+GROWING_SECONDS = 60.0
+"""So long after the last shortage of memory a tick may have twice the tokens again."""
+
+
 @dataclass(eq=False)
 class Entry:
     """A job from submission to its end."""
@@ -77,6 +81,11 @@ class Scheduler:
         self._limits = limits
         self.token_budget = limits.token_budget
         """Packed tokens of one tick; less than the limit once memory has run out."""
+        self.short = False
+        """The last tick tried was one that there was no memory for."""
+        self._short_at = -math.inf
+        self._full = self.token_budget  # with all the memory there was at the start
+        self._largest = 0  # tick that was computed
         self._line = Line(limits) if line is None else line
         self._live: dict[Ticket, Entry] = {}  # in order of admission, which is the backend's order
         self._left: set[Ticket] = set()  # live sequences whose caller is gone
@@ -125,6 +134,7 @@ class Scheduler:
         than their passes. `share` is how many packed tokens are enough for this batch while others can take
         what is left in the line.
         """
+        self._grow(now)
         dropped = tuple(self._left)
         for ticket in dropped:
             del self._live[ticket]
@@ -145,6 +155,7 @@ class Scheduler:
 
     def commit(self, plan: Plan, outcome: Outcome, now: float) -> list[tuple[Ticket, Result]]:
         """Book one pass of every sequence that the outcome tells of; the results of those that stop."""
+        self.worked(plan.n_tokens)
         finished = []
         for ticket, reading in told(plan, outcome):
             if ticket not in self._live:
@@ -168,12 +179,27 @@ class Scheduler:
         self._left.clear()
         return lost
 
-    def shrink(self, n_tokens: int) -> None:
+    def worked(self, n_tokens: int) -> None:
+        """A tick of so many tokens was computed."""
+        self._largest = max(self._largest, n_tokens)
+        self.short = False
+
+    def warmed(self) -> None:
+        """What the budget is now has been seen to work."""
+        self._full = self.token_budget
+
+    def shrink(self, n_tokens: int, now: float = 0.0) -> None:
         """There was no memory for a tick of `n_tokens`. From now on half of that at the most.
 
-        What was live goes back to the head of the line and begins anew, which ends with the same answer.
+        Where as many have been computed before, somebody else holds the memory: then the tick is tried again, and the
+        budget halved only if that fails too. What was live goes back to the head of the line and begins anew, which
+        ends with the same answer.
         """
-        self.token_budget = min(self.token_budget, n_tokens) // 2
+        if n_tokens > self._largest:
+            self.token_budget = min(self.token_budget, n_tokens) // 2
+        elif self.short:
+            self.token_budget //= 2
+        self.short, self._short_at = True, now
         again = [entry for ticket, entry in self._live.items() if ticket not in self._left]
         for entry in again:
             entry.levels, entry.chosen, entry.decode_seconds = [], {}, 0.0
@@ -204,7 +230,6 @@ class Scheduler:
                 if head is not None:
                     head.bypassed += 1
                 used += entry.n_tokens
-                entry.ceiling = entry.ceiling or self._ceiling(entry.job)
                 entry.admitted = now
                 self._live[entry.ticket] = entry
                 admitted.append(entry)
@@ -212,10 +237,17 @@ class Scheduler:
                 break
         for entry in admitted:
             self._line.remove(entry)
+        for entry in admitted:
+            entry.ceiling = entry.ceiling or self._ceiling(entry.job)
         return admitted
 
+    def _grow(self, now: float) -> None:
+        """A shortage of memory may pass: its budget doubles again after a while without another."""
+        if self.token_budget < self._full and now - self._short_at >= GROWING_SECONDS:
+            self.token_budget, self._short_at = min(self._full, 2 * self.token_budget), now
+
     def _ceiling(self, job: Job) -> int:
-        """Under load, fewer passes: the fuller the line, the nearer to the floor."""
+        """Under load, fewer passes: the more of the line is left waiting, the nearer to the floor."""
         if self._limits.shed_min_steps is None:
             return job.max_steps
         fill = min(1.0, len(self._line) / self._limits.max_waiting)

@@ -13,7 +13,6 @@ from typing import Any
 from rdt_core import ModelConfig, Tokenizer
 from service import garbage
 from service.denoiser import Denoiser
-from service.engine.engine import RETIRING_TURNS
 from service.errors import Internal
 from service.lifecycle import Lifecycle
 from service.limits import Limits
@@ -45,6 +44,7 @@ class Worker:
         self.metrics = WorkerMetrics(time.monotonic, lambda: self.link)
         self._queue = ToldQueue(self.link, settings.max_waiting, settings.max_waiting_tokens)
         self._tokenizer: Tokenizer | None = None
+        self._denoiser: Denoiser | None = None
         self._adopting = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._adopted = asyncio.Event()
@@ -93,10 +93,11 @@ class Worker:
                 self._tokenizer = await asyncio.to_thread(Tokenizer, serving.tokenizer)
             engine = RemoteEngine(self.link, wire, serving, self._queue)
             denoiser = build_denoiser(serving, self._tokenizer, engine, self.metrics, self._tracer)
+            before, self._denoiser = self._denoiser, denoiser
             self.lifecycle.open(denoiser)
             garbage.settle()
-            for _ in range(RETIRING_TURNS):
-                await asyncio.sleep(0)
+            if before is not None:
+                await before.handed_in()
             wire.send(Adopted(serving.digest))
             self._adopted.set()
 

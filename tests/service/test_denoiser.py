@@ -247,3 +247,18 @@ async def test_a_long_batch_leaves_others_their_turn(service: Service, monkeypat
     running.cancel()
     assert all(isinstance(end, DenoiseAnswer) for end in ends)
     assert max(began.count(turn) for turn in began) <= 8
+
+
+async def test_items_of_a_batch_that_were_never_begun_are_counted(service: Service) -> None:
+    items = [service.denoiser.read({"text": "a [MASK]"}) for _ in range(64)]
+    batch = asyncio.create_task(service.denoiser.denoise_batch(items, "rest"))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    batch.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await batch
+    counted = sum(
+        service.metrics.registry.get_sample_value("rdt_requests_total", {"transport": "rest", "outcome": outcome}) or 0
+        for outcome in ("ok", "cancelled")
+    )
+    assert counted == 64

@@ -17,6 +17,7 @@ import torch
 
 from rdt_core import RDT, Checkpoint, ModelConfig, checkpoint
 from service import hosting
+from service.engine.engine import BatchingEngine
 from service.errors import FailedPrecondition, Unavailable
 from service.hosting import Host
 from service.lifecycle import Lifecycle
@@ -220,6 +221,8 @@ async def test_a_model_that_breaks_while_warming_is_not_served(
         await hosted.host.reload()
     monkeypatch.undo()
     assert hosted.lifecycle.denoiser is serving
+    assert hosted.sample("rdt_tick_tokens_limit") == 512, "of the model that serves"
+    assert hosted.sample("rdt_out_of_memory_total") == 0
     assert (await hosted.denoise(BRIEF)).steps == 3
     assert (await hosted.host.reload()).outcome == "swapped", "and the next try is not stuck behind the failed one"
 
@@ -268,3 +271,26 @@ async def test_off_by_default(path: Path) -> None:
     async with hosted.client() as client:
         assert (await client.post("/model/reload")).status_code == 404
         assert "/model/reload" not in (await client.get("/openapi.json")).json()["paths"]
+
+
+async def test_a_tick_that_breaks_during_a_reload_puts_no_stopped_engine_in_place(
+    hosted: Hosted, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old engine is down when the new one is warm, and back a moment later."""
+    old, warm = hosted.lifecycle.denoiser, hosted.host._warm_engine
+
+    async def warmed(*loaded: Any) -> BatchingEngine:
+        engine = await warm(*loaded)
+        hosted.host._engine._broken = True  # type: ignore[union-attr]
+        asyncio.get_running_loop().call_soon(setattr, hosted.host._engine, "_broken", False)
+        return engine
+
+    monkeypatch.setattr(hosted.host, "_warm_engine", warmed)
+    write_other_model(path)
+    with pytest.raises(Unavailable):
+        await hosted.host.reload()
+    assert hosted.lifecycle.denoiser is old
+    assert (await hosted.denoise(BRIEF)).steps == 3
+    monkeypatch.undo()
+    assert (await hosted.host.reload()).outcome == "swapped"
+    assert (await hosted.denoise(BRIEF)).model != old.card.label

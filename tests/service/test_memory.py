@@ -73,7 +73,7 @@ async def test_smaller_ticks_and_everybody_is_answered(
     assert max(plan.n_tokens for plan in backend.ticks) == 12, "24 had been taken, 12 are allowed"
     assert engine.ready, "this is no defect"
     assert metrics.registry.get_sample_value("rdt_out_of_memory_total") == 1
-    assert metrics.registry.get_sample_value("rdt_tick_tokens_limit") == 12
+    assert engine.largest_tick == 12
     assert metrics.registry.get_sample_value("rdt_broken_ticks_total") == 0
 
 
@@ -168,11 +168,13 @@ async def test_the_real_backend_answers_as_if_nothing_had_happened(
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         RuntimeError("CUDA error: out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried to"),
+        MemoryError("no room"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )
 def test_whatever_says_so_and_nothing_of_the_tick_stays_in_memory(
-    tiny_model: RDT, monkeypatch: pytest.MonkeyPatch, kind: type[Backend], error: RuntimeError
+    tiny_model: RDT, monkeypatch: pytest.MonkeyPatch, kind: type[Backend], error: Exception
 ) -> None:
     tensors: list[weakref.ref[torch.Tensor]] = []
 
@@ -200,3 +202,55 @@ def test_other_errors_are_defects(tiny_model: RDT, monkeypatch: pytest.MonkeyPat
     for backend in (EagerBackend(tiny_model), LookaheadBackend(tiny_model, 64, 8)):
         with pytest.raises(RuntimeError, match="illegal memory access"):
             backend.run(Plan((Admission(1, job, 3),), (), frozenset(), (), (1,), 3))
+
+
+async def test_what_has_worked_before_is_tried_again_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
+    """A small tick meets a shortage of somebody else's, such as a model that warms beside this one."""
+    backend = ScriptedBackend()
+    engine = BatchingEngine([backend], LIMITS)
+    await engine.warm([[scripted_job(8, 1)] * 4])
+    await engine.start()
+    backend.errors.append(OutOfMemory("somebody has it"))
+    assert (await submit(engine, scripted_job(4, 3))).steps == 3
+    assert engine.largest_tick == 32
+    assert "32 at the most" in caplog.text
+    await engine.stop()
+
+
+async def test_a_shortage_that_stays_costs_half_again_and_again_and_passes() -> None:
+    clock, backend = FakeClock(), ScriptedBackend()
+    engine = BatchingEngine([backend], LIMITS, clock)
+    await engine.warm([[scripted_job(8, 1)] * 4])
+    await engine.start()
+    backend.errors += [OutOfMemory("somebody has it")] * 3
+    assert (await submit(engine, scripted_job(4, 3))).steps == 3
+    assert engine.largest_tick == 8, "tried again, then half, then half of that"
+    for seconds, largest in ((59, 8), (1, 16), (59, 16), (1, 32), (60, 32)):
+        clock.now += seconds
+        await submit(engine, scripted_job(2, 1))
+        assert engine.largest_tick == largest
+    await engine.stop()
+
+
+async def test_what_there_was_no_room_for_from_the_start_is_not_tried_again(backend: Small) -> None:
+    clock = FakeClock()
+    engine = BatchingEngine([backend], LIMITS, clock)
+    await engine.warm([[scripted_job(8, 1)] * n for n in (4, 2, 1)])
+    await engine.start()
+    clock.now += 1000
+    await submit(engine, scripted_job(2, 1))
+    assert engine.largest_tick == 8
+    await engine.stop()
+
+
+async def test_a_backend_that_cannot_forget_ends_the_engine_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = Small(room=12)
+    monkeypatch.setattr(backend, "reset", lambda: 1 / 0)
+    engine = BatchingEngine([backend], LIMITS)
+    await engine.start()
+    with pytest.raises(Unavailable):
+        await submit(engine, scripted_job(20, 1))
+    assert engine.failed.is_set()
+    async with asyncio.timeout(5):
+        await engine.drain(grace_seconds=60)
+        await engine.stop()

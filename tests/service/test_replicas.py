@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
@@ -14,8 +15,8 @@ from service.engine.eager import EagerBackend
 from service.engine.engine import BatchingEngine
 from service.engine.reference import run_reference
 from service.engine.scheduler import Line, Scheduler, SchedulerLimits
-from service.engine.types import Job, Result
-from service.errors import ResourceExhausted
+from service.engine.types import Job, Outcome, Plan, Result
+from service.errors import Internal, ResourceExhausted
 from tests.service.scripted import HeldBackend, ScriptedBackend, scripted_job
 from tests.service.test_eager import random_job
 
@@ -134,3 +135,44 @@ def test_a_scheduler_takes_its_share_and_leaves_the_rest_in_the_line() -> None:
     assert first.plan(now=0.0, share=6.0).live == (1, 2)  # the job that reaches the share is still taken
     assert second.plan(now=0.0, share=6.0).live == (3,)
     assert len(line) == 0
+
+
+async def test_what_gave_up_stays_so_when_another_replica_comes_back() -> None:
+    class SlowReset(ScriptedBackend):
+        def reset(self) -> None:
+            down.set()
+            assert back.wait(5)
+
+    class BreaksSecond(ScriptedBackend):
+        def run(self, plan: Plan) -> Outcome:
+            assert down.wait(5)
+            return super().run(plan)
+
+    down, back = threading.Event(), threading.Event()
+    slow, other = SlowReset(), BreaksSecond()
+    for backend in (slow, other):
+        backend.errors.append(RuntimeError("broken"))
+    engine = BatchingEngine([slow, other], LIMITS)
+    await engine.start()
+    ends = await asyncio.gather(*(submit(engine, scripted_job(4, 1)) for _ in range(2)), return_exceptions=True)
+    assert all(isinstance(end, Internal) for end in ends)
+    await asyncio.wait_for(engine.failed.wait(), timeout=5)
+    back.set()
+    await asyncio.sleep(0.05)
+    assert not engine.ready
+    await engine.stop()
+
+
+async def test_a_replica_short_of_memory_keeps_no_work_from_the_others() -> None:
+    held = HeldBackend()
+    engine = BatchingEngine([held, ScriptedBackend()], LIMITS)
+    engine._replicas[1].scheduler.token_budget = 4
+    await engine.start()
+    first = asyncio.create_task(submit(engine, scripted_job(20, depth=2)))
+    await asyncio.to_thread(held.wait_until_started)
+    second = asyncio.create_task(submit(engine, scripted_job(10, depth=1)))
+    await asyncio.sleep(0)
+    held.let_go(2)
+    await asyncio.gather(first, second)
+    assert [len(plan.live) for plan in held.ticks] == [1, 2], "the second has room beside the first, and no other place"
+    await engine.stop()

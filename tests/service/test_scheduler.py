@@ -139,10 +139,22 @@ def test_shedding_lowers_the_ceiling_with_the_length_of_the_line_down_to_the_flo
     tickets = [bench.submit(scripted_job(1, depth=100, max_steps=13)) for _ in range(10)]
     bench.run_dry()
     ceilings = [bench.results[ticket].max_steps for ticket in tickets]
-    assert ceilings[0] == 3
-    assert ceilings == sorted(ceilings)
-    assert ceilings[-1] == 12
+    assert ceilings == [4, 5, 6, 7, 8, 9, 10, 11, 12, 13], "by what is left waiting: nine to none"
     assert all(bench.results[ticket].steps == ceiling for ticket, ceiling in zip(tickets, ceilings, strict=True))
+
+
+def test_shedding_leaves_alone_what_leaves_nobody_waiting() -> None:
+    bench = Bench(replace(LIMITS, max_live=2, max_waiting=2, shed_min_steps=2))
+    tickets = [bench.submit(scripted_job(1, depth=100, max_steps=20)) for _ in range(2)]
+    bench.run_dry()
+    assert [bench.results[ticket].max_steps for ticket in tickets] == [20, 20]
+
+
+def test_shedding_goes_down_to_the_floor() -> None:
+    bench = Bench(replace(LIMITS, max_live=1, max_waiting=40, shed_min_steps=3))
+    tickets = [bench.submit(scripted_job(1, depth=100, max_steps=20)) for _ in range(40)]
+    bench.run_dry()
+    assert bench.results[tickets[0]].max_steps == 3
 
 
 def test_shedding_never_raises_what_was_asked_for() -> None:

@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from rdt_core import checkpoint
+from service.denoiser import Denoiser
 from service.errors import FailedPrecondition
 from service.hosting import Host
 from service.lifecycle import Lifecycle
@@ -36,9 +37,9 @@ ENDLESS = {**BRIEF, "max_steps": 10**6}
 class Hosted:
     """An engine's process: a host whose lifecycle is the server's."""
 
-    def __init__(self, path: Path, folder: Path, metrics: Metrics) -> None:
+    def __init__(self, path: Path, folder: Path, metrics: Metrics, **changes: int) -> None:
         self.metrics = metrics
-        settings = Settings(checkpoint=path, device="cpu", threads=1, replicas=2, max_steps_limit=10**6)
+        settings = Settings(checkpoint=path, device="cpu", threads=1, replicas=2, max_steps_limit=10**6, **changes)
         self.fleet = Fleet(folder / "engine", self, settings)
         self.host = Host(settings, self.fleet.server.models, metrics)
 
@@ -225,6 +226,33 @@ async def test_no_model_no_requests(path: Path, tmp_path: Path) -> None:
     assert b"rdt_ready 0.0" in await worker.metrics.scrape()
     await hosted.host.load()
     await until(lambda: worker.lifecycle.state == "ready")
+    await worker.stop()
+    await hosted.fleet.die()
+    await hosted.host.stop()
+
+
+async def test_a_batch_of_any_size_goes_through_a_reload(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its items are handed in over more turns of the event loop than a single request needs."""
+    hosted = Hosted(path, tmp_path, Metrics(FakeClock()), max_batch_items=1024, max_waiting=2000)
+    await hosted.fleet.server.start(hosted.fleet.path, hosted.host)
+    await hosted.host.load()
+    worker = await hosted.fleet.worker()
+    denoiser = worker.lifecycle.denoiser
+    items = denoiser.read_batch({"items": [BRIEF] * 1024})
+    batches, opens = [], worker.lifecycle.open
+
+    def swap(new: Denoiser) -> None:
+        """A batch has come for the old model just before."""
+        batches.append(asyncio.create_task(denoiser.denoise_batch(items, "rest")))
+        opens(new)
+
+    monkeypatch.setattr(worker.lifecycle, "open", swap)
+    write_other_model(path)
+    assert (await worker.reload()).outcome == "swapped"
+    [ends] = await asyncio.gather(*batches)
+    assert [end for end in ends if isinstance(end, Exception)] == []
     await worker.stop()
     await hosted.fleet.die()
     await hosted.host.stop()

@@ -1,0 +1,75 @@
+"""One of the batches computed side by side: a backend, the thread it computes in, and who is live there."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from service.engine.backend import Backend
+from service.engine.scheduler import Scheduler, told
+from service.engine.types import Admission, Job, Outcome, Plan
+
+Value = TypeVar("Value")
+
+THREADS = "engine"
+"""What the names of computing threads begin with."""
+
+
+class Stuck(Exception):
+    """The backend has not come back. No thread can be ended from outside, so the process has to."""
+
+
+class Replica:
+    """Its thread is asked for one thing at a time, and given `patience` seconds for a tick; None: any time."""
+
+    def __init__(self, backend: Backend, scheduler: Scheduler, patience: float | None = None) -> None:
+        self.backend = backend
+        self.scheduler = scheduler
+        self.work = asyncio.Event()  # something to plan
+        self.tick_seconds = 0.0  # of the last tick: a guess at the next
+        self._patience = patience
+        self._stuck = False
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=THREADS)
+
+    async def run(self, plan: Plan) -> Outcome:
+        """Raises what the backend raises, and `Stuck`."""
+        return await self._patiently(lambda: self.backend.run(plan))
+
+    async def reset(self) -> None:
+        """Raises as `run`."""
+        await self._patiently(self.backend.reset)
+
+    async def rehearse(self, jobs: Sequence[Job]) -> None:
+        """One pass of each, as often as it takes until all are told of, which a backend that looks ahead does later."""
+        await self._in_thread(lambda: _rehearse(self.backend, jobs))  # graphs are captured: that takes its time
+
+    async def stop(self) -> None:
+        """End the thread, after at most one pass; one that is stuck stays behind."""
+        await asyncio.to_thread(self._thread.shutdown, wait=not self._stuck)
+
+    async def _patiently(self, call: Callable[[], Value]) -> Value:
+        try:
+            async with asyncio.timeout(self._patience) as timer:
+                return await self._in_thread(call)
+        except TimeoutError as error:
+            if not timer.expired():
+                raise  # the backend's own
+            self._stuck = True
+            raise Stuck(f"a tick has not come back for {self._patience:g} s") from error
+
+    def _in_thread(self, call: Callable[[], Value]) -> asyncio.Future[Value]:
+        return asyncio.get_running_loop().run_in_executor(self._thread, call)
+
+
+def _rehearse(backend: Backend, jobs: Sequence[Job]) -> None:
+    admitted = tuple(Admission(ticket, job, job.max_steps) for ticket, job in enumerate(jobs))
+    n_tokens, live = sum(len(job.tokens) for job in jobs), tuple(range(len(jobs)))
+    try:
+        while live:
+            plan = Plan(admitted, (), frozenset(), (), live, n_tokens)
+            ended = {ticket for ticket, reading in told(plan, backend.run(plan)) if reading.reason is not None}
+            admitted, live = (), tuple(ticket for ticket in live if ticket not in ended)
+    finally:
+        backend.reset()

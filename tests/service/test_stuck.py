@@ -1,0 +1,112 @@
+"""A tick that never comes back: callers are told, and the process ends although its thread cannot."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from service.engine.engine import BatchingEngine
+from service.engine.scheduler import SchedulerLimits
+from service.errors import Internal, Unavailable
+from tests.service.scripted import HeldBackend, ScriptedBackend, scripted_job
+
+LIMITS = SchedulerLimits(token_budget=20, max_live=2, max_waiting=3, max_waiting_tokens=40)
+
+
+async def submit(engine: BatchingEngine, n_tokens: int = 20) -> int:
+    with engine.reserve() as place:
+        return (await engine.submit(scripted_job(n_tokens, depth=1), place)).steps
+
+
+async def test_everybody_is_told_and_the_engine_gives_up(caplog: pytest.LogCaptureFixture) -> None:
+    held = HeldBackend()
+    engine = BatchingEngine([held, ScriptedBackend()], LIMITS, patience=0.05)
+    await engine.start()
+    callers = [asyncio.create_task(submit(engine)) for _ in range(2)]
+    answers = await asyncio.wait_for(asyncio.gather(*callers, return_exceptions=True), timeout=5)
+    assert [type(answer) for answer in answers] == [Unavailable, int], "one of two replicas is stuck"
+    assert engine.failed.is_set()
+    assert not engine.ready
+    assert "a tick has not come back for 0.05 s" in caplog.text
+    began = time.monotonic()
+    await engine.drain(grace_seconds=30)
+    await engine.stop()
+    assert time.monotonic() - began < 2, "neither waits for what does not come"
+    held.let_go()
+
+
+async def test_a_backend_that_does_not_start_again_is_stuck_too() -> None:
+    class NeverResets(ScriptedBackend):
+        def reset(self) -> None:
+            time.sleep(0.3)
+
+    backend = NeverResets()
+    backend.errors.append(RuntimeError("broken"))
+    engine = BatchingEngine([backend], LIMITS, patience=0.05)
+    await engine.start()
+    with pytest.raises(Internal):
+        await submit(engine)
+    await asyncio.wait_for(engine.failed.wait(), timeout=5)
+    await engine.stop()
+
+
+async def test_a_timeout_of_the_backends_own_is_a_broken_tick() -> None:
+    backend = ScriptedBackend()
+    backend.errors.append(TimeoutError("a card did not answer"))  # type: ignore[arg-type]
+    engine = BatchingEngine([backend], LIMITS, patience=30)
+    await engine.start()
+    with pytest.raises(Internal):
+        await submit(engine)
+    await asyncio.sleep(0.02)
+    assert engine.ready
+    await engine.stop()
+
+
+async def test_patience_counts_a_tick_not_a_request() -> None:
+    class Slow(ScriptedBackend):
+        def run(self, plan):  # type: ignore[no-untyped-def]
+            time.sleep(0.05)
+            return super().run(plan)
+
+    engine = BatchingEngine([Slow()], LIMITS, patience=0.5)
+    await engine.start()
+    with engine.reserve() as place:
+        result = await engine.submit(scripted_job(1, depth=14), place)
+    assert result.steps == 14
+    await engine.stop()
+
+
+def test_the_process_ends_with_its_status() -> None:
+    script = """
+        import time
+        from service import loop
+        from service.engine.engine import BatchingEngine
+        from service.engine.scheduler import SchedulerLimits
+        from tests.service.scripted import ScriptedBackend, scripted_job
+
+        class Never(ScriptedBackend):
+            def run(self, plan):
+                time.sleep(60)
+
+        async def main():
+            engine = BatchingEngine([Never()], SchedulerLimits(20, 2, 3, 20), patience=0.05)
+            await engine.start()
+            try:
+                with engine.reserve() as place:
+                    await engine.submit(scripted_job(1, depth=1), place)
+            finally:
+                await engine.stop()
+                return 3
+
+        raise SystemExit(loop.run(main()))
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], timeout=30, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 3, ended.stderr
+    assert "a tick has not come back" in ended.stderr

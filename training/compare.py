@@ -23,7 +23,13 @@ from training.evaluation.measures import resamples
 from training.report import MEASURES, Measure, Row, number, plot_lines, written
 
 DEFAULT_MEASURES = ("exact_match", "run_2", "bleu", "passes", "flops_per_token")
-SAME = ("masks", "segments", "length", "seed")  # of files from before there was a digest of the masks, what is known
+SAME = (
+    "masks",
+    "segments",
+    "length",
+    "seed",
+    "precision",
+)  # of files from before there was a digest of the masks, what is known
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ def read_all(paths: Sequence[Path]) -> dict[str, Evaluated]:
         for name in SAME:
             if None not in (one.of[name], found[0].of[name]) and one.of[name] != found[0].of[name]:
                 raise ConfigError(
-                    f"{path}: other {name} than {paths[0]}: want the same text, segments, length and seed"
+                    f"{path}: other {name} than {paths[0]}: want the same text, segments, length, seed and precision"
                 )
     names = [one.name for one in found]
     labels = [one.name if names.count(one.name) == 1 else f"{one.name}@{one.digest[:8]}" for one in found]

@@ -111,8 +111,14 @@ def gate_losses(model: RDT, batch: Batch, packing: Packing, section: TrainingSec
     """Teach the gate from a deep run: squared error of levels plus cross-entropy of token levels.
 
     With `settle` only the token levels are taught, on the states they will be asked about, where the surer
-    tokens have settled already.
+    tokens have settled already. All of it in float32, as models are served: rounded to bfloat16, guesses that are
+    nearly as good take turns for passes on end, and nothing seems to settle.
     """
+    with torch.autocast(model.device.type, enabled=False):
+        return _gate_losses(model, batch, packing, section, settle)
+
+
+def _gate_losses(model: RDT, batch: Batch, packing: Packing, section: TrainingSection, settle: bool) -> Tensor:
     was_training = model.training
     run = deep_run(model.eval(), batch, packing, section.gate_passes, settle)
     model.train(was_training)

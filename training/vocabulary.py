@@ -20,6 +20,9 @@ from torch import Tensor
 def vocabulary_loss(features: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy in nats, in float32, of `features @ weight.T + bias` against targets; 0 without rows.
 
+    With gradients a row costs at most 87 nats: a probability below the smallest float32 counts as that, unless it is
+    0 by a bias of minus infinity, which costs infinitely much.
+
     features `(M, D)`, weight `(V, D)`, bias `(V,)`, targets `(M,)` -> `()`. The products are made in autocast's
     number format where it is on.
     """
@@ -40,12 +43,14 @@ class _SummedLoss(torch.autograd.Function):
     def forward(ctx: Any, features: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
         matrix = weight.to(features.dtype)  # (V, D)
         logits = torch.addmm(bias.to(features.dtype), features, matrix.t())  # (M, V)
-        gradient = torch.softmax(logits, dim=-1, out=logits)
         wanted = (torch.arange(len(targets), device=targets.device), targets)
+        impossible = logits[wanted].isneginf()  # (M,)
+        gradient = torch.softmax(logits, dim=-1, out=logits)
         probability = gradient[wanted]  # (M,)
         gradient[wanted] = probability - 1
         ctx.save_for_backward(gradient, features, matrix)
-        return -probability.float().log().sum()
+        least = torch.finfo(torch.float32).tiny
+        return -probability.float().clamp(min=least).masked_fill(impossible, 0.0).log().sum()
 
     @staticmethod
     def backward(ctx: Any, *scales: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:

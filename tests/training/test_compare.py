@@ -179,3 +179,11 @@ def test_tallies_of_another_evaluation(evaluated: list[str], capsys: pytest.Capt
 
 def split_tables(printed: str) -> list[str]:
     return re.split(r"\n\n(?!\|)", printed.strip())
+
+
+def test_other_number_formats_are_not_compared(evaluated: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    file = Path(evaluated[1])
+    values = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(values | {"precision": "bf16"}), encoding="utf-8")
+    assert main(evaluated) == 2
+    assert "other precision than" in capsys.readouterr().err

@@ -174,6 +174,14 @@ def test_the_gate_loss_is_what_its_docstring_says(model: RDT, batch: Batch) -> N
 
 
 @pytest.mark.parametrize("settle", [True, False])
+def test_the_gate_is_taught_in_float32_whatever_the_rest_is(model: RDT, batch: Batch, settle: bool) -> None:
+    section = TrainingSection(gate_passes=4, total_steps=8)
+    expected = gate_losses(model, batch, batch.packing(CPU), section, settle)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(gate_losses(model, batch, batch.packing(CPU), section, settle), expected)
+
+
+@pytest.mark.parametrize("settle", [True, False])
 def test_a_batch_without_masks_costs_nothing(model: RDT, batch: Batch, settle: bool) -> None:
     clean = unmasked(batch)
     packing = clean.packing(CPU)

@@ -80,3 +80,15 @@ def test_a_token_held_impossible_costs_infinitely_much(model: RDT) -> None:
     """The trainer stops on a loss that is no number, and must not be told a comfortable one."""
     features, targets = features_and_targets(model)
     assert ours(model, features, torch.zeros_like(targets)) == math.inf
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_was_thought_impossible_costs_much_and_not_everything(dtype: torch.dtype) -> None:
+    features = torch.tensor([[200.0, 0.0], [0.0, 1.0]], requires_grad=True)
+    weight = torch.eye(2, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        loss = vocabulary_loss(features, weight, torch.zeros(2), torch.tensor([1, 1]))
+    assert 40 < loss < 45
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert features.grad is not None
+    assert features.grad[0].tolist() == pytest.approx([0.5, -0.5])

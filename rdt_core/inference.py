@@ -127,13 +127,24 @@ def _decode(model: RDT, state: State, packing: Packing, rows: Tensor, *, step: i
         return {}
     probabilities = model.decode(state.hidden, packing, rows).float().softmax(-1)  # (M, V)
     best, tokens = probabilities.max(-1)
-    top = probabilities.topk(top_k, dim=-1)
+    values, indices = top_first(probabilities, tokens, top_k)
     candidates = [
-        list(zip(ids, shares, strict=True))
-        for ids, shares in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        list(zip(ids, shares, strict=True)) for ids, shares in zip(indices.tolist(), values.tolist(), strict=True)
     ]
     found = zip(rows.tolist(), tokens.tolist(), best.tolist(), candidates, strict=True)
     return {row: (token, probability, step, others) for row, token, probability, others in found}
+
+
+def top_first(scores: Tensor, best: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The `k` highest of each row `(M, V)`, `best` `(M,)` before any that equal it: `(M, k)` values, `(M, k)` indices.
+
+    `max` and `topk` choose differently among equals.
+    """
+    if k == 0:
+        return scores.new_zeros(len(scores), 0), best.new_zeros(len(scores), 0)
+    highest = scores.gather(1, best[:, None])  # (M, 1)
+    lifted = scores.scatter(1, best[:, None], math.inf).topk(k, dim=-1)
+    return torch.cat((highest, lifted.values[:, 1:]), dim=1), lifted.indices
 
 
 def _assemble(

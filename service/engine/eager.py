@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from rdt_core.gate import GateState
+from rdt_core.inference import top_first
 from rdt_core.model import RDT, State
 from rdt_core.packing import Packing, rows_of
 from service.engine.backend import OutOfMemory
@@ -171,8 +172,8 @@ class Decoded(NamedTuple):
         logits = model.decode(hidden, packing, rows).float()  # (R, V)
         total = logits.logsumexp(-1)  # (R,)
         best, tokens = logits.max(-1)
-        top = logits.topk(top_k, dim=-1)
-        return cls(rows, tokens, (best - total).exp(), top.indices, (top.values - total[:, None]).exp())
+        values, indices = top_first(logits, tokens, top_k)
+        return cls(rows, tokens, (best - total).exp(), indices, (values - total[:, None]).exp())
 
     def choices(self, rows: Iterable[int], top_k: Iterable[int]) -> list[Choice]:
         """As plain values: of each, which row of its own sequence it is, and how many candidates were asked for."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from rdt_core import RDT, Packing, Restoration, State, restore
 from rdt_core.gate import GateState
 from rdt_core.halting import due
-from rdt_core.inference import rows_to_settle, settled_level
+from rdt_core.inference import rows_to_settle, settled_level, top_first
 from tests.rdt_core.conftest import Build
 from tests.rdt_core.sequences import random_sequences
 
@@ -245,3 +245,16 @@ def test_a_sequence_must_fit_the_model(tiny_model: RDT, length: int) -> None:
 def test_a_model_restores_by_itself(tiny_model: RDT) -> None:
     options: dict[str, Any] = {"max_steps": 3, "threshold": 0.0, "halting": "settle", "top_k": 2}
     assert tiny_model.inference(*sequence(), **options) == restore(tiny_model, *sequence(), **options)
+
+
+def test_the_chosen_token_comes_first_among_equals() -> None:
+    scores = torch.zeros(50, 300)
+    best = torch.arange(50)
+    for k in (1, 3, 300):
+        values, indices = top_first(scores, best, k)
+        assert torch.equal(indices[:, 0], best)
+        assert values.shape == indices.shape == (50, k)
+        assert not values.any()
+        assert all(len(set(row)) == k for row in indices.tolist())
+    assert (scores.topk(3, dim=-1).indices[:, 0] != best).any(), "which it would not by itself"
+    assert top_first(scores, best, 0)[0].shape == (50, 0)

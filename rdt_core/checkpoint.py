@@ -13,6 +13,8 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import re
+import shutil
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rdt_core.config import ModelConfig
+from rdt_core.config import REQUEST_DEFAULTS, ModelConfig
 from rdt_core.model import RDT
 from rdt_core.tokenizer import Tokenizer
 
@@ -66,8 +68,13 @@ class LoadedModel:
 
 
 def save(path: str | Path, checkpoint: Checkpoint) -> None:
-    """Write atomically: the file at `path` is the old one or the whole new one, never a part."""
-    path = Path(path)
+    """Write atomically: the file at `path` is the old one or the whole new one, never a part.
+
+    A link stays and its target is replaced, with the mode it had. Raises `OSError`.
+    """
+    path = Path(path).resolve()
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path}: cannot be written: it is no regular file")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -75,6 +82,8 @@ def save(path: str | Path, checkpoint: Checkpoint) -> None:
             torch.save(checkpoint.to_mapping(), file)
             file.flush()
             os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, partial)
         os.replace(partial, path)
     except RuntimeError as error:  # as torch says that the disk is full
         raise OSError(f"{path}: cannot be written: {_first_line(error)}") from error
@@ -85,7 +94,7 @@ def save(path: str | Path, checkpoint: Checkpoint) -> None:
 def read(path: str | Path) -> Checkpoint:
     """Read a checkpoint's contents onto the CPU. Raises `CheckpointError`; executes nothing."""
     if not Path(path).is_file():
-        raise CheckpointError(path, "no such file")
+        raise CheckpointError(path, "no regular file" if Path(path).exists() else "no such file")
     if not zipfile.is_zipfile(path):
         raise CheckpointError(path, "not a checkpoint, or cut short: a checkpoint is a zip archive")
     try:
@@ -93,9 +102,7 @@ def read(path: str | Path) -> Checkpoint:
         with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums of tensors
             broken = archive.testzip()
     except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            path, f"refused: it holds more than tensors and plain values ({_first_line(error)})"
-        ) from error
+        raise CheckpointError(path, f"refused: it holds more than tensors and plain values{_named(error)}") from error
     except Exception as error:  # a damaged archive surfaces as RuntimeError, EOFError, KeyError, ...
         raise CheckpointError(path, f"damaged: {_first_line(error)}") from error
     if broken is not None:
@@ -124,8 +131,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> LoadedModel:
         raise CheckpointError(
             path, f"the tokenizer has {tokenizer.vocab_size} entries, the model's vocab_size is {config.vocab_size}"
         )
-    with torch.device("meta"):
-        model = RDT(config)
+    model = _described(path, config)
     check_weights(path, model, checkpoint.model_state_dict)
     weights = {name: tensor.to(torch.float32) for name, tensor in checkpoint.model_state_dict.items()}
     model.load_state_dict(weights, assign=True)
@@ -145,12 +151,22 @@ def export_release(
     """Write the weights alone, in half precision: what is served, without what training needs.
 
     `defaults` replaces fields of the model's configuration (`halting`, `max_steps`, `threshold`).
-    Raises `CheckpointError` for the source, `ValueError` for a default out of range.
+    Raises `CheckpointError` for the source, `ValueError` for a default out of range and for a target that is the
+    source. What was at the target stays unless the release can be loaded.
     """
+    if Path(source).resolve() == Path(target).resolve():
+        raise ValueError(f"{target} is the checkpoint itself: a release would take from it what training needs")
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype}: want a floating point format")
+    for default in set(defaults or {}) - set(REQUEST_DEFAULTS):
+        raise ValueError(f"{default} is no default of requests: want {', '.join(REQUEST_DEFAULTS)}")
     checkpoint = read(source)
     config = {**_without_places(checkpoint.config), "name": name or checkpoint.config.get("name")}
     config["model"] = model_config(source, checkpoint).with_changes(**(defaults or {})).to_mapping()
+    described = _described(source, ModelConfig.from_mapping(config["model"]))
+    check_weights(source, described, checkpoint.model_state_dict)
     weights = {key: tensor.to(dtype) for key, tensor in checkpoint.model_state_dict.items()}
+    check_weights(source, described, weights, f"as {str(dtype).removeprefix('torch.')} ")
     save(target, Checkpoint(weights, config, checkpoint.tokenizer, checkpoint.epoch, checkpoint.step, checkpoint.loss))
 
 
@@ -179,7 +195,16 @@ def tokenizer_of(path: str | Path, checkpoint: Checkpoint) -> Tokenizer:
         raise CheckpointError(path, f"tokenizer: {error}") from error
 
 
-def check_weights(path: str | Path, model: RDT, weights: Any) -> None:
+def _described(path: str | Path, config: ModelConfig) -> RDT:
+    """The model without weights."""
+    try:
+        with torch.device("meta"):
+            return RDT(config)
+    except RuntimeError as error:  # sizes beyond all bounds
+        raise CheckpointError(path, f"config: no such model can be made: {_first_line(error)}") from error
+
+
+def check_weights(path: str | Path, model: RDT, weights: Any, how: str = "") -> None:
     """Raise `CheckpointError` unless the weights are finite, as float32, and exactly the model's, by name and shape."""
     if not isinstance(weights, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items()
@@ -194,10 +219,12 @@ def check_weights(path: str | Path, model: RDT, weights: Any) -> None:
         if expected[name].shape != weights[name].shape:
             shapes = f"{tuple(weights[name].shape)}, want {tuple(expected[name].shape)}"
             raise CheckpointError(path, f"{name} has shape {shapes}")
-        if weights[name].layout is not torch.strided:
+        if weights[name].layout is not torch.strided or weights[name].is_meta:
             raise CheckpointError(path, f"{name} is no dense tensor")
-        if not weights[name].is_floating_point() or not torch.isfinite(weights[name].to(torch.float32)).all():
-            raise CheckpointError(path, f"{name} holds values that are not finite numbers")
+        if not weights[name].is_floating_point():
+            raise CheckpointError(path, f"{name} holds {weights[name].dtype}: want a floating point format")
+        if not torch.isfinite(weights[name].to(torch.float32)).all():
+            raise CheckpointError(path, f"{name} holds values that are not finite numbers {how}".rstrip())
 
 
 def _version(path: str | Path) -> tuple[int, ...]:
@@ -216,6 +243,12 @@ def _without_places(value: Any) -> Any:
     if isinstance(value, str):
         return ",".join(Path(part).name if Path(part).is_absolute() else part for part in value.split(","))
     return value
+
+
+def _named(error: Exception) -> str:
+    """The type that torch refused, if it says which."""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    return f": {found[1]}" if found else ""
 
 
 def _first_line(error: Exception) -> str:

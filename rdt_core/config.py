@@ -7,8 +7,8 @@ which request defaults (`halting`, `max_steps`, `threshold`) its weights were ev
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 Halting = Literal["gate", "settle"]
@@ -52,15 +52,13 @@ class ModelConfig:
     threshold: float = 0.05
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "d_model", "n_heads", "d_ff", "max_seq_len", "gate_hidden_dim",
-                     "total_steps", "max_steps"):  # fmt: skip
+        for name in ("vocab_size", "d_model", "n_heads", "d_ff", "gate_hidden_dim", "total_steps", "max_steps"):
             self._check_int(name, minimum=1)
+        self._check_int("max_seq_len", minimum=3)  # [CLS], something, [SEP]
         for name, minimum in (("n_encoder_layers", 1), ("n_decoder_layers", 0), ("n_prelude_layers", 0)):
             self._check_int(name, minimum, MAX_LAYERS)
+        self._check_suppressed()
         object.__setattr__(self, "suppress_tokens", tuple(self.suppress_tokens))
-        outside = [t for t in self.suppress_tokens if not isinstance(t, int) or not 0 <= t < self.vocab_size]
-        if outside:
-            raise ValueError(f"suppress_tokens has {outside[0]!r}: want 0 <= token < vocab_size = {self.vocab_size}")
         for name in ("dropout", "threshold"):
             self._check_number(name)
         if not 0.0 <= self.dropout < 1.0:
@@ -85,6 +83,16 @@ class ModelConfig:
         """Decoder layers that there are: a linear decoder has none, whatever their number says."""
         return self.n_decoder_layers if self.decoder_type == "transformer" else 0
 
+    def _check_suppressed(self) -> None:
+        tokens = self.suppress_tokens
+        if not isinstance(tokens, Sequence) or isinstance(tokens, str):
+            raise ValueError(f"suppress_tokens is {tokens!r}: want a list of tokens")
+        outside = [token for token in tokens if type(token) is not int or not 0 <= token < self.vocab_size]
+        if outside:
+            raise ValueError(f"suppress_tokens has {outside[0]!r}: want 0 <= token < vocab_size = {self.vocab_size}")
+        if len(set(tokens)) == self.vocab_size:
+            raise ValueError("suppress_tokens has the whole vocabulary: want at least one token left to answer")
+
     def _check_int(self, name: str, minimum: int, maximum: int | None = None) -> None:
         value = getattr(self, name)
         whole = isinstance(value, int) and not isinstance(value, bool)
@@ -101,7 +109,7 @@ class ModelConfig:
     def from_mapping(cls, values: Mapping[str, Any]) -> ModelConfig:
         """Build from plain values, refusing names that are not fields (`ValueError`)."""
         known = {field.name for field in fields(cls)}
-        unknown = sorted(set(values) - known)
+        unknown = sorted(map(str, set(values) - known))
         if unknown:
             raise ValueError(f"{unknown[0]} is not a model setting; known: {', '.join(sorted(known))}")
         return cls(**values)
@@ -110,7 +118,8 @@ class ModelConfig:
         return asdict(self)
 
     def with_changes(self, **changes: Any) -> ModelConfig:
-        return replace(self, **changes)
+        """A copy with other values. Raises `ValueError`, as `from_mapping` does."""
+        return self.from_mapping({**vars(self), **changes})
 
 
 PRESETS: dict[str, ModelConfig] = {

@@ -56,14 +56,15 @@ def restore(
 
     Options default to the model's own. `observe(step, level, state)` is called after every pass.
     `decode_all` reads every row at the end, not only the masked ones. Once `out_of_time()` is true, what
-    is there is decoded and answered. Raises `ValueError` for a sequence longer than `max_seq_len` or an
-    option out of range.
+    is there is decoded and answered. Raises `ValueError` for tokens and masks that are none, a sequence longer
+    than `max_seq_len`, or an option out of range.
     """
     config = model.config
     max_steps = config.max_steps if max_steps is None else max_steps
     threshold = config.threshold if threshold is None else threshold
     halting = config.halting if halting is None else halting
-    _check(model, tokens, max_steps, threshold, halting, top_k=top_k)
+    _check_text(model, tokens, masked)
+    _check(model, max_steps, threshold, halting, top_k=top_k)
 
     packing = Packing.of([len(tokens)], model.device)
     state = model.begin(tokens.to(model.device), masked.to(model.device), packing)
@@ -169,14 +170,29 @@ def _assemble(
     )
 
 
-def _check(model: RDT, tokens: Tensor, max_steps: int, threshold: float, halting: str, *, top_k: int) -> None:
-    if not 1 <= len(tokens) <= model.config.max_seq_len:
-        raise ValueError(f"tokens has length {len(tokens)}: want 1 to max_seq_len = {model.config.max_seq_len}")
-    if max_steps < 1:
-        raise ValueError(f"max_steps is {max_steps}: want >= 1")
+def _check_text(model: RDT, tokens: Tensor, masked: Tensor) -> None:
+    config = model.config
+    if tokens.ndim != 1 or tokens.is_floating_point():
+        raise ValueError(f"tokens is {tokens.dtype} of shape {tuple(tokens.shape)}: want whole numbers of shape (L,)")
+    if not 1 <= len(tokens) <= config.max_seq_len:
+        raise ValueError(f"tokens has length {len(tokens)}: want 1 to max_seq_len = {config.max_seq_len}")
+    if masked.dtype != torch.bool or masked.shape != tokens.shape:
+        raise ValueError(
+            f"masked is {masked.dtype} of shape {tuple(masked.shape)}: want bool of shape ({len(tokens)},)"
+        )
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= config.vocab_size:
+        raise ValueError(f"tokens has {low if low < 0 else high}: want 0 <= token < vocab_size = {config.vocab_size}")
+
+
+def _check(model: RDT, max_steps: int, threshold: float, halting: str, *, top_k: int) -> None:
+    if type(max_steps) is not int or max_steps < 1:
+        raise ValueError(f"max_steps is {max_steps!r}: want a whole number >= 1")
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float):
+        raise ValueError(f"threshold is {threshold!r}: want a number")
     if not (math.isfinite(threshold) and threshold >= 0):
         raise ValueError(f"threshold is {threshold}: want a finite number >= 0")
-    if not 0 <= top_k <= model.config.vocab_size:
-        raise ValueError(f"top_k is {top_k}: want 0 to vocab_size = {model.config.vocab_size}")
+    if type(top_k) is not int or not 0 <= top_k <= model.config.vocab_size:
+        raise ValueError(f"top_k is {top_k!r}: want a whole number, 0 to vocab_size = {model.config.vocab_size}")
     if halting not in HALTINGS:
         raise ValueError(f"halting is {halting!r}: want one of {', '.join(HALTINGS)}")

@@ -73,6 +73,8 @@ def masked_at(ranks: Tensor, ratio: float) -> Tensor:
 
 def chain_masks(ranks: Tensor, n_steps: int, curve: Schedule = linear) -> Tensor:
     """The whole chain: ranks `(L,)` -> bool `(n_steps + 1, L)`, from step 0 (clean) to n_steps (all masked)."""
+    if n_steps < 1:
+        raise ValueError(f"n_steps is {n_steps}: want >= 1")
     return torch.stack([masked_at(ranks, curve(step / n_steps)) for step in range(n_steps + 1)])
 
 
@@ -89,14 +91,16 @@ def corrupt(
     """Write `[MASK]` over the masked rows: `(L,)`, bool `(L,)` -> `(L,)`.
 
     With `random_share=0.1, keep_share=0.1` this is BERT's 80/10/10 (Devlin et al., 2019, section 3.1):
-    of the masked rows, that share shows a random token, and that share its own.
+    of the masked rows, that share shows a random token of `vocab_size`, and that share its own. Raises `ValueError`.
     """
-    if random_share < 0 or keep_share < 0 or random_share + keep_share > 1:
+    if not (random_share >= 0 and keep_share >= 0 and random_share + keep_share <= 1):
         raise ValueError(f"random_share is {random_share}, keep_share is {keep_share}: want both >= 0, sum <= 1")
+    if random_share > 0 and vocab_size < 1:
+        raise ValueError(f"vocab_size is {vocab_size}: want how many tokens there are, with a random_share")
     corrupted = torch.where(masked, mask_token_id, tokens)
     if random_share + keep_share == 0.0:
         return corrupted
     draw = torch.rand(tokens.shape, generator=generator).to(tokens.device)
-    others = torch.randint(vocab_size, tokens.shape, generator=generator, dtype=tokens.dtype).to(tokens.device)
+    others = torch.randint(max(vocab_size, 1), tokens.shape, generator=generator, dtype=tokens.dtype).to(tokens.device)
     corrupted = torch.where(masked & (draw < random_share), others, corrupted)
     return torch.where(masked & (draw >= 1.0 - keep_share), tokens, corrupted)

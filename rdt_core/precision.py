@@ -38,7 +38,7 @@ ROW_MULTIPLE = 32
 def prepare(model: RDT, precision: Precision = "fp32") -> RDT:
     """Make a model ready to serve. Changes it in place, for inference only: its weights cannot be saved afterwards.
 
-    Raises `ValueError` for a format that the model's device does not have.
+    Raises `ValueError` for a format that the model's device does not have, and for a model that was prepared before.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}: want one of {', '.join(PRECISIONS)}")
@@ -47,6 +47,8 @@ def prepare(model: RDT, precision: Precision = "fp32") -> RDT:
         raise ValueError(f"precision is int8: want a CPU with oneDNN, not {model.device}")
     if precision in ("tf32", "fp16") and model.device.type != "cuda":
         raise ValueError(f"precision is {precision}: want a CUDA device, not {model.device}")
+    if model.projection is not None:
+        raise ValueError(f"the model has been prepared already, for {model.precision}: load it again")
     model.precision = precision
     if model.device.type == "cuda":
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")

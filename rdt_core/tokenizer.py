@@ -69,10 +69,9 @@ class Tokenizer:
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
         """Read a `tokenizer.json`. `OSError` or `ValueError` naming the file."""
-        definition = Path(path).read_text(encoding="utf-8")
         try:
-            return cls(definition)
-        except ValueError as error:
+            return cls(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:  # a UnicodeDecodeError is one
             raise ValueError(f"{path}: {error}") from error
 
     @property

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,7 +133,7 @@ def test_a_file_with_a_hole_in_it_is_refused(tiny_checkpoint: Path, tmp_path: Pa
 
 def test_no_file_and_no_archive(tmp_path: Path) -> None:
     assert refusal(tmp_path / "none.pt") == "no such file"
-    assert refusal(tmp_path) == "no such file"
+    assert refusal(tmp_path) == "no regular file"
     (tmp_path / "text.pt").write_text("hello")
     assert "not a checkpoint" in refusal(tmp_path / "text.pt")
 
@@ -182,6 +184,14 @@ def whole_number_weight(values: Values) -> None:
     values["model_state_dict"]["inject.weight"] = torch.zeros(16, 16, dtype=torch.int64)
 
 
+def meta_weight(values: Values) -> None:
+    values["model_state_dict"]["inject.weight"] = torch.zeros(16, 16, device="meta")
+
+
+def boundless_model(values: Values) -> None:
+    values["config"]["model"]["d_model"] = 2**40
+
+
 def list_weights(values: Values) -> None:
     values["model_state_dict"] = [1, 2]
 
@@ -229,7 +239,9 @@ def mistyped_setting(values: Values) -> None:
         (immense_weight, "inject.weight holds values that are not finite numbers"),
         (sparse_weight, "inject.weight is no dense tensor"),
         (blind_tokenizer, "tokenizer: the tokenizer reads [MASK] as text"),
-        (whole_number_weight, "inject.weight holds values that are not finite numbers"),
+        (whole_number_weight, "inject.weight holds torch.int64: want a floating point format"),
+        (meta_weight, "inject.weight is no dense tensor"),
+        (boundless_model, "config: no such model can be made"),
         (list_weights, "model_state_dict is not a dictionary of tensors"),
         (other_vocabulary, "the tokenizer has"),
         (no_tokenizer, "tokenizer: not a tokenizer JSON"),
@@ -309,3 +321,28 @@ def test_a_disk_that_is_full_is_an_error_of_the_system(tmp_path: Path, monkeypat
     with pytest.raises(OSError, match=r"model.pt: cannot be written: \[enforce fail"):
         checkpoint.save(tmp_path / "model.pt", Checkpoint({}, {}, "{}"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_stays_and_so_does_the_mode(values: Values, tmp_path: Path) -> None:
+    real, link = tmp_path / "real.pt", tmp_path / "link.pt"
+    real.write_bytes(b"old")
+    real.chmod(0o640)
+    link.symlink_to(real)
+    save(link, Checkpoint(**values))
+    assert link.is_symlink()
+    assert load(real).tokenizer.vocab_size == 121
+    assert real.stat().st_mode & 0o777 == 0o640
+
+
+def test_what_is_no_file_is_not_replaced(values: Values, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for target in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(OSError, match=r"cannot be written: it is no regular file"):
+            save(target, Checkpoint(**values))
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_a_refused_type_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "model.pt"
+    torch.save({"config": tmp_path}, file)
+    assert re.fullmatch(r"refused: it holds more than tensors and plain values: pathlib\S*Path", refusal(file))

@@ -11,7 +11,9 @@ from rdt_core.flops import layer_flops, sequence_flops
 WHOLE = "want a whole number >="
 BAD_FIELDS: list[tuple[str, Any, str]] = [
     *((name, 0, f"{WHOLE} 1") for name in ("vocab_size", "d_model", "n_heads", "d_ff")),
-    *((name, -3, f"{WHOLE} 1") for name in ("max_seq_len", "gate_hidden_dim", "total_steps", "max_steps")),
+    *((name, -3, f"{WHOLE} 1") for name in ("gate_hidden_dim", "total_steps", "max_steps")),
+    *(("max_seq_len", n, f"{WHOLE} 3") for n in (-3, 2)),
+    ("suppress_tokens", 5, "want a list of tokens"),
     *((name, -1, "a whole number from 0 to 1000") for name in ("n_decoder_layers", "n_prelude_layers")),
     *(("n_encoder_layers", value, "a whole number from 1 to 1000") for value in (0, 10**9)),
     ("max_steps", True, f"{WHOLE} 1"),
@@ -76,3 +78,19 @@ def test_a_linear_decoder_has_no_layers_to_count() -> None:
     assert (linear.n_coda_layers, layers.n_coda_layers) == (0, 4)
     assert sequence_flops(linear, 10, 2, 3) == sequence_flops(ModelConfig(), 10, 2, 3)
     assert sequence_flops(layers, 10, 2, 3) == sequence_flops(linear, 10, 2, 3) + 40 * layer_flops(linear, 10)
+
+
+def test_something_must_be_left_to_answer() -> None:
+    with pytest.raises(ValueError, match="the whole vocabulary"):
+        ModelConfig(vocab_size=3, suppress_tokens=(0, 1, 2, 2))
+
+
+def test_changes_are_checked_as_settings_are() -> None:
+    assert ModelConfig().with_changes(d_model=64).d_model == 64
+    with pytest.raises(ValueError, match="n_layers is not a model setting"):
+        ModelConfig().with_changes(n_layers=3)
+
+
+def test_a_truth_value_is_no_token() -> None:
+    with pytest.raises(ValueError, match="suppress_tokens has True: want 0 <= token < vocab_size"):
+        ModelConfig(suppress_tokens=(True,))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -221,13 +222,17 @@ def test_the_defaults_are_the_models_own(build: Build, halting: Any) -> None:
 @pytest.mark.parametrize(
     ("option", "wanted"),
     [
-        ({"max_steps": 0}, "max_steps is 0: want >= 1"),
+        ({"max_steps": 0}, "max_steps is 0: want a whole number >= 1"),
+        ({"max_steps": float("nan")}, "max_steps is nan: want a whole number >= 1"),
+        ({"max_steps": True}, "max_steps is True: want a whole number >= 1"),
+        ({"threshold": "0.1"}, "threshold is '0.1': want a number"),
+        ({"top_k": 1.5}, "top_k is 1.5: want a whole number"),
         ({"threshold": -0.1}, "threshold is -0.1: want a finite number >= 0"),
         ({"threshold": float("nan")}, "threshold is nan"),
         ({"threshold": float("inf")}, "threshold is inf"),
         ({"halting": "never"}, "halting is 'never': want one of gate, settle"),
-        ({"top_k": -1}, "top_k is -1: want 0 to vocab_size = "),
-        ({"top_k": 10_000}, "top_k is 10000: want 0 to vocab_size = "),
+        ({"top_k": -1}, "top_k is -1: want a whole number, 0 to vocab_size = "),
+        ({"top_k": 10_000}, "top_k is 10000: want a whole number, 0 to vocab_size = "),
     ],
 )
 def test_an_option_out_of_range_is_refused(tiny_model: RDT, option: dict[str, Any], wanted: str) -> None:
@@ -258,3 +263,19 @@ def test_the_chosen_token_comes_first_among_equals() -> None:
         assert all(len(set(row)) == k for row in indices.tolist())
     assert (scores.topk(3, dim=-1).indices[:, 0] != best).any(), "which it would not by itself"
     assert top_first(scores, best, 0)[0].shape == (50, 0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "masked", "wanted"),
+    [
+        ([[2, 4]], [[False, True]], "tokens is torch.int64 of shape (1, 2): want whole numbers of shape (L,)"),
+        ([2.0, 4.0], [False, True], "tokens is torch.float32 of shape (2,)"),
+        ([2, 4], [False, True, True], "masked is torch.bool of shape (3,): want bool of shape (2,)"),
+        ([2, 4], [0, 1], "masked is torch.int64 of shape (2,)"),
+        ([2, -1], [False, True], "tokens has -1: want 0 <= token < vocab_size = 121"),
+        ([2, 121], [False, True], "tokens has 121: want 0 <= token < vocab_size = 121"),
+    ],
+)
+def test_tokens_and_masks_that_are_none_are_named(tiny_model: RDT, tokens: Any, masked: Any, wanted: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(wanted)):
+        restore(tiny_model, torch.tensor(tokens), torch.tensor(masked))

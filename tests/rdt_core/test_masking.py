@@ -105,3 +105,17 @@ def test_berts_corruption_is_80_10_10() -> None:
 def test_impossible_shares_are_refused(random_share: float, keep_share: float) -> None:
     with pytest.raises(ValueError, match=f"random_share is {random_share}, keep_share is {keep_share}"):
         corrupt(torch.tensor([7]), torch.tensor([True]), 4, random_share=random_share, keep_share=keep_share)
+
+
+def test_random_tokens_want_a_vocabulary() -> None:
+    tokens, masked = torch.arange(4), torch.ones(4, dtype=torch.bool)
+    with pytest.raises(ValueError, match="vocab_size is 0"):
+        masking.corrupt(tokens, masked, 103, random_share=0.1, keep_share=0.1)
+    assert torch.equal(masking.corrupt(tokens, masked, 103, keep_share=1.0), tokens)
+    with pytest.raises(ValueError, match="random_share is nan"):
+        masking.corrupt(tokens, masked, 103, vocab_size=9, random_share=float("nan"))
+
+
+def test_a_chain_has_a_step() -> None:
+    with pytest.raises(ValueError, match="n_steps is 0: want >= 1"):
+        masking.chain_masks(torch.rand(4), 0)

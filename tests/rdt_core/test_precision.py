@@ -156,3 +156,8 @@ def test_what_is_left_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
         assert natural_precision(torch.device("cuda:1")) == wanted
     assert RDT(CONFIGS["plain"]).precision == "fp32"
     assert prepare(RDT(CONFIGS["plain"]), "bf16").precision == "bf16"
+
+
+def test_a_model_is_prepared_once(model: RDT) -> None:
+    with pytest.raises(ValueError, match="prepared already, for fp32: load it again"):
+        prepare(prepare(model))

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from rdt_core import checkpoint
+from rdt_core.checkpoint import export_release
 from training.release import main
 
 
@@ -37,3 +40,38 @@ def test_a_default_out_of_range_is_one_line(
     assert main(["--checkpoint", str(tiny_checkpoint), "--output", str(target), "--max_steps", "0"]) == 2
     assert capsys.readouterr().err == "rdt-release: max_steps is 0: want a whole number >= 1\n"
     assert not target.exists()
+
+
+def test_a_release_that_could_not_be_loaded_leaves_the_old_one(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Finite in single precision, infinite in half: what serves from the file must not find that out."""
+    values = torch.load(tiny_checkpoint, weights_only=True)
+    values["model_state_dict"]["inject.weight"][0, 0] = 1e5
+    large, served = tmp_path / "large.pt", tmp_path / "served.pt"
+    torch.save(values, large)
+    served.write_bytes(tiny_checkpoint.read_bytes())
+    assert main(["--checkpoint", str(large), "--output", str(served)]) == 2
+    assert "inject.weight holds values that are not finite numbers as float16" in capsys.readouterr().err
+    assert served.read_bytes() == tiny_checkpoint.read_bytes()
+
+
+def test_a_release_does_not_take_its_own_checkpoints_place(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "own.pt"
+    own.write_bytes(tiny_checkpoint.read_bytes())
+    assert main(["--checkpoint", str(own), "--output", str(tmp_path / "." / "own.pt")]) == 2
+    assert "is the checkpoint itself" in capsys.readouterr().err
+    assert own.read_bytes() == tiny_checkpoint.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [({"defaults": {"d_model": 32}}, "d_model is no default of requests"), ({"dtype": torch.int8}, "dtype is torch")],
+)
+def test_what_no_release_can_have_is_named(
+    tiny_checkpoint: Path, tmp_path: Path, options: dict[str, Any], wanted: str
+) -> None:
+    with pytest.raises(ValueError, match=wanted):
+        export_release(tiny_checkpoint, tmp_path / "served.pt", **options)

@@ -109,7 +109,8 @@ def _texts(options: argparse.Namespace) -> Iterable[tuple[str, str]]:
 
 
 def _lines(file: Path) -> Iterator[tuple[str, str]]:
-    with file.open(encoding="utf-8") as lines:
+    # A byte that is no UTF-8 becomes a lone surrogate, which is refused with its line, as any bad text is.
+    with file.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield f"{file}:{number}: ", line.rstrip("\n")

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import httpx
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from service.rest.problem import BatchAnswer, BatchResult, Problem
 from service.schema import DenoiseAnswer, DenoisePass, ModelCard
@@ -19,6 +19,7 @@ from service.schema import DenoiseAnswer, DenoisePass, ModelCard
 TIMEOUT_SECONDS = 60.0
 
 Item = str | Mapping[str, Any]
+Body = TypeVar("Body", bound=BaseModel)
 
 
 class ProblemError(Exception):
@@ -30,7 +31,11 @@ class ProblemError(Exception):
 
 
 class Client:
-    """Raises `ProblemError` for errors the server names and `httpx.HTTPError` for those of the wire."""
+    """Raises `ProblemError` for errors the server names and `httpx.HTTPError` for those of the wire.
+
+    An answer that is none, such as a proxy's page, or a stream without an end is one of the wire's
+    (`httpx.RemoteProtocolError`).
+    """
 
     def __init__(
         self,
@@ -46,7 +51,7 @@ class Client:
     def denoise(self, text: str, **options: Any) -> DenoiseAnswer:
         """Restore one text; options are the fields of `DenoiseRequest`."""
         answer = self._http.post("/denoise", json={"text": text, **options})
-        return DenoiseAnswer.model_validate_json(_checked(answer))
+        return _parsed(DenoiseAnswer, _checked(answer))
 
     def denoise_batch(self, items: Iterable[Item], **options: Any) -> list[BatchResult]:
         """Restore many texts: each item a text, or the fields of a `DenoiseRequest`; options are for all of them.
@@ -54,7 +59,7 @@ class Client:
         An item that failed is a result with a `problem`; only what is wrong with the whole is raised.
         """
         answer = self._http.post("/denoise/batch", json=_batch(items, options))
-        return BatchAnswer.model_validate_json(_checked(answer)).results
+        return _parsed(BatchAnswer, _checked(answer)).results
 
     def denoise_stream(self, text: str, **options: Any) -> Iterator[DenoisePass | DenoiseAnswer]:
         """Restore one text and see it after every pass; the answer comes last."""
@@ -65,9 +70,10 @@ class Client:
             events = _Events()
             for piece in response.iter_text():
                 yield from events.after(piece)
+            events.check_end()
 
     def model(self) -> ModelCard:
-        return ModelCard.model_validate_json(_checked(self._http.get("/model")))
+        return _parsed(ModelCard, _checked(self._http.get("/model")))
 
     def ready(self) -> bool:
         return self._http.get("/health/ready").status_code == httpx.codes.OK
@@ -101,12 +107,12 @@ class AsyncClient:
     async def denoise(self, text: str, **options: Any) -> DenoiseAnswer:
         """Restore one text; options are the fields of `DenoiseRequest`."""
         answer = await self._http.post("/denoise", json={"text": text, **options})
-        return DenoiseAnswer.model_validate_json(_checked(answer))
+        return _parsed(DenoiseAnswer, _checked(answer))
 
     async def denoise_batch(self, items: Iterable[Item], **options: Any) -> list[BatchResult]:
         """See `Client.denoise_batch`."""
         answer = await self._http.post("/denoise/batch", json=_batch(items, options))
-        return BatchAnswer.model_validate_json(_checked(answer)).results
+        return _parsed(BatchAnswer, _checked(answer)).results
 
     async def denoise_stream(self, text: str, **options: Any) -> AsyncIterator[DenoisePass | DenoiseAnswer]:
         """See `Client.denoise_stream`."""
@@ -118,9 +124,10 @@ class AsyncClient:
             async for piece in response.aiter_text():
                 for event in events.after(piece):
                     yield event
+            events.check_end()
 
     async def model(self) -> ModelCard:
-        return ModelCard.model_validate_json(_checked(await self._http.get("/model")))
+        return _parsed(ModelCard, _checked(await self._http.get("/model")))
 
     async def ready(self) -> bool:
         return (await self._http.get("/health/ready")).status_code == httpx.codes.OK
@@ -146,6 +153,7 @@ class _Events:
     def __init__(self) -> None:
         self._name = ""
         self._begun = ""  # line
+        self._answered = False
 
     def after(self, text: str) -> Iterator[DenoisePass | DenoiseAnswer]:
         """The events that are complete with this. Raises `ProblemError` for one that says the stream has failed."""
@@ -161,12 +169,27 @@ class _Events:
         if field != "data":
             return None
         if self._name == "problem":
-            raise ProblemError(Problem.model_validate_json(value))
-        return (DenoiseAnswer if self._name == "answer" else DenoisePass).model_validate_json(value)
+            raise ProblemError(_parsed(Problem, value))
+        self._answered = self._name == "answer"
+        return _parsed(DenoiseAnswer if self._answered else DenoisePass, value)
+
+    def check_end(self) -> None:
+        """Raises `httpx.RemoteProtocolError` if the stream was cut: the answer comes last."""
+        if not self._answered:
+            raise httpx.RemoteProtocolError("the stream ended without an answer")
 
 
 def _batch(items: Iterable[Item], options: Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(items, str | Mapping):
+        raise TypeError(f"items is a {type(items).__name__}: want several texts, or several mappings of fields")
     return {"items": [{"text": item} if isinstance(item, str) else dict(item) for item in items], **options}
+
+
+def _parsed(kind: type[Body], document: str | bytes) -> Body:
+    try:
+        return kind.model_validate_json(document)
+    except ValidationError as error:
+        raise httpx.RemoteProtocolError(f"the server's answer is no {kind.__name__}: {error}") from error
 
 
 def _headers(api_key: str | None) -> dict[str, str]:

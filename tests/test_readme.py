@@ -67,6 +67,15 @@ def test_the_command_line_prints_what_is_shown() -> None:
     assert run(command(".venv/bin/rdt-denoise")) == shown
 
 
+def test_the_python_examples_run(tmp_path: Path) -> None:
+    client, alone = blocks("python")
+    with server(tmp_path / "log") as running, wait_until_ready(running):
+        served = run([sys.executable, "-c", client.replace("http://127.0.0.1:8000", running.url)]).splitlines()
+    assert re.fullmatch(r"The quick brown \w+ jumps\. 2", served[0])
+    assert len(served) == 4, "an answer, two passes, and the answer again"
+    assert re.fullmatch(r"\['\w+'\] 2 \[\d\.\d+, \d\.\d+\]\n", run([sys.executable, "-c", alone]))
+
+
 def test_the_training_commands_train_and_evaluate(tmp_path: Path) -> None:
     lines = ["The quick brown fox jumps over the lazy dog near the river bank , and sleeps .\n"] * 200
     for name in ("text.txt", "other.txt"):

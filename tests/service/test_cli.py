@@ -56,12 +56,15 @@ def test_bad_lines_of_a_file_are_named_and_the_others_restored(
     checkpoint: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "texts.txt"
-    file.write_text("the\u2028[MASK]\n\n" + "a " * 40 + "\nfox\f[MASK]\n\u200b\n", encoding="utf-8")
+    text = "\ufeffthe\u2028[MASK]\n\n" + "a " * 40 + "\nfox\f[MASK]\n\u200b\n"
+    file.write_bytes(text.encode() + b"caf\xe9 [MASK]\n")
     assert denoise([*checkpoint, "--file", str(file)]) == 2
     printed = capsys.readouterr()
     assert [found[0] for found in OUTPUT.findall(printed.out)] == ["the\u2028[MASK]", "fox\f[MASK]"]
     problems = printed.err.splitlines()
-    assert [line.partition(": text ")[0] for line in problems] == [f"rdt-denoise: {file}:{number}" for number in (3, 5)]
+    assert [line.partition(": text ")[0] for line in problems] == [
+        f"rdt-denoise: {file}:{number}" for number in (3, 5, 6)
+    ]
 
 
 def test_a_reader_who_has_seen_enough_is_no_error(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import httpx
 import pytest
@@ -47,7 +48,8 @@ def test_a_streamed_text_may_hold_other_ends_of_lines(size: int) -> None:
     pieces = [content[start : start + size] for start in range(0, len(content), size)]
     transport = httpx.MockTransport(lambda _: httpx.Response(200, content=iter(pieces)))
     with Client("http://rdt", transport=transport) as client:
-        assert [event.text for event in client.denoise_stream("a")] == [text, text]
+        stream = client.denoise_stream("a")
+        assert [next(stream).text, next(stream).text] == [text, text]
 
 
 def test_the_sync_clients_batch_and_stream() -> None:
@@ -61,7 +63,7 @@ def test_the_sync_clients_batch_and_stream() -> None:
 
     with Client("http://rdt", transport=httpx.MockTransport(answer)) as client:
         assert client.denoise_batch(["a"], top_k=1) == []
-        assert [event.text for event in client.denoise_stream("a")] == ["b"]
+        assert next(client.denoise_stream("a")).text == "b"
         with pytest.raises(ProblemError, match="503"):
             next(client.denoise_stream("bad"))
 
@@ -75,3 +77,40 @@ def test_the_sync_client_sends_its_key_and_reads_foreign_errors() -> None:
         assert not client.ready()
         with pytest.raises(ProblemError, match="502 Bad Gateway: <h1>"):
             client.denoise("a")
+
+
+CUT = {
+    "nothing": b"",
+    "a page": b"<html>upstream says hello</html>",
+    "a pass and no more": b'event: pass\ndata: {"step": 1, "level": 0.5, "text": "a"}\n\n',
+    "half an event": b'event: answer\ndata: {"te',
+}
+
+
+@pytest.mark.parametrize("content", CUT.values(), ids=CUT)
+async def test_a_stream_without_an_answer_is_no_end(content: bytes) -> None:
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, content=content))
+    cut = pytest.raises(httpx.RemoteProtocolError, match="ended without an answer")
+    with Client("http://rdt", transport=transport) as client, cut:
+        list(client.denoise_stream("a"))
+    async with AsyncClient("http://rdt", transport=transport) as client:
+        with cut:
+            [event async for event in client.denoise_stream("a")]
+
+
+async def test_an_answer_that_is_none_is_the_wires_fault() -> None:
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, text="<html>"))
+    with Client("http://rdt", transport=transport) as client:
+        for call in (lambda: client.denoise("a"), lambda: client.denoise_batch(["a"]), client.model):
+            with pytest.raises(httpx.RemoteProtocolError, match="the server's answer is no"):
+                call()
+    async with AsyncClient("http://rdt", transport=transport) as client:
+        for waiting in (client.denoise("a"), client.denoise_batch(["a"]), client.model()):
+            with pytest.raises(httpx.RemoteProtocolError, match="the server's answer is no"):
+                await waiting
+
+
+@pytest.mark.parametrize("items", ["abc", {"text": "a"}])
+def test_one_text_is_no_batch(items: Any) -> None:
+    with Client("http://rdt") as client, pytest.raises(TypeError, match="want several texts"):
+        client.denoise_batch(items)

@@ -6,13 +6,21 @@ PIP := $(BIN)/pip --disable-pip-version-check install -q -c constraints.txt
 CHECKPOINT ?= models/rdt-small/best_model.pt
 DATA ?= wikitext-2
 
-.PHONY: help serve test lint format proto docs train evaluate bench up check-deploy clean
+# An environment that cannot run, moved or half made: its scripts name an interpreter that is not there. Made anew.
+ifneq ($(wildcard $(BIN)),)
+ifneq ($(shell $(BIN)/python -c 1 2>&1 && test -x "$$(sed -n '1s/^#!//p' $(BIN)/pip)" && echo runs),runs)
+$(info $(VENV) cannot run: making it anew)
+$(shell rm -rf $(VENV))
+endif
+endif
+
+.PHONY: help serve test lint format proto docs train evaluate with-text bench up check-deploy clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/' | expand -t 14
 
 serve: $(VENV)/service  ## install what serving needs, start the server on the bundled model
-	$(BIN)/rdt-serve --checkpoint $(CHECKPOINT)
+	$(BIN)/rdt-serve --checkpoint "$(CHECKPOINT)"
 
 test: $(VENV)/all  ## run the tests
 	$(BIN)/pytest $(ARGS)
@@ -33,11 +41,13 @@ docs: $(VENV)/all  ## generate the tables of docs/operations.md
 	PYTHONPATH=. $(BIN)/python docs/generate.py
 
 train: $(VENV)/all  ## train a small model: make train DATA=text.txt
-	$(BIN)/python -m training --config training/configs/small.yaml data.dataset_name=$(DATA) $(ARGS)
+	$(BIN)/python -m training --config training/configs/small.yaml "data.dataset_name=$(DATA)" $(ARGS)
 
-evaluate: $(VENV)/all  ## evaluate a checkpoint: make evaluate TEXT=text.txt
-	$(if $(TEXT),,$(error TEXT is not set: want make evaluate TEXT=text.txt))
-	$(BIN)/python -m training.evaluate --checkpoint $(CHECKPOINT) --text $(TEXT) $(ARGS)
+evaluate: with-text $(VENV)/all  ## evaluate a checkpoint: make evaluate TEXT=text.txt
+	$(BIN)/python -m training.evaluate --checkpoint "$(CHECKPOINT)" --text "$(TEXT)" $(ARGS)
+
+with-text:
+	$(if $(TEXT),,$(error TEXT is not set: want make evaluate TEXT=text.txt))@:
 
 bench: $(VENV)/all  ## the engine against a plain loop and static batches: make bench ARGS="--model base"
 	$(BIN)/python -m benchmarks.engine $(ARGS)

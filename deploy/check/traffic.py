@@ -18,6 +18,7 @@ KINDS: list[dict[str, Any]] = [
     {"text": EASY, "top_k": 5, "restore": "all"},
     {"text": LONG},
     {"text": EASY, "max_steps": 3, "threshold": 0},
+    {"text": EASY, "max_steps": 20, "threshold": 0.3},
     {"text": LONG, "max_steps": 100, "threshold": 0, "timeout_ms": 150},
     {"text": ""},
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Collection, Coroutine
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -77,13 +77,14 @@ def create_app(
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(Exception, on_crash)
     app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
+    open_paths = (health.LIVE_PATH, health.READY_PATH, playground.PATH, PATH)  # the last asks for its own key
     if api_key is not None:
-        open_paths = (health.LIVE_PATH, health.READY_PATH, playground.PATH, PATH)  # the last asks for its own key
         app.add_middleware(Door, key=ApiKey(api_key), open_paths=open_paths, metrics=measures)
     if tracer is not NO_TRACER or logging.getLogger(Observer.__module__).isEnabledFor(logging.DEBUG):
         app.add_middleware(Observer, tracer=tracer)
     app.add_middleware(RequestId)  # added last, runs first
     _document_components(app)
+    _document_keys(app, (PATH,) if api_key is None else set(app.openapi()["paths"]) - set(open_paths) | {PATH})
     return app
 
 
@@ -94,6 +95,18 @@ def _document_components(app: FastAPI) -> None:
         schema = document.model_json_schema(ref_template="#/components/schemas/{model}")
         components.update(schema.pop("$defs", {}))
         components[document.__name__] = schema
+
+
+def _document_keys(app: FastAPI, paths: Collection[str]) -> None:
+    """The paths that ask for a key, in either of the two headers."""
+    schema = app.openapi()
+    schema["components"]["securitySchemes"] = {
+        "bearer": {"type": "http", "scheme": "bearer"},
+        "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+    }
+    for path in set(paths) & set(schema["paths"]):
+        for operation in schema["paths"][path].values():
+            operation["security"] = [{"bearer": []}, {"key": []}]
 
 
 def _version() -> str:

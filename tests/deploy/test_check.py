@@ -8,9 +8,12 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import httpx
 import pytest
+
+from service.local import LocalDenoiser
 
 CHECK = Path(__file__).parents[2] / "deploy" / "check"
 
@@ -96,3 +99,15 @@ def test_the_script_is_bash_and_uses_every_part() -> None:
     assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
     text = script.read_text(encoding="utf-8")
     assert {path.name for path in CHECK.glob("*.py") if path.name not in text} == {"place.py"}
+
+
+@pytest.mark.e2e
+def test_with_the_bundled_model_everything_happens_that_is_waited_for(part: Callable[[str], ModuleType]) -> None:
+    denoiser = LocalDenoiser(CHECK.parents[1] / "models" / "rdt-small" / "best_model.pt", "cpu")
+    kinds = [kind for kind in part("traffic").KINDS if kind["text"] and "timeout_ms" not in kind]
+    ends = [denoiser.denoise({"text": kind["text"], **restore_options(kind)}) for kind in kinds]
+    assert {end.steps < end.max_steps for end in ends} == {True, False}, "by the gate, and by max_steps"
+
+
+def restore_options(kind: dict[str, Any]) -> dict[str, Any]:
+    return {name: kind[name] for name in ("max_steps", "threshold") if name in kind}

@@ -13,6 +13,7 @@ import pytest
 from rdt_core import ModelConfig, Tokenizer
 from service.engine.types import Job, Result
 from service.errors import CODES, DeadlineExceeded, Internal, ResourceExhausted, Unavailable
+from service.rest.app import create_app
 from service.rest.errors import STATUS, TITLE
 from service.schema import DenoiseAnswer
 from tests.fakes import Service
@@ -216,6 +217,8 @@ async def test_the_openapi_document(service: Service) -> None:
     async with service.client() as client:
         schema = (await client.get("/openapi.json")).json()
         assert [(await client.get(path)).status_code for path in ("/docs", "/redoc")] == [404, 404]
+    assert not any("security" in operation for path in schema["paths"].values() for operation in path.values())
+    assert {"401", "503"} <= set(schema["paths"]["/metrics"]["get"]["responses"])
     operation = schema["paths"]["/denoise"]["post"]
     request = operation["requestBody"]["content"]["application/json"]["schema"]
     assert request["required"] == ["text"]
@@ -236,3 +239,11 @@ async def test_the_model_card(service: Service, tiny_config: ModelConfig) -> Non
         card = (await client.get("/model")).json()
     assert card["digest"] == "0123456789abcdef"
     assert card["configuration"]["max_seq_len"] == tiny_config.max_seq_len
+
+
+async def test_the_openapi_document_says_where_a_key_is_wanted(service: Service) -> None:
+    app = create_app(service.lifecycle, service.metrics, max_body_bytes=4096, api_key="s3cret")
+    schema = app.openapi()
+    keyed = {path for path, methods in schema["paths"].items() if all("security" in one for one in methods.values())}
+    assert keyed == {"/denoise", "/denoise/batch", "/denoise/stream", "/metrics", "/model"}
+    assert set(schema["components"]["securitySchemes"]) == {"bearer", "key"}

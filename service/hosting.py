@@ -102,7 +102,8 @@ class Host:
         """
         serving = self._lifecycle.denoiser.card
         if self._reloading or self._retiring is not None:
-            raise FailedPrecondition("the last reload is not over: requests are still being finished on the old model")
+            doing = "the new model is being loaded" if self._reloading else "the old model still finishes requests"
+            raise FailedPrecondition(f"the last reload is not over: {doing}")
         self._reloading = True
         try:
             change = await self._replace(serving)

@@ -121,7 +121,7 @@ class Metrics:
         self.waiting_tokens_limit = self._gauge("waiting_tokens_limit", "Tokens that may wait.")
         self.replicas = self._gauge("replicas", "Batches computed side by side.")
         self.tick_tokens_limit = self._gauge("tick_tokens_limit", "Packed tokens of one engine tick at the most.")
-        self.model_info = Info("rdt_model", "The model being served.", registry=self.registry)
+        self._model_info: Info | None = None  # until there is a model
         ProcessCollector(registry=self.registry)  # memory, CPU, start time, of this process
         labels = dict.fromkeys(("name", "digest", "device", "precision"), ())
         self.declared.append(Declaration("rdt_model_info", "info", "The model being served; always 1.", labels))
@@ -145,7 +145,9 @@ class Metrics:
 
     def describe_model(self, name: str, digest: str, device: str, precision: str) -> None:
         """The model that requests meet from now on."""
-        self.model_info.info({"name": name, "digest": digest, "device": device, "precision": precision})
+        if self._model_info is None:
+            self._model_info = Info("rdt_model", "The model being served.", registry=self.registry)
+        self._model_info.info({"name": name, "digest": digest, "device": device, "precision": precision})
 
     @contextmanager
     def request(self, transport: Transport) -> Iterator[None]:

@@ -154,5 +154,7 @@ def _underscored(argument: str) -> str:
 def _problem(fault: ErrorDetails) -> str:
     name = str(fault["loc"][0])
     shown = f" is {json.dumps(printable(fault['input']))}"
+    if name.endswith("_key") and not fault["input"]:
+        return f"{name} ({PREFIX}{name.upper()}) is empty: want a key, or leave it unset"
     value = "" if name.endswith("_key") else shown  # a key is never shown
     return f"{name} ({PREFIX}{name.upper()}){value}: {fault['msg'][0].lower()}{fault['msg'][1:]}"

@@ -42,7 +42,9 @@ def expressions() -> Iterator[str]:
 
 
 def exported() -> set[str]:
-    families = Metrics(time.monotonic).registry.collect()
+    metrics = Metrics(time.monotonic)
+    metrics.describe_model("tiny", "abc", "cpu", "fp32")
+    families = metrics.registry.collect()
     return PROCESS | {family.name + suffix for family in families for suffix in SUFFIXES[family.type]}
 
 

@@ -109,3 +109,10 @@ def test_help_describes_every_setting(capsys: pytest.CaptureFixture[str]) -> Non
         assert f"--{name}" in text
         assert field.description
         assert field.description[:30] in text
+
+
+@pytest.mark.parametrize("name", ["api_key", "admin_key"])
+def test_an_empty_key_is_no_open_door(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(f"RDT_{name.upper()}", "")
+    with pytest.raises(SettingsError, match=rf"^{name} \(RDT_{name.upper()}\) is empty: want a key, or leave it"):
+        read_settings([])

@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from benchmarks import record
 from benchmarks.load import (
     Http,
     Request,
+    Sample,
     Send,
     Unsuccessful,
     drive,
@@ -135,18 +136,25 @@ async def transport(bench: Bench, send: Send[Request], bound: float) -> dict[str
 
 
 async def level(bench: Bench, send: Send[Request], share: float, rate: float, bound: float) -> dict[str, Any]:
+    """Arrivals at random for a while. Of the first tenth nothing is counted: the queue is not yet what it will be."""
+    n = round(rate * bench.options.seconds)
     before = await tick_totals(bench.http)
-    samples = await drive(send, bench.requests, poisson(rate, len(bench.requests)))
+    samples = await drive(send, islice(cycle(bench.requests), n), poisson(rate, n))
     after = await tick_totals(bench.http)
     spent = {name: after[name] - before[name] for name in after}
     figures = {
         "share": share,
-        **summary(samples, bound),
+        **summary(settled(samples, bench.options.seconds / 10), bound),
         "mean_tick_tokens": round(spent["tokens_sum"] / spent["tokens_count"], 1),
         "mean_tick_ms": round(spent["duration_seconds_sum"] / spent["duration_seconds_count"] * 1e3, 2),
     }
     print(" ", *(f"{figures[name]!s:>{len(name)}}" for name in COLUMNS), flush=True)
     return figures
+
+
+def settled(samples: Sequence[Sample], after: float) -> list[Sample]:
+    """Those that arrived after so many seconds, on a clock that starts then."""
+    return [replace(sample, arrival=sample.arrival - after) for sample in samples if sample.arrival >= after]
 
 
 async def tick_totals(http: Http) -> dict[str, float]:
@@ -222,7 +230,8 @@ def main() -> None:
     parser.add_argument("--model", default=str(BUNDLED), help=f"a checkpoint, or random weights: {', '.join(PRESETS)}")
     parser.add_argument("--transports", nargs="+", choices=SENDERS, default=list(SENDERS))
     parser.add_argument("--workload", choices=WORKLOADS, default="mixed")
-    parser.add_argument("--requests", type=int, default=200, help="per level")
+    parser.add_argument("--requests", type=int, default=200, help="different ones; capacity is that of all at once")
+    parser.add_argument("--seconds", type=float, default=60.0, help="per level")
     parser.add_argument("--levels", nargs="*", type=float, default=[0.3, 0.6, 0.8, 0.95], help="shares of capacity")
     parser.add_argument("--bound", type=float, help=f"seconds for goodput (default: {BOUND_FACTOR} x unloaded p50)")
     parser.add_argument("--overload-seconds", type=float, default=60.0, help="0 to skip")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
+import subprocess
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,11 +26,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def finish(benchmark: str, options: argparse.Namespace, **figures: Any) -> None:
     """Print the one JSON line, and keep it if `--save` asks for that."""
     asked = {name: v.name if isinstance(v, Path) else v for name, v in vars(options).items() if name != "save"}
-    line = {"benchmark": benchmark, "date": str(date.today()), "machine": machine(), "options": asked, **figures}
+    of = {"date": str(date.today()), "commit": commit(), "machine": machine(), "options": asked, "files": files(options)}
+    line = {"benchmark": benchmark, **of, **figures}
     if options.save:
         path = RESULTS / f"{options.save}.json"
         path.write_text(json.dumps(line, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(line))
+
+
+def files(options: argparse.Namespace) -> dict[str, str]:
+    """Of every file among the options, weights and texts, the beginning of its SHA-256."""
+    named = [Path(v) for v in vars(options).values() if isinstance(v, str | Path) and v and Path(v).is_file()]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in named}
+
+
+def commit() -> str | None:
+    """Of the code, with `-dirty` if it was changed since; None outside of a repository."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, cwd=RESULTS, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def machine() -> dict[str, Any]:

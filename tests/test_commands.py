@@ -1,0 +1,46 @@
+"""With the model alone, the other commands say in one line what is missing."""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+NEEDS = {
+    "rdt-serve": ("pydantic", "service"),
+    "rdt-denoise": ("pydantic", "service"),
+    "rdt-train": ("yaml", "training"),
+    "rdt-evaluate": ("yaml", "training"),
+}
+
+
+@pytest.mark.parametrize("command", NEEDS)
+def test_what_is_missing_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    module, _, name = PROJECT["scripts"][command].partition(":")
+    run = getattr(import_module(module), name)
+    missing, extra = NEEDS[command]
+    assert extra in PROJECT["optional-dependencies"]
+    for loaded in [*sys.modules]:
+        if loaded.partition(".")[0] in ("service", "training"):
+            monkeypatch.delitem(sys.modules, loaded)
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert run() == 2
+    assert capsys.readouterr().err == f"{command}: {missing} is missing: pip install 'rdt[{extra}]'\n"
+
+
+@pytest.mark.parametrize("command", NEEDS)
+def test_with_everything_there_they_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    module, _, name = PROJECT["scripts"][command].partition(":")
+    monkeypatch.setattr(sys, "argv", [command, "--help"])
+    with pytest.raises(SystemExit) as end:
+        getattr(import_module(module), name)()
+    assert end.value.code == 0
+    assert "usage: " in capsys.readouterr().out

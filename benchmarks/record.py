@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def finish(benchmark: str, options: argparse.Namespace, **figures: Any) -> None:
     """Print the one JSON line, and keep it if `--save` asks for that."""
     asked = {name: v.name if isinstance(v, Path) else v for name, v in vars(options).items() if name != "save"}
-    of = {"date": str(date.today()), "commit": commit(), "machine": machine(), "options": asked, "files": files(options)}
-    line = {"benchmark": benchmark, **of, **figures}
+    code = {"date": str(date.today()), "commit": commit(), "machine": machine()}
+    line = {"benchmark": benchmark, **code, "options": asked, "files": files(options), **figures}
     if options.save:
         path = RESULTS / f"{options.save}.json"
         path.write_text(json.dumps(line, indent=1) + "\n", encoding="utf-8")

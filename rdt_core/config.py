@@ -84,7 +84,7 @@ class ModelConfig:
         return self.n_decoder_layers if self.decoder_type == "transformer" else 0
 
     def _check_suppressed(self) -> None:
-        tokens = self.suppress_tokens
+        tokens: object = self.suppress_tokens  # whatever a file says
         if not isinstance(tokens, Sequence) or isinstance(tokens, str):
             raise ValueError(f"suppress_tokens is {tokens!r}: want a list of tokens")
         outside = [token for token in tokens if type(token) is not int or not 0 <= token < self.vocab_size]

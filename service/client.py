@@ -171,7 +171,7 @@ class _Events:
         if self._name == "problem":
             raise ProblemError(_parsed(Problem, value))
         self._answered = self._name == "answer"
-        return _parsed(DenoiseAnswer if self._answered else DenoisePass, value)
+        return _parsed(DenoiseAnswer, value) if self._answered else _parsed(DenoisePass, value)
 
     def check_end(self) -> None:
         """Raises `httpx.RemoteProtocolError` if the stream was cut: the answer comes last."""

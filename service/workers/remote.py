@@ -96,8 +96,9 @@ class Link:
         silent = 0
         while not self._lost.is_set():
             self._spoken = False
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._lost.wait(), LOOK_SECONDS)
+            with suppress(TimeoutError):  # and not `wait_for`, which before Python 3.12 may lose a cancellation
+                async with asyncio.timeout(LOOK_SECONDS):
+                    await self._lost.wait()
             silent = 0 if self._spoken else silent + 1
             if silent == SILENT_LOOKS:  # looks, not seconds: this process may have stood still itself
                 log.error("the engine has said nothing for %g s", LOOK_SECONDS * SILENT_LOOKS)

@@ -380,3 +380,16 @@ async def test_an_engine_that_stands_still_is_lost(
         await asyncio.wait_for(task, timeout=5)
     assert worker.lifecycle.state == "failed"
     assert "the engine has said nothing for" in caplog.text
+
+
+@pytest.mark.parametrize("turns", range(5))
+async def test_a_link_that_is_told_to_end_ends_whatever_else_happens_then(tmp_path: Path, turns: int) -> None:
+    link = remote.Link(tmp_path / "engine", "0.0", lambda *_: None)
+    watching = asyncio.create_task(link._watch(wire.Wire(lambda *_: None, lambda _: None)))
+    await asyncio.sleep(0.001)
+    link._lost.set()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    if watching.cancel():
+        with pytest.raises(asyncio.CancelledError):
+            await watching

@@ -140,7 +140,7 @@ class Host:
         backends = [make_backend(one.model, *bounds) for one in (loaded, *more) for _ in range(n_replicas)]
         engine = BatchingEngine(backends, limits, watcher=self._metrics, patience=settings.stuck_seconds or None)
         try:
-            await engine.warm(rehearsals(loaded, limits))
+            await engine.warm(rehearsals(loaded, limits), alone=self._engine is None)
             if engine.largest_tick < loaded.model.config.max_seq_len:
                 raise OutOfMemory(f"there is memory for texts of {engine.largest_tick} tokens only")
             await engine.start()

@@ -158,14 +158,15 @@ class BatchingEngine:
         """As they are after warming, when memory may have halved the budget of a tick."""
         return replace(self._limits, token_budget=self.largest_tick)
 
-    async def warm(self, ticks: Sequence[Sequence[Job]]) -> None:
+    async def warm(self, ticks: Sequence[Sequence[Job]], alone: bool = True) -> None:
         """Before `start`: one pass of each of these on every replica. Nothing of it is counted, and no bound applies.
 
         A tick that there is no memory for halves the budget, which `largest_tick` tells: the largest should come first.
+        It stays so if this engine was `alone` on its devices, and is tried again later if not.
         """
-        await asyncio.gather(*(self._warm(replica, ticks) for replica in self._replicas))
+        await asyncio.gather(*(self._warm(replica, ticks, alone) for replica in self._replicas))
 
-    async def _warm(self, replica: Replica, ticks: Sequence[Sequence[Job]]) -> None:
+    async def _warm(self, replica: Replica, ticks: Sequence[Sequence[Job]], alone: bool) -> None:
         for jobs in ticks:
             n_tokens = sum(len(job.tokens) for job in jobs)
             try:
@@ -174,7 +175,7 @@ class BatchingEngine:
                 self._shrink(replica, n_tokens, error)
             else:
                 replica.scheduler.worked(n_tokens)
-        replica.scheduler.warmed()
+        replica.scheduler.warmed(alone)
 
     async def start(self) -> None:
         self._accepting = True

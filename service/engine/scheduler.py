@@ -84,7 +84,8 @@ class Scheduler:
         self.short = False
         """The last tick tried was one that there was no memory for."""
         self._short_at = -math.inf
-        self._full = self.token_budget  # with all the memory there was at the start
+        self._warm = False
+        self._full = self.token_budget  # to which it may grow again
         self._largest = 0  # tick that was computed
         self._line = Line(limits) if line is None else line
         self._live: dict[Ticket, Entry] = {}  # in order of admission, which is the backend's order
@@ -184,9 +185,11 @@ class Scheduler:
         self._largest = max(self._largest, n_tokens)
         self.short = False
 
-    def warmed(self) -> None:
-        """What the budget is now has been seen to work."""
-        self._full = self.token_budget
+    def warmed(self, alone: bool) -> None:
+        """The budget has been tried out: it is for good if nobody else held memory then."""
+        self._warm = True
+        if alone:
+            self._full = self.token_budget
 
     def shrink(self, n_tokens: int, now: float = 0.0) -> None:
         """There was no memory for a tick of `n_tokens`. From now on half of that at the most.
@@ -197,6 +200,8 @@ class Scheduler:
         """
         if n_tokens > self._largest:
             self.token_budget = min(self.token_budget, n_tokens) // 2
+            if self._warm:
+                self._full = self.token_budget
         elif self.short:
             self.token_budget //= 2
         self.short, self._short_at = True, now

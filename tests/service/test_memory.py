@@ -254,3 +254,19 @@ async def test_a_backend_that_cannot_forget_ends_the_engine_at_once(monkeypatch:
     async with asyncio.timeout(5):
         await engine.drain(grace_seconds=60)
         await engine.stop()
+
+
+async def test_what_another_model_left_no_room_for_is_tried_once_it_may_be_gone(backend: Small) -> None:
+    """As at a reload, when the old model is still there."""
+    clock = FakeClock()
+    engine = BatchingEngine([backend], LIMITS, clock)
+    backend.room = 8
+    await engine.warm([[scripted_job(8, 1)] * n for n in (4, 2, 1)], alone=False)
+    assert engine.largest_tick == 8
+    await engine.start()
+    backend.room = 16
+    for seconds, tokens, largest in ((60, 16, 16), (60, 8, 32), (0, 32, 16), (1000, 8, 16)):
+        clock.now += seconds
+        await asyncio.gather(*(submit(engine, scripted_job(8, 1)) for _ in range(tokens // 8)))
+        assert engine.largest_tick == largest
+    await engine.stop()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from service.engine.backend import Backend
 from service.engine.scheduler import Scheduler, told
@@ -31,6 +31,7 @@ class Replica:
         self.tick_seconds = 0.0  # of the last tick: a guess at the next
         self._patience = patience
         self._stuck = False
+        self._doing: Future[Any] | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=THREADS)
 
     async def run(self, plan: Plan) -> Outcome:
@@ -47,6 +48,9 @@ class Replica:
 
     async def stop(self) -> None:
         """End the thread, after at most one pass; one that is stuck stays behind."""
+        if self._doing is not None and not self._stuck:
+            done, _ = await asyncio.wait({asyncio.wrap_future(self._doing)}, timeout=self._patience)
+            self._stuck = not done
         await asyncio.to_thread(self._thread.shutdown, wait=not self._stuck)
 
     async def _patiently(self, call: Callable[[], Value]) -> Value:
@@ -60,7 +64,8 @@ class Replica:
             raise Stuck(f"a tick has not come back for {self._patience:g} s") from error
 
     def _in_thread(self, call: Callable[[], Value]) -> asyncio.Future[Value]:
-        return asyncio.get_running_loop().run_in_executor(self._thread, call)
+        self._doing = doing = self._thread.submit(call)
+        return asyncio.wrap_future(doing)
 
 
 def _rehearse(backend: Backend, jobs: Sequence[Job]) -> None:

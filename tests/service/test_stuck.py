@@ -40,6 +40,20 @@ async def test_everybody_is_told_and_the_engine_gives_up(caplog: pytest.LogCaptu
     held.let_go()
 
 
+async def test_an_end_that_is_asked_for_meanwhile_does_not_wait_for_ever() -> None:
+    held = HeldBackend()
+    engine = BatchingEngine([held], LIMITS, patience=0.3)
+    await engine.start()
+    caller = asyncio.create_task(submit(engine))
+    await asyncio.to_thread(held.wait_until_started)
+    began = time.monotonic()
+    await engine.stop()
+    assert time.monotonic() - began < 2
+    with pytest.raises(Unavailable):
+        await caller
+    held.let_go()
+
+
 async def test_a_backend_that_does_not_start_again_is_stuck_too() -> None:
     class NeverResets(ScriptedBackend):
         def reset(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter
 from typing import Any
@@ -30,7 +31,7 @@ OK, REFUSED = 'sum(rdt_requests_total{outcome="ok"})', "sum(rdt_refused_total)"
 
 
 async def main() -> None:
-    before = {expression: value(expression) for expression in (OK, REFUSED)}
+    before = {expression: so_far(expression) for expression in (OK, REFUSED)}
     outcomes: Counter[str] = Counter()
     async with httpx.AsyncClient(base_url=SERVER, headers=HEADERS, timeout=60) as client:
         end = time.monotonic() + SECONDS
@@ -45,6 +46,12 @@ async def main() -> None:
         if not eventually(lambda expression=expression, n=n: value(expression) - before[expression] >= n):
             fail(f"Prometheus has {expression} risen by {value(expression) - before[expression]:g}: want {n}")
     print(", ".join(f"{n} {name}" for name, n in sorted(outcomes.items())) + "; Prometheus counted them")
+
+
+def so_far(expression: str) -> float:
+    """0 while Prometheus has seen nothing."""
+    seen = value(expression)
+    return 0.0 if math.isnan(seen) else seen
 
 
 async def ask_until(client: httpx.AsyncClient, end: float, fields: dict[str, Any], outcomes: Counter[str]) -> None:

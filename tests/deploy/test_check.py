@@ -111,3 +111,12 @@ def test_with_the_bundled_model_everything_happens_that_is_waited_for(part: Call
 
 def restore_options(kind: dict[str, Any]) -> dict[str, Any]:
     return {name: kind[name] for name in ("max_steps", "threshold") if name in kind}
+
+
+@pytest.mark.parametrize(("seen", "counts"), [(float("nan"), 0.0), (3.0, 3.0)])
+def test_before_the_first_scrape_nothing_has_happened(
+    part: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, seen: float, counts: float
+) -> None:
+    traffic = part("traffic")
+    monkeypatch.setattr(traffic, "value", lambda _: seen)
+    assert traffic.so_far("sum(rdt_refused_total)") == counts

@@ -115,12 +115,15 @@ class DenoiseAnswer(BaseModel):
 
     text: str
     corrupted_text: str | None = Field(default=None, description="The text as masked by the server, with `mask_ratio`.")
-    steps: int
-    max_steps: int
-    halt_reason: HaltReason
-    level: float
-    restored: list[Restored]
-    trace: list[TracePoint] | None
+    steps: int = Field(description="Passes made.")
+    max_steps: int = Field(description="Passes at the most: as asked for, or fewer if the server sheds load.")
+    halt_reason: HaltReason = Field(
+        description="`gate`: the level fell below the threshold, or everything had settled; `max_steps`: all passes "
+        "there were to be; `deadline`: the time was over."
+    )
+    level: float = Field(description="What the gate said last is left: 0 nothing, 1 everything.")
+    restored: list[Restored] = Field(description="Every token that was written, in order.")
+    trace: list[TracePoint] | None = Field(description="The level after every pass, if asked for.")
     timing_ms: TimingMs
     model: str = Field(description="Name of the model and the first 12 digits of its checkpoint's SHA-256.")
 
@@ -128,8 +131,8 @@ class DenoiseAnswer(BaseModel):
 class DenoisePass(BaseModel):
     """A restoration under way, after one pass."""
 
-    step: int
-    level: float
+    step: int = Field(description="Passes made so far.")
+    level: float = Field(description="What the gate says is left: 0 nothing, 1 everything.")
     text: str = Field(description="What would be the answer's text if this pass were the last.")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import grpc
 from grpc_health.v1 import health
 from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
@@ -40,6 +42,7 @@ class RpcServer:
         share_port: bool = False,
     ) -> None:
         self.port = 0
+        self._shares_port = share_port
         self._server = grpc.aio.server(
             interceptors=[Calls(tracer), *([] if api_key is None else [Door(ApiKey(api_key), metrics)])],
             options=[
@@ -55,11 +58,20 @@ class RpcServer:
     async def start(self, host: str, port: int) -> None:
         """Raises `OSError` if the address cannot be had."""
         try:
+            if not self._shares_port:
+                _try_out(host, port)
             self.port = self._server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
-        except RuntimeError as error:
+        except (OSError, RuntimeError) as error:
             raise OSError(f"cannot listen on {host}:{port}: {error}") from None
         await self._server.start()
 
     async def stop(self, grace_seconds: float) -> None:
         """Take no more calls; those under way get the grace period to be answered."""
         await self._server.stop(grace_seconds)
+
+
+def _try_out(host: str, port: int) -> None:
+    """Raises `OSError`. What gRPC cannot have it writes to standard error, in a form of its own."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        trial.bind((host, port))

@@ -17,6 +17,10 @@ THREADS = "engine"
 """What the names of computing threads begin with."""
 
 
+LOOKS = 4
+"""So often a tick is looked at while there is patience: the whole process may have stood still, which is one look."""
+
+
 class Stuck(Exception):
     """The backend has not come back. No thread can be ended from outside, so the process has to."""
 
@@ -54,14 +58,15 @@ class Replica:
         await asyncio.to_thread(self._thread.shutdown, wait=not self._stuck)
 
     async def _patiently(self, call: Callable[[], Value]) -> Value:
+        doing = self._in_thread(call)
         try:
-            async with asyncio.timeout(self._patience) as timer:
-                return await self._in_thread(call)
-        except TimeoutError as error:
-            if not timer.expired():
-                raise  # the backend's own
-            self._stuck = True
-            raise Stuck(f"a tick has not come back for {self._patience:g} s") from error
+            for _ in range(LOOKS):
+                if (await asyncio.wait({doing}, timeout=self._patience and self._patience / LOOKS))[0]:
+                    return doing.result()
+        finally:
+            doing.cancel()  # which is nothing if it is done
+        self._stuck = True
+        raise Stuck(f"a tick has not come back for {self._patience:g} s")
 
     def _in_thread(self, call: Callable[[], Value]) -> asyncio.Future[Value]:
         self._doing = doing = self._thread.submit(call)

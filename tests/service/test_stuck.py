@@ -7,11 +7,13 @@ import subprocess
 import sys
 import textwrap
 import time
+from unittest import mock
 
 import pytest
 
 from service.engine.engine import BatchingEngine
 from service.engine.scheduler import SchedulerLimits
+from service.engine.types import Outcome, Plan
 from service.errors import Internal, Unavailable
 from tests.service.scripted import HeldBackend, ScriptedBackend, scripted_job
 
@@ -54,6 +56,26 @@ async def test_an_end_that_is_asked_for_meanwhile_does_not_wait_for_ever() -> No
     held.let_go()
 
 
+async def test_a_process_that_was_stopped_for_a_while_goes_on() -> None:
+    """After `docker pause`, say: all timers are due at once, and the tick has hardly begun."""
+
+    class Short(ScriptedBackend):
+        def run(self, plan: Plan) -> Outcome:
+            time.sleep(0.1)
+            return super().run(plan)
+
+    engine = BatchingEngine([Short()], LIMITS, patience=0.4)
+    await engine.start()
+    caller = asyncio.create_task(submit(engine))
+    await asyncio.sleep(0.02)
+    loop = asyncio.get_running_loop()
+    with mock.patch.object(loop, "time", wraps=loop.time) as clock:
+        clock.return_value = loop.time() + 100.0
+        assert await caller == 1
+    assert engine.ready
+    await engine.stop()
+
+
 async def test_a_backend_that_does_not_start_again_is_stuck_too() -> None:
     class NeverResets(ScriptedBackend):
         def reset(self) -> None:
@@ -83,7 +105,7 @@ async def test_a_timeout_of_the_backends_own_is_a_broken_tick() -> None:
 
 async def test_patience_counts_a_tick_not_a_request() -> None:
     class Slow(ScriptedBackend):
-        def run(self, plan):  # type: ignore[no-untyped-def]
+        def run(self, plan: Plan) -> Outcome:
             time.sleep(0.05)
             return super().run(plan)
 

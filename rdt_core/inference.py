@@ -139,13 +139,16 @@ def _decode(model: RDT, state: State, packing: Packing, rows: Tensor, *, step: i
 def top_first(scores: Tensor, best: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The `k` highest of each row `(M, V)`, `best` `(M,)` before any that equal it: `(M, k)` values, `(M, k)` indices.
 
-    `max` and `topk` choose differently among equals.
+    `max` and `topk` choose differently among equals. Uses up `scores`: copies of whole vocabularies are dear.
     """
     if k == 0:
         return scores.new_zeros(len(scores), 0), best.new_zeros(len(scores), 0)
-    highest = scores.gather(1, best[:, None])  # (M, 1)
-    lifted = scores.scatter(1, best[:, None], math.inf).topk(k, dim=-1)
-    return torch.cat((highest, lifted.values[:, 1:]), dim=1), lifted.indices
+    at = torch.arange(len(best), device=best.device), best
+    highest = scores[at]  # (M,)
+    scores[at] = math.inf
+    values, indices = scores.topk(k, dim=-1)
+    values[:, 0] = highest
+    return values, indices
 
 
 def _assemble(

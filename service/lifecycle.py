@@ -45,9 +45,10 @@ class Lifecycle:
         """Raises `Unavailable` unless ready."""
         _ = self.denoiser
 
-    def open(self, denoiser: Denoiser) -> None:
-        """Loaded and warmed: take requests, from now on with this one."""
-        self._denoiser = denoiser
+    def open(self, denoiser: Denoiser) -> Denoiser | None:
+        """Loaded and warmed: take requests, from now on with this one. Returns the one before."""
+        before, self._denoiser = self._denoiser, denoiser
+        return before
 
     async def handed_over(self) -> None:
         """Returns once nobody takes the denoiser before this one any more. Here all callers are on one event loop."""

@@ -38,8 +38,8 @@ class Models(Lifecycle):
         self._engines: dict[str, Engine] = {}  # by the digest of their model
         self.serving: Serving | None = None
 
-    def open(self, denoiser: Denoiser) -> None:
-        super().open(denoiser)
+    def open(self, denoiser: Denoiser) -> Denoiser | None:
+        before = super().open(denoiser)
         limits = denoiser.limits
         self._engines[denoiser.card.digest] = denoiser.engine
         self.serving = Serving(
@@ -51,6 +51,7 @@ class Models(Lifecycle):
             limits.max_batch_items,
         )
         self._opened(self.serving)
+        return before
 
     def engine(self, digest: str) -> Engine:
         """That of the model which a job was made for. Raises `Unavailable`."""

@@ -44,7 +44,6 @@ class Worker:
         self.metrics = WorkerMetrics(time.monotonic, lambda: self.link)
         self._queue = ToldQueue(self.link, settings.max_waiting, settings.max_waiting_tokens)
         self._tokenizer: Tokenizer | None = None
-        self._denoiser: Denoiser | None = None
         self._adopting = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._adopted = asyncio.Event()
@@ -93,8 +92,7 @@ class Worker:
                 self._tokenizer = await asyncio.to_thread(Tokenizer, serving.tokenizer)
             engine = RemoteEngine(self.link, wire, serving, self._queue)
             denoiser = build_denoiser(serving, self._tokenizer, engine, self.metrics, self._tracer)
-            before, self._denoiser = self._denoiser, denoiser
-            self.lifecycle.open(denoiser)
+            before = self.lifecycle.open(denoiser)
             garbage.settle()
             if before is not None:
                 await before.handed_in()

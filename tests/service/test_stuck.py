@@ -20,6 +20,12 @@ from tests.service.scripted import HeldBackend, ScriptedBackend, scripted_job
 LIMITS = SchedulerLimits(token_budget=20, max_live=2, max_waiting=3, max_waiting_tokens=40)
 
 
+class Slow(ScriptedBackend):
+    def run(self, plan: Plan) -> Outcome:
+        time.sleep(0.1)
+        return super().run(plan)
+
+
 async def submit(engine: BatchingEngine, n_tokens: int = 20) -> int:
     with engine.reserve() as place:
         return (await engine.submit(scripted_job(n_tokens, depth=1), place)).steps
@@ -58,13 +64,7 @@ async def test_an_end_that_is_asked_for_meanwhile_does_not_wait_for_ever() -> No
 
 async def test_a_process_that_was_stopped_for_a_while_goes_on() -> None:
     """After `docker pause`, say: all timers are due at once, and the tick has hardly begun."""
-
-    class Short(ScriptedBackend):
-        def run(self, plan: Plan) -> Outcome:
-            time.sleep(0.1)
-            return super().run(plan)
-
-    engine = BatchingEngine([Short()], LIMITS, patience=0.4)
+    engine = BatchingEngine([Slow()], LIMITS, patience=0.4)
     await engine.start()
     caller = asyncio.create_task(submit(engine))
     await asyncio.sleep(0.02)
@@ -104,16 +104,11 @@ async def test_a_timeout_of_the_backends_own_is_a_broken_tick() -> None:
 
 
 async def test_patience_counts_a_tick_not_a_request() -> None:
-    class Slow(ScriptedBackend):
-        def run(self, plan: Plan) -> Outcome:
-            time.sleep(0.05)
-            return super().run(plan)
-
-    engine = BatchingEngine([Slow()], LIMITS, patience=0.5)
+    engine = BatchingEngine([Slow()], LIMITS, patience=0.4)
     await engine.start()
     with engine.reserve() as place:
-        result = await engine.submit(scripted_job(1, depth=14), place)
-    assert result.steps == 14
+        result = await engine.submit(scripted_job(1, depth=7), place)
+    assert result.steps == 7
     await engine.stop()
 
 

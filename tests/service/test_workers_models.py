@@ -243,10 +243,10 @@ async def test_a_batch_of_any_size_goes_through_a_reload(
     items = denoiser.read_batch({"items": [BRIEF] * 1024})
     batches, opens = [], worker.lifecycle.open
 
-    def swap(new: Denoiser) -> None:
+    def swap(new: Denoiser) -> Denoiser | None:
         """A batch has come for the old model just before."""
         batches.append(asyncio.create_task(denoiser.denoise_batch(items, "rest")))
-        opens(new)
+        return opens(new)
 
     monkeypatch.setattr(worker.lifecycle, "open", swap)
     write_other_model(path)

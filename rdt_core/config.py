@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 Halting = Literal["gate", "settle"]
-DecoderType = Literal["linear", "transformer"]
+DecoderType = Literal["linear", "dense", "transformer"]
+Norm = Literal["pre", "post"]
+Positions = Literal["rotary", "learned"]
 
 HALTINGS: tuple[str, ...] = get_args(Halting)
 REQUEST_DEFAULTS = ("halting", "max_steps", "threshold")
@@ -22,6 +24,9 @@ MAX_LAYERS = 1000
 """More would only be a damaged file's way of keeping a server busy."""
 
 DECODER_TYPES: tuple[str, ...] = get_args(DecoderType)
+NORMS: tuple[str, ...] = get_args(Norm)
+POSITIONS: tuple[str, ...] = get_args(Positions)
+CHOICES = {"decoder_type": DECODER_TYPES, "norm": NORMS, "positions": POSITIONS, "halting": HALTINGS}
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,11 @@ class ModelConfig:
     dropout: float = 0.1
     max_seq_len: int = 512
     decoder_type: DecoderType = "linear"
+    """What is between the hidden state and the vocabulary: a norm; BERT's dense layer and a norm; layers and a norm."""
+    norm: Norm = "pre"
+    """Where a layer norms: what its branches read, or, as BERT does, what they are added to."""
+    positions: Positions = "rotary"
+    """`learned`: a table of `max_seq_len` rows, added once, before the first pass."""
     gate_hidden_dim: int = 256
     n_prelude_layers: int = 0
     level_conditioning: bool = False
@@ -67,14 +77,10 @@ class ModelConfig:
             raise ValueError(f"threshold is {self.threshold!r}: want a finite number >= 0")
         if not isinstance(self.level_conditioning, bool):
             raise ValueError(f"level_conditioning is {self.level_conditioning!r}: want true or false")
-        if self.decoder_type not in DECODER_TYPES:
-            raise ValueError(f"decoder_type is {self.decoder_type!r}: want one of {', '.join(DECODER_TYPES)}")
-        if self.halting not in HALTINGS:
-            raise ValueError(f"halting is {self.halting!r}: want one of {', '.join(HALTINGS)}")
-        if self.d_model % (2 * self.n_heads) != 0:
-            raise ValueError(
-                f"d_model is {self.d_model}: want a multiple of 2 x n_heads = {2 * self.n_heads} (rotary pairs)"
-            )
+        self._check_choices()
+        unit, why = (2 * self.n_heads, "2 x n_heads") if self.positions == "rotary" else (self.n_heads, "n_heads")
+        if self.d_model % unit != 0:
+            raise ValueError(f"d_model is {self.d_model}: want a multiple of {why} = {unit}")
         if self.decoder_type == "transformer" and self.n_decoder_layers == 0:
             raise ValueError("n_decoder_layers is 0: want >= 1 with decoder_type 'transformer'")
 
@@ -82,6 +88,11 @@ class ModelConfig:
     def n_coda_layers(self) -> int:
         """Decoder layers that there are: a linear decoder has none, whatever their number says."""
         return self.n_decoder_layers if self.decoder_type == "transformer" else 0
+
+    def _check_choices(self) -> None:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: want one of {', '.join(allowed)}")
 
     def _check_suppressed(self) -> None:
         tokens: object = self.suppress_tokens  # whatever a file says

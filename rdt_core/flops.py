@@ -18,8 +18,9 @@ def pass_flops(config: ModelConfig, length: int) -> int:
 
 
 def decode_flops(config: ModelConfig) -> int:
-    """The vocabulary projection of one row."""
-    return 2 * config.d_model * config.vocab_size
+    """The vocabulary projection of one row, and what only that row needs before it."""
+    dense = config.d_model**2 if config.decoder_type == "dense" else 0
+    return 2 * (config.d_model * config.vocab_size + dense)
 
 
 def sequence_flops(config: ModelConfig, length: int, n_decoded: int, steps: int) -> int:

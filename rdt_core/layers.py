@@ -3,8 +3,9 @@
 T: packed tokens   N: sequences   L: tokens of one sequence   D: model width
 H: heads           C: width of one head (D / H)
 
-Pre-norm transformer layers (Xiong et al., 2020) with rotary positions (Su et al., 2021). There is no
-padding, so there is no mask: a token attends to every token of its own sequence and to no other.
+Pre-norm transformer layers (Xiong et al., 2020) with rotary positions (Su et al., 2021); or post-norm ones without, as
+BERT has them (Devlin et al., 2019). There is no padding, so there is no mask: a token attends to every token of its own
+sequence and to no other.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 from rdt_core.packing import Packing
 
 ROTARY_BASE = 10_000.0
+Rotary = tuple[Tensor, Tensor]  # what `rotary_angles` gives
 
 
-def rotary_angles(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+def rotary_angles(positions: Tensor, head_dim: int) -> Rotary:
     """Cosine and sine `(T, 1, C/2)` of every position `(T,)`, in float32."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angles = positions[:, None].float() * ROTARY_BASE**-exponents  # (T, C/2)
@@ -124,10 +126,11 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(d_model, 3 * d_model)
         self.out = nn.Linear(d_model, d_model)
 
-    def forward(self, x: Tensor, packing: Packing, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, packing: Packing, rotary: Rotary | None) -> Tensor:
         q, k, v = self.qkv(x).view(x.shape[0], 3, self.n_heads, -1).unbind(1)  # (T, H, C) each
-        mixed = self.attend(self.rotate(q, *rotary), self.rotate(k, *rotary), v, packing)
-        return self.out(mixed.reshape(x.shape))
+        if rotary is not None:
+            q, k = self.rotate(q, *rotary), self.rotate(k, *rotary)
+        return self.out(self.attend(q, k, v, packing).reshape(x.shape))
 
 
 class FeedForward(nn.Module):
@@ -142,18 +145,22 @@ class FeedForward(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """One pre-norm transformer layer; `condition` `(T, D)` modulates both norms if given."""
+    """One transformer layer, of pre-norms unless `post`; `condition` `(T, D)` modulates both norms if given."""
 
-    def __init__(self, d_model: int, n_heads: int, d_ff: int, dropout: float, conditioned: bool = False) -> None:
+    def __init__(
+        self, d_model: int, n_heads: int, d_ff: int, dropout: float, *, post: bool = False, conditioned: bool = False
+    ) -> None:
         super().__init__()
+        self.post = post
         self.attention_norm = AdaptiveNorm(d_model, conditioned)
         self.attention = SelfAttention(d_model, n_heads)
         self.feed_forward_norm = AdaptiveNorm(d_model, conditioned)
         self.feed_forward = FeedForward(d_model, d_ff)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(
-        self, x: Tensor, packing: Packing, rotary: tuple[Tensor, Tensor], condition: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, packing: Packing, rotary: Rotary | None, condition: Tensor | None = None) -> Tensor:
+        if self.post:
+            x = self.attention_norm(x + self.dropout(self.attention(x, packing, rotary)), condition)
+            return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)), condition)
         x = x + self.dropout(self.attention(self.attention_norm(x, condition), packing, rotary))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x, condition)))

@@ -16,6 +16,7 @@ Level and gate state are per sequence, so sequences of different depths share on
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -29,6 +30,9 @@ from rdt_core.packing import Packing
 
 if TYPE_CHECKING:
     from rdt_core.inference import Restoration
+
+
+POSITION_STD = 0.1  # of a fresh table, where embedded tokens have 1
 
 
 class State(NamedTuple):
@@ -51,17 +55,22 @@ class RDT(nn.Module):
         if config is not None and fields:
             raise TypeError("give RDT a ModelConfig or its fields, not both")
         self.config = config = config or ModelConfig.from_mapping(fields)
-        layer = (config.d_model, config.n_heads, config.d_ff, config.dropout)
+        layer = partial(
+            EncoderLayer, config.d_model, config.n_heads, config.d_ff, config.dropout, post=config.norm == "post"
+        )
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.embedding_dropout = nn.Dropout(config.dropout)
-        self.prelude = nn.ModuleList(EncoderLayer(*layer) for _ in range(config.n_prelude_layers))
+        learned = config.positions == "learned"
+        self.position_embedding = nn.Embedding(config.max_seq_len, config.d_model) if learned else None
+        self.prelude = nn.ModuleList(layer() for _ in range(config.n_prelude_layers))
         self.hidden_norm = nn.LayerNorm(config.d_model)
         self.inject = nn.Linear(config.d_model, config.d_model, bias=False)
         self.level_embedding = nn.Linear(1, config.d_model) if config.level_conditioning else None
         self.encoder = nn.ModuleList(
-            EncoderLayer(*layer, conditioned=config.level_conditioning) for _ in range(config.n_encoder_layers)
+            layer(conditioned=config.level_conditioning) for _ in range(config.n_encoder_layers)
         )
-        self.decoder = nn.ModuleList(EncoderLayer(*layer) for _ in range(config.n_coda_layers))
+        self.decoder = nn.ModuleList(layer() for _ in range(config.n_coda_layers))
+        self.decoder_dense = nn.Linear(config.d_model, config.d_model) if config.decoder_type == "dense" else None
         self.decoder_norm = nn.LayerNorm(config.d_model)
         self.decoder_bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.projection: nn.Module | None = None  # onto the vocabulary, when it is not the plain tied one
@@ -78,6 +87,8 @@ class RDT(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         nn.init.normal_(self.embedding.weight, std=self.config.d_model**-0.5)
+        if self.position_embedding is not None:
+            nn.init.normal_(self.position_embedding.weight, std=POSITION_STD)
         nn.init.eye_(self.inject.weight)
         for module in self.modules():
             if isinstance(module, EncoderLayer):  # residual branches start small
@@ -97,9 +108,16 @@ class RDT(nn.Module):
         return self.embedding_dropout(scaled)
 
     def begin(self, tokens: Tensor, masked: Tensor, packing: Packing) -> State:
-        """The prelude. tokens `(T,)`, masked `(T,)` bool -> the state before the first pass."""
-        embedded = self.embed(tokens)  # (T, D)
-        hidden = self._layers(self.prelude, embedded, packing)
+        """The prelude. tokens `(T,)`, masked `(T,)` bool -> the state before the first pass.
+
+        Raises `ValueError` for a sequence that is longer than a table of positions.
+        """
+        hidden = embedded = self.embed(tokens)  # (T, D)
+        if self.position_embedding is not None:
+            if packing.longest > self.config.max_seq_len:
+                raise ValueError(f"a sequence has {packing.longest} tokens: want 1 to {self.config.max_seq_len}")
+            hidden = embedded + self.position_embedding(packing.positions)
+        hidden = self._layers(self.prelude, hidden, packing)
         return State(hidden, embedded, masked, self.gate.start(packing))
 
     def forward(self, state: State, packing: Packing) -> State:
@@ -124,6 +142,8 @@ class RDT(nn.Module):
         hidden = self._layers(self.decoder, hidden, packing)
         if rows is not None:
             hidden = hidden[rows]
+        if self.decoder_dense is not None:
+            hidden = F.gelu(self.decoder_dense(hidden))
         normed: Tensor = self.decoder_norm(hidden)
         return normed
 
@@ -165,9 +185,10 @@ class RDT(nn.Module):
     def _layers(self, layers: nn.ModuleList, x: Tensor, packing: Packing, condition: Tensor | None = None) -> Tensor:
         if len(layers) == 0:
             return x
-        rotary = rotary_angles(
-            rounded_up(packing.positions, self.row_multiple), self.config.d_model // self.config.n_heads
-        )
+        rotary = None
+        if self.position_embedding is None:
+            positions = rounded_up(packing.positions, self.row_multiple)
+            rotary = rotary_angles(positions, self.config.d_model // self.config.n_heads)
         x = rounded_up(x, self.row_multiple)
         if condition is not None:
             condition = rounded_up(condition, self.row_multiple)

@@ -73,6 +73,8 @@ def prepare(model: RDT, precision: Precision = "fp32") -> RDT:
     halves = precision in DTYPES and model.device.type == "cuda"
     projection = SummedLinear(vocabulary, DTYPES[precision]) if halves else _ready(vocabulary, precision)
     _replace(model, inject=_ready(model.inject, precision), projection=projection)
+    if model.decoder_dense is not None:
+        _replace(model, decoder_dense=_ready(model.decoder_dense, precision))
     return model.requires_grad_(False).eval()
 
 

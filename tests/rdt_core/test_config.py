@@ -27,7 +27,9 @@ BAD_FIELDS: list[tuple[str, Any, str]] = [
     ("threshold", math.inf, "a finite number >= 0"),
     ("threshold", math.nan, "a finite number >= 0"),
     ("threshold", None, "want a number"),
-    ("decoder_type", "mlp", "one of linear, transformer"),
+    ("decoder_type", "mlp", "one of linear, dense, transformer"),
+    ("norm", "none", "one of pre, post"),
+    ("positions", "sine", "one of rotary, learned"),
     ("halting", "never", "one of gate, settle"),
     ("level_conditioning", "false", "want true or false"),
 ]
@@ -39,6 +41,12 @@ def test_a_bad_field_is_refused_with_its_name_value_and_range(field: str, value:
         ModelConfig(**{field: value})
     assert repr(value) in str(refusal.value)
     assert wanted in str(refusal.value)
+
+
+def test_only_rotary_positions_need_pairs() -> None:
+    assert ModelConfig(d_model=120, positions="learned").d_model == 120
+    with pytest.raises(ValueError, match=r"^d_model is 100: want a multiple of n_heads = 8$"):
+        ModelConfig(d_model=100, positions="learned")
 
 
 @pytest.mark.parametrize("token", [-1, 100, 1.5, "a"])
@@ -77,6 +85,8 @@ def test_a_linear_decoder_has_no_layers_to_count() -> None:
     linear, layers = ModelConfig(n_decoder_layers=4), ModelConfig(n_decoder_layers=4, decoder_type="transformer")
     assert (linear.n_coda_layers, layers.n_coda_layers) == (0, 4)
     assert sequence_flops(linear, 10, 2, 3) == sequence_flops(ModelConfig(), 10, 2, 3)
+    dense = ModelConfig(decoder_type="dense")
+    assert sequence_flops(dense, 10, 2, 3) == sequence_flops(linear, 10, 2, 3) + 2 * 2 * dense.d_model**2
     assert sequence_flops(layers, 10, 2, 3) == sequence_flops(linear, 10, 2, 3) + 40 * layer_flops(linear, 10)
 
 

@@ -19,6 +19,7 @@ VARIANTS = {
     "prelude": {"n_prelude_layers": 2},
     "transformer": {"decoder_type": "transformer", "n_decoder_layers": 2},
     "conditioned": {"level_conditioning": True},
+    "as BERT": {"norm": "post", "positions": "learned", "decoder_type": "dense", "n_prelude_layers": 1},
 }
 variants = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 
@@ -100,6 +101,29 @@ def test_decoding_some_rows_is_decoding_all_and_selecting(build: Build, changes:
     everything = model.decode(hidden, packing)
     assert everything.shape == (11, model.config.vocab_size)
     torch.testing.assert_close(model.decode(hidden, packing, rows), everything[rows])
+
+
+def test_learned_positions_tell_places_apart_and_end(build: Build) -> None:
+    model = build(norm="post", positions="learned", max_seq_len=9).eval()
+    packing = Packing.of([9, 4])
+    tokens, masked = torch.full((13,), 7), torch.ones(13, dtype=torch.bool)
+    hidden = model(model.begin(tokens, masked, packing), packing).hidden
+    assert torch.cdist(hidden[:9], hidden[:9]).fill_diagonal_(1).min() > 1e-3
+    state = model.begin(tokens, masked, packing)
+    assert torch.equal(state.hidden[:4], state.hidden[9:])
+    assert torch.equal(state.embedded, model.embed(tokens))
+    with pytest.raises(ValueError, match=r"^a sequence has 10 tokens: want 1 to 9$"):
+        model.begin(tokens, masked, Packing.of([10, 3]))
+
+
+def test_post_norms_are_the_last_thing_a_pass_does(build: Build) -> None:
+    model = perturb(build(norm="post")).eval()
+    tokens, masked, packing = random_sequences([6])
+    hidden = model(model.begin(tokens, masked, packing), packing).hidden
+    norm = model.encoder[-1].feed_forward_norm.norm
+    normed = (hidden - norm.bias) / norm.weight
+    torch.testing.assert_close(normed.mean(-1), torch.zeros(6), atol=1e-4, rtol=0)
+    torch.testing.assert_close(normed.std(-1, unbiased=False), torch.ones(6), atol=1e-3, rtol=0)
 
 
 def test_the_linear_decoder_is_tied_to_the_embedding(build: Build) -> None:

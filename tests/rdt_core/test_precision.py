@@ -28,8 +28,12 @@ CONFIGS = {
         vocab_size=90, d_model=32, n_heads=2, n_encoder_layers=1, n_prelude_layers=1, d_ff=64, level_conditioning=True,
         decoder_type="transformer", n_decoder_layers=1, suppress_tokens=(0, 3),
     ),
+    "as BERT": ModelConfig(
+        vocab_size=90, d_model=32, n_heads=4, n_encoder_layers=2, d_ff=64, norm="post", positions="learned",
+        decoder_type="dense", suppress_tokens=(0, 3),
+    ),
 }  # fmt: skip
-TOLERANCE: dict[Precision, float] = {"fp32": 1e-5, "bf16": 0.03, "int8": 0.06}  # of the spread of the hidden state
+TOLERANCE: dict[Precision, float] = {"fp32": 1e-5, "bf16": 0.03, "int8": 0.12}  # of the spread of the hidden state
 LENGTHS = (5, 9, 3, 9)
 
 

@@ -49,10 +49,15 @@ def assert_same(result: Result, alone: Result) -> None:
         assert [token for token, _ in ours] == [token for token, _ in theirs]
 
 
-@pytest.mark.parametrize("changes", [{"level_conditioning": True, "n_prelude_layers": 1}, {"decoder": True}])
-def test_models_with_more_parts(tiny_config: ModelConfig, changes: dict[str, bool | int]) -> None:
-    if changes.pop("decoder", False):
-        changes = {"decoder_type": "transformer", "n_decoder_layers": 1}  # type: ignore[dict-item]
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"level_conditioning": True, "n_prelude_layers": 1},
+        {"decoder_type": "transformer", "n_decoder_layers": 1},
+        {"norm": "post", "positions": "learned", "decoder_type": "dense"},
+    ],
+)
+def test_models_with_other_parts(tiny_config: ModelConfig, changes: dict[str, object]) -> None:
     torch.manual_seed(0)
     model = RDT(tiny_config.with_changes(**changes)).eval().requires_grad_(False)
     rng = random.Random(5)

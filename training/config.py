@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from rdt_core.config import DECODER_TYPES, HALTINGS
+from rdt_core.config import CHOICES
 from rdt_core.masking import SCHEDULES
 
 
@@ -38,6 +38,8 @@ class ModelSection:
     d_ff: int = 2048
     dropout: float = 0.1
     decoder_type: str = "linear"
+    norm: str = "pre"
+    positions: str = "rotary"
     gate_hidden_dim: int = 256
     n_prelude_layers: int = 0
     level_conditioning: bool = False
@@ -281,8 +283,7 @@ def _check(config: TrainConfig) -> None:
         "training.scheduler": ("cosine", "linear", "warmup_stable_decay"),
         "training.scheme": ("unroll", "chain"),
         "training.masking_strategy": tuple(SCHEDULES),
-        "model.decoder_type": DECODER_TYPES,
-        "model.halting": HALTINGS,
+        **{f"model.{name}": allowed for name, allowed in CHOICES.items()},
     }
     for key, allowed in choices.items():
         if _get(config, key) not in allowed:

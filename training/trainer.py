@@ -106,7 +106,7 @@ class Trainer:
         if config.training.compile:
             compile_layers(self.model)
         if config.training.init_from is not None and saved is None:
-            warm_start(self.model, config.training.init_from, self.tokenizer)
+            self.notes.append(warm_start(self.model, config.training.init_from, self.tokenizer))
         self.optimizer = make_optimizer(self.model, config.training)
         self.scheduler = make_scheduler(self.optimizer, config.training, self.n_steps)
         decay = config.training.average_decay

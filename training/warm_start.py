@@ -1,9 +1,9 @@
 """Start a model from weights that are there already: a checkpoint of this project, or a BERT-like one in a folder.
 
 Of this project's everything is taken; shape and vocabulary must be the same, but a deeper encoder may start
-from a shallower one, whose layers it takes again and again. Of a BERT-like one the token
-embedding table, which this model uses on both ends, scaled to the variance a fresh table has; not its
-positions (rotary here), its layers (pre-norm here, post-norm there) or any head.
+from a shallower one, whose layers it takes again and again. Of a BERT-like one the token embedding table, which this
+model uses on both ends, scaled to the variance a fresh table has; not its positions (rotary here), its layers (pre-norm
+here, post-norm there) or any head. With `norm: post` and `positions: learned` it takes those, too: `training.bert`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,25 @@ from torch import Tensor, nn
 from rdt_core import checkpoint
 from rdt_core.model import RDT
 from rdt_core.tokenizer import Tokenizer
+from training.bert import copy_bert, has_its_shape
 from training.config import ConfigError
 
 
 @torch.no_grad()
-def warm_start(model: RDT, source: str | Path, tokenizer: Tokenizer) -> None:
-    """Copy what can be had from a checkpoint file or a folder. Raises `ConfigError` and `CheckpointError`."""
-    if Path(source).is_file():
-        _copy_all(model, Path(source), tokenizer)
-    else:
-        copy_embeddings(model.embedding, Path(source), tokenizer, named="training.init_from")
+def warm_start(model: RDT, source: str | Path, tokenizer: Tokenizer) -> str:
+    """Copy what can be had from a checkpoint file or a folder; returns, in words, what that was.
+
+    Raises `ConfigError` and `CheckpointError`.
+    """
+    source, named = Path(source), "training.init_from"
+    if source.is_file():
+        _copy_all(model, source, tokenizer)
+        return f"{named} {source}: everything"
+    if has_its_shape(model.config):
+        _check_folder(source, tokenizer, named)
+        return f"{named} {source}: {copy_bert(model, source, named)}"
+    copy_embeddings(model.embedding, source, tokenizer, named)
+    return f"{named} {source}: the token embeddings; all else is fresh (layers want norm: post, positions: learned)"
 
 
 def _copy_all(model: RDT, path: Path, tokenizer: Tokenizer) -> None:
@@ -68,7 +77,7 @@ def copy_embeddings(table: nn.Embedding, folder: Path, tokenizer: Tokenizer, nam
     table.weight.copy_(found / found.std() * table.embedding_dim**-0.5)
 
 
-def _word_embeddings(folder: Path, tokenizer: Tokenizer, named: str) -> Tensor:
+def _check_folder(folder: Path, tokenizer: Tokenizer, named: str) -> None:
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{named} is {str(folder)!r}: want a folder with config.json and weights")
     vocabulary = folder / "tokenizer.json"
@@ -79,6 +88,10 @@ def _word_embeddings(folder: Path, tokenizer: Tokenizer, named: str) -> Tensor:
             raise ConfigError(f"{named} is {str(folder)!r}: its tokenizer.json is none") from error
         if theirs != json.loads(tokenizer.json)["model"]["vocab"]:
             raise ConfigError(f"{named} is {str(folder)!r}: its vocabulary is not this tokenizer's")
+
+
+def _word_embeddings(folder: Path, tokenizer: Tokenizer, named: str) -> Tensor:
+    _check_folder(folder, tokenizer, named)
     from transformers import AutoModel  # noqa: PLC0415 - heavy, and only for a warm start
 
     try:

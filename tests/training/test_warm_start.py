@@ -31,7 +31,6 @@ def bert(folder: Path, tokenizer: Tokenizer, **changes: int) -> torch.Tensor:
     return table
 
 
-@pytest.mark.slow
 def test_a_table_is_copied_and_scaled_like_a_fresh_one(model: RDT, tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
     table = bert(tmp_path, tiny_tokenizer)
     others = {name: p.clone() for name, p in model.named_parameters() if name != "embedding.weight"}
@@ -43,7 +42,6 @@ def test_a_table_is_copied_and_scaled_like_a_fresh_one(model: RDT, tiny_tokenize
     assert all(torch.equal(dict(model.named_parameters())[name], p) for name, p in others.items())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"hidden_size": 32}, {"vocab_size": 50}])
 def test_a_table_of_another_shape_is_refused(
     model: RDT, tiny_tokenizer: Tokenizer, tmp_path: Path, changes: dict[str, int]

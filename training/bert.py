@@ -1,0 +1,135 @@
+"""A model that starts as a BERT: one of its shape whose first pass computes what BERT computes.
+
+    BERT (Devlin et al., 2019)                       here, with `norm: post` and `positions: learned`
+    LN(word + position + type)                       LN(hidden) + inject(embedded), inject 0 to begin with
+    layers                                           the shared encoder, the first `n_encoder_layers` of theirs
+    dense, GELU, LN, tied table and bias             the same with `decoder_type: dense`, if theirs was not lost
+
+The gate is fresh. BERT never learnt what to make of the first pass's hidden state in a second one: left to train.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rdt_core.config import ModelConfig
+from rdt_core.layers import EncoderLayer
+from rdt_core.model import RDT
+from training.config import ConfigError
+
+HEAD = "cls.predictions.transform.dense.weight"
+
+
+def has_its_shape(config: ModelConfig) -> bool:
+    """Whether a BERT's layers fit at all; if not, there are its token embeddings to have."""
+    return config.norm == "post" and config.positions == "learned"
+
+
+@torch.no_grad()
+def copy_bert(model: RDT, folder: Path, named: str) -> str:
+    """Layers, positions and the table of the BERT in a folder, and its head if both have one; returns what was taken.
+
+    Raises `ConfigError`, which calls the setting what it is `named`.
+    """
+    where = f"{named} is {str(folder)!r}"
+    source, missing = _loaded(folder, where)
+    _check_shape(model.config, source.config, where)
+    scale = _copy_embeddings(model, source.bert.embeddings)
+    for ours, theirs in zip(model.encoder, source.bert.encoder.layer, strict=False):  # theirs may be more
+        assert isinstance(ours, EncoderLayer)
+        _copy_layer(ours, theirs)
+    has_head = HEAD not in missing and model.decoder_dense is not None
+    if has_head:
+        _copy_head(model, source.cls.predictions, scale)
+    layers = f"{len(model.encoder)} of {source.config.num_hidden_layers} layers"
+    taken = f"the token embeddings, positions and {layers}{', and the head' * has_head}"
+    return f"{taken}; fresh are the gate, how the input is fed back{', and the decoder' * (not has_head)}"
+
+
+def _loaded(folder: Path, where: str) -> tuple[Any, set[str]]:
+    """A `BertForMaskedLM`, and the names of its weights that the folder does not have."""
+    from transformers import AutoConfig, BertForMaskedLM  # noqa: PLC0415 - heavy, and only for a warm start
+
+    try:
+        kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
+        if kind != "bert":  # it would load, with none of its weights
+            raise ConfigError(f"{where}: its model_type is {kind!r}: want 'bert' with norm: post, positions: learned")
+        loaded: Any = BertForMaskedLM.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    except ConfigError:
+        raise
+    except Exception as error:  # of many kinds: no weights, truncated ones
+        raise ConfigError(f"{where}: {' '.join(str(error).split())[:300]}") from error
+    source, report = loaded
+    missing = set(report["missing_keys"])
+    if lost := sorted(name for name in missing if not name.startswith("cls.")):
+        raise ConfigError(f"{where}: it has no {lost[0]}")
+    return source, missing
+
+
+def _check_shape(config: ModelConfig, theirs: Any, where: str) -> None:
+    table, wanted = (theirs.vocab_size, theirs.hidden_size), (config.vocab_size, config.d_model)
+    if table != wanted:
+        raise ConfigError(f"{where}: its embeddings are {table}, want {wanted}")
+    for name, value, ours in (
+        ("n_heads", theirs.num_attention_heads, config.n_heads),
+        ("d_ff", theirs.intermediate_size, config.d_ff),
+        ("n_prelude_layers", 0, config.n_prelude_layers),
+    ):
+        if value != ours:
+            raise ConfigError(f"{where}: model.{name} is {ours}: want {value}, as there")
+    if config.n_encoder_layers > theirs.num_hidden_layers:
+        raise ConfigError(
+            f"{where}: model.n_encoder_layers is {config.n_encoder_layers}: want 1 to {theirs.num_hidden_layers}"
+        )
+    if config.max_seq_len > theirs.max_position_embeddings:
+        raise ConfigError(
+            f"{where}: model.max_seq_len is {config.max_seq_len}: want 3 to {theirs.max_position_embeddings}"
+        )
+    if theirs.hidden_act != "gelu":
+        raise ConfigError(f"{where}: its hidden_act is {theirs.hidden_act!r}: want 'gelu'")
+
+
+def _copy_embeddings(model: RDT, theirs: nn.Module) -> Tensor:
+    """Scaled as a fresh table is, which the norm right after them undoes; returns by how much."""
+    words, types = (_weight(theirs, f"{name}_embeddings") for name in ("word", "token_type"))
+    width = model.config.d_model
+    scale = width**-0.5 / words.std()
+    model.embedding.weight.copy_(words * scale)
+    assert model.position_embedding is not None
+    positions = (_weight(theirs, "position_embeddings") + types[0])[: model.config.max_seq_len]
+    model.position_embedding.weight.copy_(positions * scale * width**0.5)  # as `RDT.embed` scales words
+    model.hidden_norm.load_state_dict(theirs.get_submodule("LayerNorm").state_dict())
+    nn.init.zeros_(model.inject.weight)
+    return scale
+
+
+def _copy_layer(ours: EncoderLayer, theirs: nn.Module) -> None:
+    for kind in ("weight", "bias"):
+        parts = [getattr(theirs.get_submodule(f"attention.self.{name}"), kind) for name in ("query", "key", "value")]
+        getattr(ours.attention.qkv, kind).copy_(torch.cat(parts))
+    for mine, name in (
+        (ours.attention.out, "attention.output.dense"),
+        (ours.attention_norm.norm, "attention.output.LayerNorm"),
+        (ours.feed_forward.up, "intermediate.dense"),
+        (ours.feed_forward.down, "output.dense"),
+        (ours.feed_forward_norm.norm, "output.LayerNorm"),
+    ):
+        mine.load_state_dict(theirs.get_submodule(name).state_dict())
+
+
+def _copy_head(model: RDT, theirs: nn.Module, scale: Tensor) -> None:
+    """The table is larger by `scale` here, so what meets it is smaller."""
+    assert model.decoder_dense is not None
+    model.decoder_dense.load_state_dict(theirs.get_submodule("transform.dense").state_dict())
+    norm = theirs.get_submodule("transform.LayerNorm")
+    for kind in ("weight", "bias"):
+        getattr(model.decoder_norm, kind).copy_(getattr(norm, kind) / scale)
+    model.decoder_bias.copy_(theirs.get_parameter("bias"))
+
+
+def _weight(module: nn.Module, name: str) -> Tensor:
+    return module.get_submodule(name).get_parameter("weight")

@@ -92,7 +92,8 @@ class TrainingSection:
     """Passes of that deep run; what its last one predicts counts as final."""
     gate_sequences: int = 8
     gate_steps: int = 0
-    """With `unroll`, the last so many steps of the run teach the gate alone, on the finished encoder."""
+    """With `unroll`, the last so many steps of the run teach the gate alone, on the finished encoder. All steps
+    of a run teach the gate of `init_from` and leave the rest of it as it is."""
     gate_change_share: float = 0.02
     """Predictions count as settled once at most this share differs from the final ones."""
     compile: bool = False

@@ -96,10 +96,7 @@ class Trainer:
         self.validation_batches = Batches(validation, all_masked, self.tokenizer, stable_seed(config.seed, VALIDATION))
         self.steps_an_epoch = max(1, len(self.batches) // config.training.gradient_accumulation_steps)
         self.n_steps = config.training.num_steps or config.training.num_epochs * self.steps_an_epoch
-        if config.training.gate_steps >= self.n_steps:
-            raise ConfigError(f"training.gate_steps is {config.training.gate_steps}: the run has {self.n_steps} steps")
-        if (config.training.warmup_steps or 0) >= self.n_steps - config.training.gate_steps:
-            raise ConfigError(f"training.warmup_steps is {config.training.warmup_steps}: that is all of the run")
+        self._check_stages()
 
         torch.manual_seed(stable_seed(config.seed))
         self.model = RDT(model_config(config, self.tokenizer)).to(device)
@@ -118,6 +115,17 @@ class Trainer:
         self.last_saved = resume
         if saved is not None and resume is not None:
             self._restore(resume, saved)
+
+    def _check_stages(self) -> None:
+        section = self.config.training
+        n_learning = self.n_steps - section.gate_steps
+        if n_learning < 0 or (n_learning == 0 and section.init_from is None):
+            wanted = "want less, or with training.init_from as many"
+            raise ConfigError(
+                f"training.gate_steps is {section.gate_steps}: the run has {self.n_steps} steps, {wanted}"
+            )
+        if 0 < n_learning <= (section.warmup_steps or 0):
+            raise ConfigError(f"training.warmup_steps is {section.warmup_steps}: that is all of the run")
 
     def fit(self) -> bool:
         """Train to the last step; False if a signal ended the run early (its state is saved)."""

@@ -14,13 +14,16 @@ from training.compiled import compile_layers
 from training.trainer import Trainer
 
 
+@pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch looks at its own
 def test_a_compiled_run_is_the_same_run(
-    train_settings: Settings, cpu: torch.device, monkeypatch: pytest.MonkeyPatch
+    train_settings: Settings, cpu: torch.device, monkeypatch: pytest.MonkeyPatch, norm: str
 ) -> None:
     counter: Any = CompileCounterWithBackend("aot_eager")  # graphs without machine code, which takes a compiler
     monkeypatch.setattr(module, "compile_layers", lambda model: compile_layers(model, counter))
-    changes = {"training.num_steps": 24, "data.min_seq_length": 4, "training.grad_passes": 1}
+    positions = {"pre": "rotary", "post": "learned"}[norm]
+    changes: dict[str, Any] = {"training.num_steps": 24, "data.min_seq_length": 4, "training.grad_passes": 1}
+    changes |= {"model.norm": norm, "model.positions": positions}
     runs, n_graphs = [], []
     for compiled in (False, True):
         torch._dynamo.reset()
@@ -33,4 +36,4 @@ def test_a_compiled_run_is_the_same_run(
     assert len(later) > 5
     assert runs[1] == pytest.approx(runs[0], abs=1e-4)
     assert 0 < n_graphs[-12] == n_graphs[-1], "each length is compiled anew"
-    assert set(trainer.model.state_dict()) == set(Trainer(train_settings(), cpu).model.state_dict())
+    assert set(trainer.model.state_dict()) == set(Trainer(train_settings(**changes), cpu).model.state_dict())

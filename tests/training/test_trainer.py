@@ -331,5 +331,20 @@ def test_a_gate_that_waits_until_the_encoder_has_learnt(train_settings: Settings
 
 
 def test_gate_steps_that_leave_nothing_for_the_encoder_are_refused(train_settings: Settings) -> None:
-    with pytest.raises(ConfigError, match=r"training\.gate_steps is 4: the run has 4 steps"):
-        Trainer(train_settings(**{"training.num_steps": 4, "training.gate_steps": 4}), torch.device("cpu"))
+    for gate_steps in (4, 5):
+        with pytest.raises(ConfigError, match=rf"training\.gate_steps is {gate_steps}: the run has 4 steps, want less"):
+            Trainer(train_settings(**{"training.num_steps": 4, "training.gate_steps": gate_steps}), torch.device("cpu"))
+
+
+def test_a_run_may_teach_the_gate_of_other_weights_and_nothing_else(
+    train_settings: Settings, cpu: torch.device, tmp_path: Path
+) -> None:
+    before = Trainer(train_settings(**{"training.num_steps": 2, "training.average_decay": 0.5}), cpu)
+    before.fit()
+    changes = {"training.num_steps": 4, "training.gate_steps": 4, "training.init_from": str(before.last_saved)}
+    changes |= {"training.warmup_steps": 3, "output.checkpoint_dir": str(tmp_path / "gate")}
+    after = Trainer(train_settings(**changes), cpu)
+    after.fit()
+    theirs = before.model.state_dict()
+    changed = {name for name, weight in after.model.state_dict().items() if not torch.equal(weight, theirs[name])}
+    assert changed == {name for name in theirs if name.startswith("gate.")}

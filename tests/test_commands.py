@@ -44,3 +44,13 @@ def test_with_everything_there_they_run(
         getattr(import_module(module), name)()
     assert end.value.code == 0
     assert "usage: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", NEEDS)
+def test_each_tells_its_version(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    module, _, name = PROJECT["scripts"][command].partition(":")
+    monkeypatch.setattr(sys, "argv", [command, "--version"])
+    assert getattr(import_module(module), name)() == 0
+    assert capsys.readouterr().out == f"{command} {PROJECT['version']}\n"

@@ -1,9 +1,9 @@
-"""The commands as they are installed. With the model alone they say what else to install, in one line."""
+"""The commands as they are installed. Each tells its `--version`; with the model alone, what else to install."""
 
 from __future__ import annotations
 
 import sys
-from importlib import import_module
+from importlib import import_module, metadata
 
 
 def train() -> int:
@@ -15,6 +15,9 @@ def evaluate() -> int:
 
 
 def _run(command: str, module: str) -> int:
+    if sys.argv[1:] == ["--version"]:
+        print(command, metadata.version("rdt"))
+        return 0
     try:
         main = import_module(module).main
     except ModuleNotFoundError as error:

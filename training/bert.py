@@ -10,6 +10,9 @@ The gate is fresh. BERT never learnt what to make of the first pass's hidden sta
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from logging import CRITICAL
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +61,8 @@ def _loaded(folder: Path, where: str) -> tuple[Any, set[str]]:
         kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
         if kind != "bert":  # it would load, with none of its weights
             raise ConfigError(f"{where}: its model_type is {kind!r}: want 'bert' with norm: post, positions: learned")
-        loaded: Any = BertForMaskedLM.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+        with _unsaid():
+            loaded: Any = BertForMaskedLM.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     except ConfigError:
         raise
     except Exception as error:  # of many kinds: no weights, truncated ones
@@ -68,6 +72,22 @@ def _loaded(folder: Path, where: str) -> tuple[Any, set[str]]:
     if lost := sorted(name for name in missing if not name.startswith("cls.")):
         raise ConfigError(f"{where}: it has no {lost[0]}")
     return source, missing
+
+
+@contextmanager
+def _unsaid() -> Iterator[None]:
+    """No bar, and no alarm over a head that is not there: what matters is told by `copy_bert`."""
+    from transformers.utils import logging  # noqa: PLC0415 - heavy
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def _check_shape(config: ModelConfig, theirs: Any, where: str) -> None:

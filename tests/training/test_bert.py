@@ -85,6 +85,16 @@ def test_fewer_layers_are_its_first_ones(
     torch.testing.assert_close(hidden, torch.cat(theirs), **CLOSE)
 
 
+def test_nothing_is_said_over_its_shoulder(
+    config: ModelConfig, tiny_tokenizer: Tokenizer, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    saved(request.getfixturevalue("transformers"), "BertModel", config, tmp_path)
+    capfd = request.getfixturevalue("capfd")
+    capfd.readouterr()
+    warm_start(RDT(config), tmp_path, tiny_tokenizer)
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.fixture(
     params=[
         ({"num_attention_heads": 4}, {}, r"model.n_heads is 2: want 4, as there"),

@@ -57,12 +57,13 @@ def assert_same(result: Result, alone: Result) -> None:
         {"norm": "post", "positions": "learned", "decoder_type": "dense"},
     ],
 )
-def test_models_with_other_parts(tiny_config: ModelConfig, changes: dict[str, object]) -> None:
+@pytest.mark.parametrize("make", [backend_of, EagerBackend])
+def test_models_with_other_parts(tiny_config: ModelConfig, changes: dict[str, object], make: Any) -> None:
     torch.manual_seed(0)
     model = RDT(tiny_config.with_changes(**changes)).eval().requires_grad_(False)
     rng = random.Random(5)
     jobs = [random_job(rng, tiny_config.vocab_size) for _ in range(20)]
-    for job, result in zip(jobs, run_all(backend_of(model), jobs, rng), strict=True):
+    for job, result in zip(jobs, run_all(make(model), jobs, rng), strict=True):
         assert_same(result, run_reference(model, job))
 
 
@@ -181,11 +182,11 @@ def test_a_pass_leaves_frozen_and_dead_rows_alone(tiny_model: RDT) -> None:
     assert buffers.level[:3].isfinite().all()
 
 
-@pytest.mark.parametrize("level_conditioning", [False, True])
-def test_a_pass_asks_for_no_value_and_fits_every_size(tiny_config: ModelConfig, level_conditioning: bool) -> None:
+@pytest.mark.parametrize("changes", [{}, {"level_conditioning": True}, {"norm": "post", "positions": "learned"}])
+def test_a_pass_asks_for_no_value_and_fits_every_size(tiny_config: ModelConfig, changes: dict[str, object]) -> None:
     """Fake tensors have shapes and no values: whatever wants to know one fails, as it would in a capture."""
     with FakeTensorMode():
-        model = RDT(tiny_config.with_changes(level_conditioning=level_conditioning)).eval()
+        model = RDT(tiny_config.with_changes(**changes)).eval()
         buffers = Buffers.of(model, *sizes_up_to(400, 60)[-1])
         for size in sizes_up_to(400, 60):
             bucket = Bucket(

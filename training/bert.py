@@ -24,7 +24,8 @@ from rdt_core.layers import EncoderLayer
 from rdt_core.model import RDT
 from training.config import ConfigError
 
-HEAD = "cls.predictions.transform.dense.weight"
+HEAD = "cls.predictions"
+BIASES = {f"{HEAD}.bias", f"{HEAD}.decoder.bias"}  # one weight of two names
 
 
 def has_its_shape(config: ModelConfig) -> bool:
@@ -45,7 +46,8 @@ def copy_bert(model: RDT, folder: Path, named: str) -> str:
     for ours, theirs in zip(model.encoder, source.bert.encoder.layer, strict=False):  # theirs may be more
         assert isinstance(ours, EncoderLayer)
         _copy_layer(ours, theirs)
-    has_head = HEAD not in missing and model.decoder_dense is not None
+    lost_head = missing >= BIASES or any(name.startswith(f"{HEAD}.transform.") for name in missing)
+    has_head = model.decoder_dense is not None and not lost_head
     if has_head:
         _copy_head(model, source.cls.predictions, scale)
     layers = f"{len(model.encoder)} of {source.config.num_hidden_layers} layers"

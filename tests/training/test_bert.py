@@ -137,6 +137,26 @@ def test_what_is_no_bert_is_refused(
         warm_start(RDT(config), tmp_path, tiny_tokenizer)
 
 
+@torch.no_grad()
+def test_the_names_of_its_first_files_are_known(
+    transformers: Any, config: ModelConfig, tiny_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Those of 2018 call a norm's weights gamma and beta, and have the bias once."""
+    source = saved(transformers, "BertForMaskedLM", config, tmp_path)
+    weights = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): weight
+        for name, weight in source.state_dict().items()
+        if not name.startswith("cls.predictions.decoder")
+    }
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    model = RDT(config).eval()
+    assert "and the head; fresh" in warm_start(model, tmp_path, tiny_tokenizer)
+    sequence = texts(config)[0]
+    hidden, packing = first_pass(model, [sequence])
+    torch.testing.assert_close(model.decode(hidden, packing), source(sequence[None]).logits[0], **CLOSE)
+
+
 def test_a_bert_that_lost_weights_is_refused(
     transformers: Any, config: ModelConfig, tiny_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:

@@ -46,7 +46,7 @@ from training.evaluation.causal import Scorer, load_scorer
 from training.evaluation.lookups import halting_depths
 from training.evaluation.restoring import Evaluation, Measured, cut_segments
 from training.evaluation.table import Evaluated, Plan, evaluate
-from training.report import format_comparisons, format_table, plot, written
+from training.report import format_comparisons, format_levels, format_table, plot, written
 
 __all__ = ["Evaluation", "Measured", "cut_segments", "halting_depths", "main"]  # the benchmarks measure with these
 
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def as_text(found: Evaluated) -> str:
-    """The table, then the gate against the lookups, then what was looked up."""
+    """The table, what was looked up, the gate against the lookups, and what the level is worth."""
     parts = [format_table(found.rows)]
     if found.original_lm_bits:
         bits = ", ".join(f"{value:.2f} at {ratio:g}" for ratio, value in found.original_lm_bits.items())
@@ -97,6 +97,8 @@ def as_text(found: Evaluated) -> str:
         parts.append("\n".join(lines))
     if found.comparisons:
         parts.append(format_comparisons(found.comparisons))
+    if found.levels:
+        parts.append(format_levels(found.levels))
     return "\n\n".join(parts)
 
 

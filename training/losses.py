@@ -128,7 +128,8 @@ def _gate_losses(model: RDT, batch: Batch, packing: Packing, section: TrainingSe
     left = None  # (P, N)
     if not settle:
         will_change = (run.guesses != run.guesses[-1]).float()  # (P, M)
-        left = passes_left(will_change, rows, packing, section.gate_change_share)
+        sequences = packing.sequence_ids[rows]
+        left = passes_left(will_change, sequences, packing.n_sequences, section.gate_change_share)
     state = model.gate.start(packing)
     loss = state.level.new_zeros(())
     for step, seen in enumerate(run.states):
@@ -148,15 +149,14 @@ def cross_entropy(predicted: Tensor, truth: Tensor) -> Tensor:
     return -(truth * predicted.log() + (1 - truth) * torch.log1p(-predicted)).mean()
 
 
-def passes_left(will_change: Tensor, rows: Tensor, packing: Packing, change_share: float) -> Tensor:
+def passes_left(will_change: Tensor, sequences: Tensor, n_sequences: int, change_share: float) -> Tensor:
     """Passes until at most `change_share` of a sequence's guesses differ from the final ones, and stay so.
 
-    will_change `(P, M)` of 0 and 1 -> `(P, N)`, 0 = the predictions have settled.
+    will_change `(P, M)` of 0 and 1, the sequence of each `(M,)` -> `(P, N)`, 0 = the predictions have settled.
     """
     n_passes = len(will_change)
-    sequences = packing.sequence_ids[rows]
-    counts = torch.bincount(sequences, minlength=packing.n_sequences).clamp(min=1)
-    changing = will_change.new_zeros(n_passes, packing.n_sequences).index_add_(1, sequences, will_change)
+    counts = torch.bincount(sequences, minlength=n_sequences).clamp(min=1)
+    changing = will_change.new_zeros(n_passes, n_sequences).index_add_(1, sequences, will_change)
     unsettled = changing / counts > change_share  # (P, N)
     last_unsettled = (unsettled * torch.arange(1, n_passes + 1, device=unsettled.device)[:, None]).amax(0)  # (N,)
     steps = torch.arange(1, n_passes + 1, device=unsettled.device)[:, None]

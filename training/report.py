@@ -81,6 +81,18 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class LevelReading:
+    """Means over the segments of one mask ratio, in passes."""
+
+    mask_ratio: float
+    after: int  # passes made
+    said: float  # left, by the level
+    left: float  # in truth: until the guesses are those of the deepest run, and stay so
+    off: float  # how far one is from the other
+    correlation: float | None  # None where one of both is the same everywhere
+
+
+@dataclass(frozen=True)
 class Measure:
     """A column of `Row`, as people read it."""
 
@@ -165,6 +177,18 @@ def format_comparisons(comparisons: Sequence[Comparison]) -> str:
             f"{one.against_flops_per_token / 1e6:>9.2f}{100 * one.difference:>9.2f}{100 * one.interval:>7.2f}"
             f"{more + f'{one.saved:.2f}':>9}  {one.saved_low:.2f} to {one.saved_high:.2f}"
         )
+    return "\n".join(lines)
+
+
+def format_levels(readings: Sequence[LevelReading]) -> str:
+    lines = [
+        "passes left until the guesses stay: by the level, and in truth, means over segments",
+        "",
+        f"{'ratio':>6}{'after':>7}{'said':>9}{'left':>9}{'off':>9}{'correlation':>13}",
+    ]
+    for one in readings:
+        values = f"{one.said:>9.2f}{one.left:>9.2f}{one.off:>9.2f}{number(one.correlation):>13}"
+        lines.append(f"{one.mask_ratio:>6g}{one.after:>7}{values}")
     return "\n".join(lines)
 
 

@@ -138,11 +138,13 @@ def test_the_command_writes_text_json_and_picture(
     printed = capsys.readouterr().out
     assert "exact match" in printed
     assert "depths chosen on validation text" in printed
+    assert "passes left until the guesses stay" in printed
     summary = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
     assert (summary["model"], summary["segments"], summary["text"]) == ("tiny", 3, text_file.name)
     n_settings = 2 + 5 + 1 + 5 + 1 + 4 + 1 + 2  # fixed, gate, table, unchanged, settle, settle-gate, rounds
     assert len(summary["rows"]) == 2 * n_settings
     assert summary["comparisons"][0].keys() >= {"difference", "interval", "saved", "best"}
+    assert [(one["mask_ratio"], one["after"]) for one in summary["levels"]] == [(0.2, 1), (0.5, 1)]
     assert (tmp_path / "out" / "evaluation.txt").read_text(encoding="utf-8") == printed
     assert (tmp_path / "out" / "evaluation.png").read_bytes().startswith(b"\x89PNG")
     kept = tallies.read(tmp_path / "out" / "evaluation.npz")

@@ -87,14 +87,14 @@ def test_chain_supervises_newly_revealed_tokens_and_the_place_in_the_chain(model
 
 def test_passes_left_counts_down_to_the_last_change() -> None:
     will_change = torch.tensor([[1, 1, 0], [0, 1, 0], [1, 0, 0], [0, 0, 0]]).float()
-    rows, packing = torch.tensor([0, 1, 3]), Packing.of([2, 2])
-    assert passes_left(will_change, rows, packing, 0.02).T.tolist() == [[3, 2, 1, 0], [0, 0, 0, 0]]
-    assert passes_left(will_change, rows, packing, 0.5).T.tolist() == [[1, 0, 0, 0], [0, 0, 0, 0]]
+    sequences = torch.tensor([0, 0, 1])
+    assert passes_left(will_change, sequences, 2, 0.02).T.tolist() == [[3, 2, 1, 0], [0, 0, 0, 0]]
+    assert passes_left(will_change, sequences, 2, 0.5).T.tolist() == [[1, 0, 0, 0], [0, 0, 0, 0]]
 
 
 def test_passes_left_of_a_sequence_without_masks_is_zero() -> None:
     will_change = torch.tensor([[1.0], [0.0]])
-    assert passes_left(will_change, torch.tensor([4]), Packing.of([3, 3]), 0.02).T.tolist() == [[0, 0], [1, 0]]
+    assert passes_left(will_change, torch.tensor([1]), 2, 0.02).T.tolist() == [[0, 0], [1, 0]]
 
 
 def test_a_deep_run_without_settling_is_the_plain_recursion(model: RDT, batch: Batch) -> None:
@@ -165,7 +165,7 @@ def test_the_gate_loss_is_what_its_docstring_says(model: RDT, batch: Batch) -> N
     probabilities = torch.stack([model.decode(state.hidden, packing, rows).softmax(-1) for state in states])
     sureness, guesses = probabilities.max(-1)
     will_change = (guesses != guesses[-1]).float()
-    left = passes_left(will_change, rows, packing, 0.1)
+    left = passes_left(will_change, packing.sequence_ids[rows], packing.n_sequences, 0.1)
     expected = torch.zeros(())
     for step, state in enumerate(states):
         expected += F.binary_cross_entropy(state.gate.token_level[rows], 1 - sureness[step])

@@ -4,6 +4,7 @@ restoring   segments with fixed masks, and the model's own ways: depths and sett
 rounds      decoders that run the model anew on the text so far: mask-predict and ancestral sampling
 measures    exact match, runs, BLEU, and their intervals
 lookups     rules that halt without a gate, and the gate against them at equal passes
+levels      what the level says is left, against what is
 table       the rows of all of it
 causal      the left-to-right model that scores restored text
 """

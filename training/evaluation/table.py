@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from training.evaluation.causal import Scorer
+from training.evaluation.levels import level_readings
 from training.evaluation.lookups import (
     Held,
     Rules,
@@ -29,7 +30,7 @@ from training.evaluation.measures import RUN_LENGTHS, BleuCounter, per_segment, 
 from training.evaluation.restoring import Evaluation, Measured, Outcome, at_depth
 from training.evaluation.rounds import ancestral, mask_predict
 from training.evaluation.tallies import Tallies, estimate
-from training.report import Comparison, Row
+from training.report import Comparison, LevelReading, Row
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Evaluated:
     tables: dict[float, dict[float, int]] = field(default_factory=dict)  # budget -> mask ratio -> depth
     original_lm_bits: dict[float, float] = field(default_factory=dict)  # what the text itself scores at the masks
     tallies: list[Tallies] = field(default_factory=list)  # of each row
+    levels: list[LevelReading] = field(default_factory=list)
 
 
 class Point(NamedTuple):
@@ -199,6 +201,8 @@ def evaluate(
             found.rows.append(judge.row(ratio, point, tallies))
             found.tallies.append(tallies)
         found.comparisons.extend(_gate_against_lookups(deep, held.get(ratio), judge, ratio))
+        if plan.thresholds:
+            found.levels.extend(level_readings(deep.scores, deep.levels, deep.config, ratio))
         if settled and sure:
             found.comparisons.extend(_sure_against_even(deep, sure, settled, judge, ratio))
         if scorer is not None:

@@ -1,0 +1,49 @@
+"""What the level says is left, against what is: passes until the model's own guesses no longer change.
+
+S: segments   P: passes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from rdt_core.config import ModelConfig
+from training.config import TrainingSection
+from training.evaluation.restoring import Measured
+from training.losses import passes_left
+from training.report import LevelReading
+
+AFTER = (1, 2, 4)
+
+
+def level_readings(scores: Measured, levels: Tensor, config: ModelConfig, mask_ratio: float) -> Iterator[LevelReading]:
+    """Of every depth's scores and levels `(P, S)`; the guesses of the last one count as final, as in training.
+
+    Segments without a mask do not count, nor does the last pass, after which nothing is left by definition.
+    """
+    n_passes, n_segments = levels.shape
+    masks = torch.bincount(scores.segments, minlength=n_segments)
+    will_change = (scores.guesses != scores.guesses[-1]).float()
+    left = passes_left(will_change, scores.segments, n_segments, TrainingSection.gate_change_share)[:, masks > 0]
+    said = (levels * config.total_steps)[:, masks > 0]
+    for after in (n for n in AFTER if n < n_passes):
+        one, other = said[after - 1].double(), left[after - 1].double()
+        yield LevelReading(
+            mask_ratio,
+            after,
+            said=one.mean().item(),
+            left=other.mean().item(),
+            off=(one - other).abs().mean().item(),
+            correlation=_correlation(one, other),
+        )
+
+
+def _correlation(one: Tensor, other: Tensor) -> float | None:
+    """Pearson's; None where one of both is the same everywhere."""
+    spread = one.std(correction=0) * other.std(correction=0)
+    if spread == 0:
+        return None
+    return (((one - one.mean()) * (other - other.mean())).mean() / spread).item()

@@ -64,6 +64,7 @@ class Host:
         self._engine: BatchingEngine | None = None
         self._retiring: BatchingEngine | None = None
         self._reloading = False
+        self._at_rest = asyncio.Event()
         self._watching: asyncio.Task[None] | None = None
         self._finishing: asyncio.Task[None] | None = None
         metrics.watch(self)
@@ -92,7 +93,13 @@ class Host:
         loaded, *more = await asyncio.to_thread(read_models, self._settings)
         engine = await self._warm_engine(loaded, *more)
         self._open(loaded, engine)
+        self._at_rest.set()
         log.info("ready after %.1f s: %s on %s", time.monotonic() - began, loaded.name, loaded.model.device)
+
+    async def at_rest(self) -> None:
+        """Until the model is loaded and no reload is under way: `reload` can be called at once."""
+        while not self._at_rest.is_set():  # it may have been set and cleared before we ran
+            await self._at_rest.wait()
 
     async def reload(self) -> Reload:
         """Take in the checkpoint file again. Requests accepted before the swap finish on the old weights.
@@ -105,6 +112,7 @@ class Host:
             doing = "the new model is being loaded" if self._reloading else "the old model still finishes requests"
             raise FailedPrecondition(f"the last reload is not over: {doing}")
         self._reloading = True
+        self._at_rest.clear()
         try:
             change = await self._replace(serving)
         except ServiceError:
@@ -112,6 +120,7 @@ class Host:
             raise
         finally:
             self._reloading = False
+            self._rest()
         self._metrics.reloads.labels(change.outcome).inc()
         return change
 
@@ -188,6 +197,11 @@ class Host:
         await self._lifecycle.handed_over()
         await self._retiring.retire()
         self._retiring = None
+        self._rest()
+
+    def _rest(self) -> None:
+        if not self._reloading and self._retiring is None:
+            self._at_rest.set()
 
     async def _watch(self, engine: BatchingEngine) -> None:
         await engine.failed.wait()

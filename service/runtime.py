@@ -97,7 +97,7 @@ async def serve(settings: Settings) -> int:
     """Run until a signal comes. Returns the exit status; raises `OSError` if the address cannot be had."""
     stopped = asked_to_end()
     runtime = Runtime(settings)
-    on_hangup(reloader(runtime.host), stopped)
+    on_hangup(Reloader(runtime.host), stopped)
     with listen(settings.host, settings.http_port) as listener:
         await runtime.front.open(listener)
         status = await load_and_wait(runtime.host, stopped)
@@ -130,15 +130,26 @@ def listen(host: str, port: int, *, share: bool = False) -> socket.socket:
     return listener
 
 
-def reloader(host: Host) -> Callable[[], None]:
-    """What SIGHUP calls."""
-    reloads: set[asyncio.Task[None]] = set()
+class Reloader:
+    """What SIGHUP calls. Its sender waits for no answer and will not ask again, so what cannot be done now is done
+    when it can: one reload more after the one under way, which may have read the file before it was written.
+    """
 
-    def reload() -> None:
-        reloads.add(task := asyncio.create_task(_reload(host)))
-        task.add_done_callback(reloads.discard)
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._asked = False
+        self._answering: asyncio.Task[None] | None = None
 
-    return reload
+    def __call__(self) -> None:
+        self._asked = True
+        if self._answering is None or self._answering.done():
+            self._answering = asyncio.create_task(self._answer())
+
+    async def _answer(self) -> None:
+        while self._asked:
+            await self._host.at_rest()
+            self._asked = False
+            await _reload(self._host)
 
 
 async def load_and_wait(host: Host, stopped: asyncio.Event) -> int:
@@ -165,7 +176,7 @@ async def load_and_wait(host: Host, stopped: asyncio.Event) -> int:
 
 
 async def _reload(host: Host) -> None:
-    """Asked for by no caller. The host has logged what became of it, but for a time when nothing can be reloaded."""
+    """Asked for by no caller. The host has logged what became of it, but when the server is ending."""
     try:
         change = await host.reload()
     except ServiceError as error:

@@ -75,6 +75,7 @@ class Replica:
         """A changed `user_config` takes the checkpoint file in again. A file that cannot be served changes nothing:
         raising here would cost the replica that serves.
         """
+        await self._host.at_rest()
         try:
             change = await self._host.reload()
         except ServiceError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from service.hosting import Host
 from service.metrics import Metrics
-from service.runtime import load_and_wait, reloader
+from service.runtime import Reloader, load_and_wait
 from service.settings import Settings
 from service.signals import take_hangup
 from service.workers.children import CANNOT_START, ENGINE_FAILED
@@ -24,7 +24,7 @@ async def run(settings: Settings, path: Path, stopped: asyncio.Event) -> int:
     metrics = Metrics(time.monotonic)
     server = EngineServer(Ledger(metrics, settings.api_workers))
     host = Host(settings, server.models, metrics)
-    take_hangup(reloader(host))
+    take_hangup(Reloader(host))
     await server.start(path, host)
     status = await load_and_wait(host, stopped)
     if status == 0:

@@ -24,6 +24,7 @@ from service.lifecycle import Lifecycle
 from service.loading import load_model
 from service.metrics import Metrics
 from service.rest.app import create_app
+from service.runtime import Reloader
 from service.settings import Settings
 from tests.fakes import FakeClock
 
@@ -243,6 +244,31 @@ async def test_a_drain_finishes_both_models(hosted: Hosted, path: Path) -> None:
 async def test_nothing_to_reload_while_loading(path: Path) -> None:
     with pytest.raises(Unavailable, match="loading"):
         await Hosted(path).host.reload()
+
+
+async def test_hangups_are_not_lost(path: Path) -> None:
+    """What comes while a model loads, or while the old one finishes, is done after it."""
+    hosted = Hosted(path)
+    hang_up = Reloader(hosted.host)
+    hang_up()
+    await hosted.host.load()
+    await hosted.until(lambda: hosted.sample("rdt_model_reloads_total", outcome="unchanged") == 1)
+
+    long = asyncio.create_task(hosted.denoise({**ENDLESS, "timeout_ms": 500}))
+    await hosted.until(lambda: hosted.host.live == 1)
+    write_other_model(path)
+    hang_up()
+    await hosted.until(lambda: hosted.host._retiring is not None)
+    path.write_bytes(b"no checkpoint")
+    for _ in range(3):
+        hang_up()
+    assert not long.done()
+    await hosted.until(lambda: hosted.sample("rdt_model_reloads_total", outcome="failed") == 1)
+    assert (await long).halt_reason == "deadline"
+    await hosted.host.at_rest()
+    assert hosted.sample("rdt_model_reloads_total", outcome="swapped") == 1
+    assert hosted.sample("rdt_model_reloads_total", outcome="failed") == 1, "three that wait are one"
+    await hosted.host.stop()
 
 
 async def test_over_rest_with_the_admin_key(path: Path) -> None:

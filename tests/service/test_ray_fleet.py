@@ -228,7 +228,9 @@ async def test_a_reload_that_fails_does_not_cost_the_replica(error: FailedPrecon
             raise error
         return SimpleNamespace(outcome="swapped")
 
-    replica: Any = SimpleNamespace(_host=SimpleNamespace(reload=reload))
+    async def at_rest() -> None: ...
+
+    replica: Any = SimpleNamespace(_host=SimpleNamespace(reload=reload, at_rest=at_rest))
     await Replica.reconfigure(replica, {"weights": 2})
     assert asked == 1
 

@@ -14,7 +14,7 @@ $(shell rm -rf $(VENV))
 endif
 endif
 
-.PHONY: help serve test lint format proto docs train evaluate with-text bench up check-deploy clean
+.PHONY: help serve test test-all lint format proto docs train evaluate with-text bench up check-deploy clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/' | expand -t 14
@@ -24,6 +24,9 @@ serve: $(VENV)/service  ## install what serving needs, start the server on the b
 
 test: $(VENV)/all  ## run the tests
 	$(BIN)/pytest $(ARGS)
+
+test-all: $(VENV)/all  ## with the slow ones: processes that die, a Ray cluster that grows and shrinks
+	$(BIN)/pytest -m "not gpu" $(ARGS)
 
 lint: $(VENV)/all  ## style and types
 	$(BIN)/ruff check .

@@ -84,6 +84,11 @@ class Trainer:
         """What whoever started the run may not expect."""
         if resume is None and any(self.directory.glob("*.pt")):
             self.notes.append(f"{self.directory} has checkpoints of another run: its best_model.pt will be replaced")
+        if config.model.max_seq_len > config.data.max_seq_length:
+            self.notes.append(
+                f"the server will take texts of {config.model.max_seq_len} tokens (model.max_seq_len), "
+                f"the longest in training have {config.data.max_seq_length} (data.max_seq_length)"
+            )
         saved = checkpoints.read(resume) if resume is not None else None
         if saved is not None and resume is not None:
             self.tokenizer = checkpoints.tokenizer_of(resume, saved)

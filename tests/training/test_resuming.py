@@ -32,6 +32,15 @@ def test_a_second_run_in_a_folder_keeps_its_own_checkpoints_and_leaves_the_other
     assert f"{folder} has checkpoints of another run: its best_model.pt will be replaced" in capsys.readouterr().out
 
 
+def test_texts_that_training_never_showed_are_told(train_settings: Settings, cpu: torch.device) -> None:
+    short = Trainer(train_settings(), cpu).notes
+    assert short == [
+        "the server will take texts of 32 tokens (model.max_seq_len), "
+        "the longest in training have 16 (data.max_seq_length)"
+    ]
+    assert Trainer(train_settings(**{"model.max_seq_len": 16}), cpu).notes == []
+
+
 def test_what_a_killed_run_had_begun_to_save_is_cleared_away(finished: TrainConfig, cpu: torch.device) -> None:
     left = Path(finished.output.checkpoint_dir) / ".checkpoint_epoch_0_step_9.pt.123.partial"
     left.write_bytes(b"half")

@@ -138,6 +138,10 @@ def _evaluation(options: argparse.Namespace, loaded: LoadedModel, text: str, nam
     corpus = local_corpus(text, loaded.tokenizer, options.cache_dir, named)
     tokens = torch.from_numpy(corpus.tokens.astype("int64"))
     segments = cut_segments(tokens, loaded.tokenizer, options.length, options.segments, named=named)
+    if len(segments) < 2:
+        raise ConfigError(
+            f"{named} has one segment of {options.length} tokens: want 2, intervals are of their differences"
+        )
     return Evaluation(loaded.model, loaded.tokenizer, segments, options.seed, options.batch_size)
 
 

@@ -171,6 +171,16 @@ def test_the_command_computes_in_the_format_it_is_given(
     assert bits["fp32"] == pytest.approx(bits["bf16"], abs=0.05)
 
 
+def test_a_text_of_one_segment_has_no_intervals(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("a b c d e f g h\n", encoding="utf-8")
+    assert main(["--checkpoint", str(tiny_checkpoint), "--text", str(text), "--length", "8"]) == 2
+    problem = "--text has one segment of 8 tokens: want 2, intervals are of their differences"
+    assert capsys.readouterr().err == f"rdt-evaluate: {problem}\n"
+
+
 def test_a_file_that_is_no_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--checkpoint", str(tmp_path / "none.pt"), "--text", "x.txt"]) == 2
     assert capsys.readouterr().err == f"rdt-evaluate: {tmp_path / 'none.pt'}: no such file\n"

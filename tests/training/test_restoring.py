@@ -29,7 +29,7 @@ def test_fewer_segments_are_spread_over_the_text(tiny_tokenizer: Tokenizer) -> N
 
 
 def test_a_text_shorter_than_a_segment_is_an_error(tiny_tokenizer: Tokenizer) -> None:
-    with pytest.raises(ConfigError, match="--text has 3 tokens: want at least --length = 7"):
+    with pytest.raises(ConfigError, match="--text has 3 tokens: want at least 5, which with two more"):
         cut_segments(torch.arange(3), tiny_tokenizer, length=7, at_most=None)
 
 

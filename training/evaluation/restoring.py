@@ -90,7 +90,7 @@ def cut_segments(
     body = length - 2
     n = len(tokens) // body
     if n == 0:
-        raise ConfigError(f"{named} has {len(tokens)} tokens: want at least --length = {length}")
+        raise ConfigError(f"{named} has {len(tokens)} tokens: want at least {body}, which with two more are a segment")
     chosen = range(n) if at_most is None or at_most >= n else [i * n // at_most for i in range(at_most)]
     ends = torch.tensor([tokenizer.cls_id]), torch.tensor([tokenizer.sep_id])
     return [torch.cat((ends[0], tokens[i * body : (i + 1) * body], ends[1])) for i in chosen]

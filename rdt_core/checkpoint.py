@@ -127,10 +127,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> LoadedModel:
         raise CheckpointError(path, "was replaced while it was being read: try again")
     config = model_config(path, checkpoint)
     tokenizer = tokenizer_of(path, checkpoint)
-    if tokenizer.vocab_size != config.vocab_size:
-        raise CheckpointError(
-            path, f"the tokenizer has {tokenizer.vocab_size} entries, the model's vocab_size is {config.vocab_size}"
-        )
+    _check_vocabulary(path, tokenizer, config)
     model = _described(path, config)
     check_weights(path, model, checkpoint.model_state_dict)
     weights = {name: tensor.to(torch.float32) for name, tensor in checkpoint.model_state_dict.items()}
@@ -164,6 +161,7 @@ def export_release(
     config = {**_without_places(checkpoint.config), "name": name or checkpoint.config.get("name")}
     config["model"] = model_config(source, checkpoint).with_changes(**(defaults or {})).to_mapping()
     described = _described(source, ModelConfig.from_mapping(config["model"]))
+    _check_vocabulary(source, tokenizer_of(source, checkpoint), described.config)
     check_weights(source, described, checkpoint.model_state_dict)
     weights = {key: tensor.to(dtype) for key, tensor in checkpoint.model_state_dict.items()}
     check_weights(source, described, weights, f"as {str(dtype).removeprefix('torch.')} ")
@@ -193,6 +191,13 @@ def tokenizer_of(path: str | Path, checkpoint: Checkpoint) -> Tokenizer:
         return Tokenizer(checkpoint.tokenizer)
     except (ValueError, TypeError) as error:
         raise CheckpointError(path, f"tokenizer: {error}") from error
+
+
+def _check_vocabulary(path: str | Path, tokenizer: Tokenizer, config: ModelConfig) -> None:
+    if tokenizer.vocab_size != config.vocab_size:
+        raise CheckpointError(
+            path, f"the tokenizer has {tokenizer.vocab_size} entries, the model's vocab_size is {config.vocab_size}"
+        )
 
 
 def _described(path: str | Path, config: ModelConfig) -> RDT:

@@ -31,10 +31,9 @@ class ProblemError(Exception):
 
 
 class Client:
-    """Raises `ProblemError` for errors the server names and `httpx.HTTPError` for those of the wire.
-
-    An answer that is none, such as a proxy's page, or a stream without an end is one of the wire's
-    (`httpx.RemoteProtocolError`).
+    """Raises `ProblemError` for every status that is an error (of type `about:blank` if what comes is no problem
+    document but, say, a proxy's page) and `httpx.HTTPError` for errors of the wire. A success that is no answer, or a
+    stream without an end, is one of those (`httpx.RemoteProtocolError`).
     """
 
     def __init__(

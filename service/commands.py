@@ -21,7 +21,7 @@ def _run(command: str, name: str) -> int:
     try:
         cli = import_module("service.cli")
     except ModuleNotFoundError as error:
-        print(f"{command}: {error.name} is missing: pip install 'rdt[service]'", file=sys.stderr)
+        print(f"{command}: {str(error.name).partition('.')[0]} is missing: pip install 'rdt[service]'", file=sys.stderr)
         return 2
     status: int = getattr(cli, name)()
     return status

@@ -144,7 +144,7 @@ class Host:
     async def _warm_engine(self, loaded: LoadedModel, *more: LoadedModel) -> BatchingEngine:
         settings = self._settings
         limits = scheduler_limits(settings, loaded)
-        n_replicas = settings.replicas or default_replicas(loaded.model.device)
+        n_replicas = settings.replicas or default_replicas(loaded.model.device, settings.threads)
         bounds = limits.token_budget, limits.max_live
         backends = [make_backend(one.model, *bounds) for one in (loaded, *more) for _ in range(n_replicas)]
         engine = BatchingEngine(backends, limits, watcher=self._metrics, patience=settings.stuck_seconds or None)
@@ -217,11 +217,11 @@ def read_models(settings: Settings) -> list[LoadedModel]:
     return models
 
 
-def default_replicas(device: torch.device) -> int:
-    """One batch a core, each in one thread: several threads to a batch wait for one another at every operation,
-    and for the event loop when it takes one of their cores. A GPU takes one batch at a time.
+def default_replicas(device: torch.device, threads: int = 1) -> int:
+    """One batch a core, each in one thread unless told otherwise: several threads to a batch wait for one another at
+    every operation, and for the event loop when it takes one of their cores. A GPU takes one batch at a time.
     """
-    return usable_cores() if device.type == "cpu" else 1
+    return max(1, usable_cores() // threads) if device.type == "cpu" else 1
 
 
 def scheduler_limits(settings: Settings, loaded: LoadedModel) -> SchedulerLimits:

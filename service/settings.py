@@ -87,7 +87,10 @@ class Settings(BaseSettings):
         None, min_length=1, description="Key of POST /model/reload, which is there only if this is set."
     )
     replicas: int = Field(
-        0, ge=0, le=1024, description="Batches computed side by side; 0: one for each core of a CPU, one on CUDA."
+        0,
+        ge=0,
+        le=1024,
+        description="Batches computed side by side; 0: as many as the cores have threads for, one on CUDA.",
     )
     stuck_seconds: float = Field(
         60.0,

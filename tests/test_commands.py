@@ -15,7 +15,14 @@ NEEDS = {
     "rdt-denoise": ("pydantic", "service"),
     "rdt-train": ("yaml", "training"),
     "rdt-evaluate": ("yaml", "training"),
+    "rdt-compare": ("sacrebleu", "training"),
+    "rdt-scorer": ("tqdm", "training"),
 }
+COMMANDS = [*NEEDS, "rdt-release"]  # which the model alone can do
+
+
+def test_all_that_are_installed_are_here() -> None:
+    assert PROJECT["scripts"].keys() == set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", NEEDS)
@@ -34,7 +41,7 @@ def test_what_is_missing_is_one_line(
     assert capsys.readouterr().err == f"{command}: {missing} is missing: pip install 'rdt[{extra}]'\n"
 
 
-@pytest.mark.parametrize("command", NEEDS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_with_everything_there_they_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
@@ -46,7 +53,7 @@ def test_with_everything_there_they_run(
     assert "usage: " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", NEEDS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_each_tells_its_version(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:

@@ -14,6 +14,18 @@ def evaluate() -> int:
     return _run("rdt-evaluate", "training.evaluate")
 
 
+def compare() -> int:
+    return _run("rdt-compare", "training.compare")
+
+
+def scorer() -> int:
+    return _run("rdt-scorer", "training.scorer")
+
+
+def release() -> int:
+    return _run("rdt-release", "training.release")
+
+
 def _run(command: str, module: str) -> int:
     if sys.argv[1:] == ["--version"]:
         print(command, metadata.version("rdt"))
@@ -21,7 +33,9 @@ def _run(command: str, module: str) -> int:
     try:
         main = import_module(module).main
     except ModuleNotFoundError as error:
-        print(f"{command}: {error.name} is missing: pip install 'rdt[training]'", file=sys.stderr)
+        print(
+            f"{command}: {str(error.name).partition('.')[0]} is missing: pip install 'rdt[training]'", file=sys.stderr
+        )
         return 2
     status: int = main()
     return status

@@ -100,7 +100,7 @@ class TrainingSection:
     """The encoder's layers by `torch.compile`: that takes a quarter of a minute and a C++ compiler, on CUDA Triton."""
     init_from: str | None = None
     """A checkpoint of this project that this model starts from, or a local folder with a BERT-like one, whose token
-    embeddings it takes."""
+    embeddings it takes, and with `model.norm: post` and `model.positions: learned` all that fits of the rest."""
     save_every_n_epochs: int = 1
     save_every_n_steps: int | None = None
     keep_last_n_checkpoints: int = 3

@@ -2,7 +2,7 @@
 
     serve run service.ray_serve:app                                 settings from RDT_* alone
     serve run service.ray_serve:build checkpoint=FILE max_replicas=8
-    serve run deploy/ray/serve.yaml                                 with gRPC
+    serve run deploy/ray/serve.yaml                                 with Serve's own, gRPC among them
 
 A composition root beside `service.runtime`, and the only place that knows of Ray.
 
@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from typing import Any
 
 if find_spec("ray") is None:
-    raise ImportError("Ray is not installed: pip install '.[ray]'", name="ray")
+    raise ImportError("Ray is not installed: pip install 'rdt[ray]'", name="ray")
 
 
 def build(arguments: Mapping[str, Any]) -> Any:

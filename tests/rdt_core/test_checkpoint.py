@@ -295,6 +295,18 @@ def test_a_release_does_not_say_where_the_run_kept_its_files(values: Values, tmp
     assert told == {"data": {"dataset_name": "a.txt,b.txt.xz", "tokenizer_name": "bert-base-uncased"}, "seed": 3}
 
 
+def test_a_release_that_could_not_be_served_replaces_nothing(values: Values, tmp_path: Path) -> None:
+    release = tmp_path / "release.pt"
+    release.write_bytes(b"what was there")
+    values["config"]["model"]["vocab_size"] += 1
+    with pytest.raises(CheckpointError, match=r"the tokenizer has \d+ entries, the model's vocab_size is"):
+        checkpoint.export_release(write(tmp_path / "train.pt", values), release)
+    values["tokenizer"] = {}
+    with pytest.raises(CheckpointError, match="tokenizer"):
+        checkpoint.export_release(write(tmp_path / "train.pt", values), release)
+    assert release.read_bytes() == b"what was there"
+
+
 def test_a_file_replaced_while_it_is_read_is_not_taken_for_the_other(
     values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

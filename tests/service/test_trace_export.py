@@ -107,7 +107,7 @@ def test_the_command_says_so_in_one_line(
     assert cli.serve([*flags, "--otel_endpoint", "http://127.0.0.1:4317"]) == 2
     complaint = capsys.readouterr().err.splitlines()[-1]
     assert complaint.startswith("rdt-serve: otel_endpoint (RDT_OTEL_ENDPOINT)")
-    assert complaint.endswith("pip install '.[otel]'")
+    assert complaint.endswith("pip install 'rdt[otel]'")
 
 
 @pytest.mark.parametrize("endpoint", ["", "127.0.0.1:4317", "ftp://a", "http://", "http://a b", "http://a/v1/traces"])

@@ -158,9 +158,10 @@ def export_release(
     for default in set(defaults or {}) - set(REQUEST_DEFAULTS):
         raise ValueError(f"{default} is no default of requests: want {', '.join(REQUEST_DEFAULTS)}")
     checkpoint = read(source)
+    released = model_config(source, checkpoint).with_changes(**(defaults or {}))
     config = {**_without_places(checkpoint.config), "name": name or checkpoint.config.get("name")}
-    config["model"] = model_config(source, checkpoint).with_changes(**(defaults or {})).to_mapping()
-    described = _described(source, ModelConfig.from_mapping(config["model"]))
+    config["model"] = released.to_mapping()
+    described = _described(source, released)
     _check_vocabulary(source, tokenizer_of(source, checkpoint), described.config)
     check_weights(source, described, checkpoint.model_state_dict)
     weights = {key: tensor.to(dtype) for key, tensor in checkpoint.model_state_dict.items()}
@@ -205,7 +206,7 @@ def _described(path: str | Path, config: ModelConfig) -> RDT:
     try:
         with torch.device("meta"):
             return RDT(config)
-    except RuntimeError as error:  # sizes beyond all bounds
+    except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond all bounds
         raise CheckpointError(path, f"config: no such model can be made: {_first_line(error)}") from error
 
 

@@ -20,7 +20,7 @@ HALTINGS: tuple[str, ...] = get_args(Halting)
 REQUEST_DEFAULTS = ("halting", "max_steps", "threshold")
 """The settings of a model that a request may set, too: they shape answers, not weights."""
 
-MAX_LAYERS = 1000
+MAX_LAYERS, MAX_SIZE = 1000, 2**31 - 1
 """More would only be a damaged file's way of keeping a server busy."""
 
 DECODER_TYPES: tuple[str, ...] = get_args(DecoderType)
@@ -73,7 +73,7 @@ class ModelConfig:
             self._check_number(name)
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout!r}: want 0 <= dropout < 1")
-        if not (math.isfinite(self.threshold) and self.threshold >= 0.0):
+        if not (is_finite(self.threshold) and self.threshold >= 0.0):
             raise ValueError(f"threshold is {self.threshold!r}: want a finite number >= 0")
         if not isinstance(self.level_conditioning, bool):
             raise ValueError(f"level_conditioning is {self.level_conditioning!r}: want true or false")
@@ -104,11 +104,12 @@ class ModelConfig:
         if len(set(tokens)) == self.vocab_size:
             raise ValueError("suppress_tokens has the whole vocabulary: want at least one token left to answer")
 
-    def _check_int(self, name: str, minimum: int, maximum: int | None = None) -> None:
+    def _check_int(self, name: str, minimum: int, maximum: int = MAX_SIZE) -> None:
         value = getattr(self, name)
         whole = isinstance(value, int) and not isinstance(value, bool)
-        if not whole or value < minimum or (maximum is not None and value > maximum):
-            wanted = f">= {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+        if not whole or not minimum <= value <= maximum:
+            bounded = maximum < MAX_SIZE or (whole and value > maximum)
+            wanted = f"from {minimum} to {maximum}" if bounded else f">= {minimum}"
             raise ValueError(f"{name} is {value!r}: want a whole number {wanted}")
 
     def _check_number(self, name: str) -> None:
@@ -131,6 +132,14 @@ class ModelConfig:
     def with_changes(self, **changes: Any) -> ModelConfig:
         """A copy with other values. Raises `ValueError`, as `from_mapping` does."""
         return self.from_mapping({**vars(self), **changes})
+
+
+def is_finite(number: float) -> bool:
+    """Whether it is a number as floating point knows them, which a whole number may be too large to be."""
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
 
 
 PRESETS: dict[str, ModelConfig] = {

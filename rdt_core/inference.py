@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rdt_core.config import HALTINGS, Halting
+from rdt_core.config import HALTINGS, Halting, is_finite
 from rdt_core.halting import HaltReason, due, halt_reason
 from rdt_core.model import RDT, State
 from rdt_core.packing import Packing
@@ -193,7 +193,7 @@ def _check(model: RDT, max_steps: int, threshold: float, halting: str, *, top_k:
         raise ValueError(f"max_steps is {max_steps!r}: want a whole number >= 1")
     if isinstance(threshold, bool) or not isinstance(threshold, int | float):
         raise ValueError(f"threshold is {threshold!r}: want a number")
-    if not (math.isfinite(threshold) and threshold >= 0):
+    if not (is_finite(threshold) and threshold >= 0):
         raise ValueError(f"threshold is {threshold}: want a finite number >= 0")
     if type(top_k) is not int or not 0 <= top_k <= model.config.vocab_size:
         raise ValueError(f"top_k is {top_k!r}: want a whole number, 0 to vocab_size = {model.config.vocab_size}")

@@ -58,7 +58,8 @@ def prepare(model: RDT, precision: Precision = "fp32") -> RDT:
         return model
     for module in (*model.prelude.modules(), *model.encoder.modules(), *model.decoder.modules()):
         if isinstance(module, SelfAttention):
-            qkv = _ready(_pairs_together(module), precision, inner=True)
+            rotary = model.position_embedding is None
+            qkv = _ready(_pairs_together(module) if rotary else module.qkv, precision, inner=True)
             _replace(module, qkv=qkv, out=_ready(module.out, precision))
             module.rotate = rotate_pairs
         elif isinstance(module, FeedForward):

@@ -57,6 +57,13 @@ class Tokenizer:
         self.json = definition
         vocabulary = self._corpus.get_vocab(with_added_tokens=True)
         self._pieces: dict[int, str] = {number: piece for piece, number in vocabulary.items()}
+        if sorted(self._pieces) != list(range(len(vocabulary))):
+            raise ValueError(
+                f"the tokenizer has {len(vocabulary)} tokens: want ids 0 to {len(vocabulary) - 1}, each once"
+            )
+        for piece, number in self._typed.get_vocab(with_added_tokens=True).items():
+            if vocabulary.get(piece) != number:  # those that text has none of are gone, and what follows them moves up
+                raise ValueError(f"the tokenizer's added token {piece!r} follows a control token: want it before")
         missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
         if missing:
             raise ValueError(f"the tokenizer has no {', '.join(missing)}: not a BERT vocabulary")

@@ -24,6 +24,9 @@ from rdt_core.layers import EncoderLayer
 from rdt_core.model import RDT
 from training.config import ConfigError
 
+LAYER_NORM_EPS = 1e-5
+"""Of every norm here. BERT's own is 1e-12, which is the same at the sizes that occur."""
+
 HEAD = "cls.predictions"
 BIASES = {f"{HEAD}.bias", f"{HEAD}.decoder.bias"}  # one weight of two names
 
@@ -41,13 +44,15 @@ def copy_bert(model: RDT, folder: Path, named: str) -> str:
     """
     where = f"{named} is {str(folder)!r}"
     source, missing = _loaded(folder, where)
+    source = source.float()  # whatever it was stored in
     _check_shape(model.config, source.config, where)
     scale = _copy_embeddings(model, source.bert.embeddings)
     for ours, theirs in zip(model.encoder, source.bert.encoder.layer, strict=False):  # theirs may be more
         assert isinstance(ours, EncoderLayer)
         _copy_layer(ours, theirs)
     lost_head = missing >= BIASES or any(name.startswith(f"{HEAD}.transform.") for name in missing)
-    has_head = model.decoder_dense is not None and not lost_head
+    tied = bool(source.config.tie_word_embeddings)
+    has_head = model.decoder_dense is not None and tied and not lost_head
     if has_head:
         _copy_head(model, source.cls.predictions, scale)
     layers = f"{len(model.encoder)} of {source.config.num_hidden_layers} layers"
@@ -111,8 +116,12 @@ def _check_shape(config: ModelConfig, theirs: Any, where: str) -> None:
         raise ConfigError(
             f"{where}: model.max_seq_len is {config.max_seq_len}: want 3 to {theirs.max_position_embeddings}"
         )
-    if theirs.hidden_act != "gelu":
-        raise ConfigError(f"{where}: its hidden_act is {theirs.hidden_act!r}: want 'gelu'")
+    for name, wanted_there in (("hidden_act", "gelu"), ("is_decoder", False), ("layer_norm_eps", LAYER_NORM_EPS)):
+        value = getattr(theirs, name)
+        if value != wanted_there and not (name == "layer_norm_eps" and value < wanted_there):
+            raise ConfigError(f"{where}: its {name} is {value!r}: want {wanted_there!r}")
+    if theirs.type_vocab_size < 1:
+        raise ConfigError(f"{where}: its type_vocab_size is {theirs.type_vocab_size}: want 1 or more")
 
 
 def _copy_embeddings(model: RDT, theirs: nn.Module) -> Tensor:

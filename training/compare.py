@@ -23,13 +23,8 @@ from training.evaluation.measures import resamples
 from training.report import MEASURES, Measure, Row, number, plot_lines, written
 
 DEFAULT_MEASURES = ("exact_match", "run_2", "bleu", "passes", "flops_per_token")
-SAME = (
-    "masks",
-    "segments",
-    "length",
-    "seed",
-    "precision",
-)  # of files from before there was a digest of the masks, what is known
+SAME = ("masks", "segments", "length", "seed", "precision", "scorer", "round_depth", "settle_depth")
+"""What compared figures have to be of. What a file does not tell, or has no figures of, is not held against it."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +44,23 @@ class Evaluated:
             values = json.loads(path.read_text(encoding="utf-8"))
             known = {field.name for field in fields(Row)}
             rows = [Row(**{name: value for name, value in row.items() if name in known}) for row in values["rows"]]
-            of = {name: values.get(name) for name in SAME}
+            of = {name: values.get(name) for name in SAME} | _plan_of(values, {row.kind for row in rows})
             return cls(str(values["model"]), str(values["digest"]), of, rows, path)
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path}: no evaluation.json of training.evaluate") from error
+
+
+def _plan_of(values: dict[str, Any], kinds: set[str]) -> dict[str, Any]:
+    """What a row does not tell of itself: the scorer, passes of a round, and to what pace it settles."""
+    plan, scorer = values.get("plan") or {}, values.get("scorer") or {}
+    rounds = kinds & {"mask-predict", "ancestral", "ancestral-greedy"}
+    return {
+        "scorer": scorer.get("digest"),
+        "round_depth": plan.get("round_depth") if rounds else None,
+        "settle_depth": plan.get("max_depth") if "settle-gate" in kinds else None,
+    }
 
 
 def read_all(paths: Sequence[Path]) -> dict[str, Evaluated]:
@@ -63,9 +69,8 @@ def read_all(paths: Sequence[Path]) -> dict[str, Evaluated]:
     for path, one in zip(paths, found, strict=True):
         for name in SAME:
             if None not in (one.of[name], found[0].of[name]) and one.of[name] != found[0].of[name]:
-                raise ConfigError(
-                    f"{path}: other {name} than {paths[0]}: want the same text, segments, length, seed and precision"
-                )
+                wanted = "the same text, segments, length, seed, precision, scorer and depths of rounds"
+                raise ConfigError(f"{path}: other {name} than {paths[0]}: want {wanted}")
     names = [one.name for one in found]
     labels = [one.name if names.count(one.name) == 1 else f"{one.name}@{one.digest[:8]}" for one in found]
     if len(set(labels)) < len(labels):
@@ -171,10 +176,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"rdt-compare: {error}", file=sys.stderr)
         return 2
-    if options.plot is not None:
-        points = [(f"{name}, {row.kind}", row) for name, rows in models.items() for row in rows]
-        plot_lines(points, options.plot)
-    return written(lambda: print(text))
+    status = written(lambda: print(text))
+    try:
+        if options.plot is not None:
+            plot_lines([(f"{name}, {row.kind}", row) for name, rows in models.items() for row in rows], options.plot)
+    except (OSError, ValueError) as error:  # of a format that nobody draws
+        print(f"rdt-compare: {error}", file=sys.stderr)
+        return 2
+    return status
 
 
 if __name__ == "__main__":

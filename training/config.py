@@ -246,6 +246,8 @@ def _typed(hint: Any, value: Any, key: str) -> Any:
             number = float(value)
         except (TypeError, ValueError):
             pass
+        except OverflowError:
+            raise ConfigError(f"{key} is {value!r}: want a finite number") from None
         else:
             if not math.isfinite(number):
                 raise ConfigError(f"{key} is {value!r}: want a finite number")

@@ -77,7 +77,9 @@ def is_local(name: str) -> bool:
 
 
 def tokenise(paragraphs: Iterable[str], tokenizer: Tokenizer) -> Corpus:
-    """One stream of uint16 ids, paragraph after paragraph."""
+    """One stream of uint16 ids, paragraph after paragraph. Raises `ConfigError` for a vocabulary with more of them."""
+    if tokenizer.vocab_size > TOKENS:
+        raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens: want at most {TOKENS}")
     pieces: list[npt.NDArray[np.uint16]] = []
     lengths: list[int] = []
     iterator = iter(paragraphs)
@@ -102,8 +104,6 @@ def local_corpus(names: str, tokenizer: Tokenizer, cache_dir: str | Path, named:
     for path in paths:
         stat = path.stat()
         key.update(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
-    if tokenizer.vocab_size > TOKENS:
-        raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens: want at most {TOKENS}")
     stem = Path(cache_dir) / key.hexdigest()[:16]
     tokens_file, starts_file = stem.with_suffix(".tokens.npy"), stem.with_suffix(".starts.npy")
     if (kept := _kept(tokens_file, starts_file)) is None:
@@ -135,17 +135,20 @@ def _kept(tokens: Path, starts: Path) -> Corpus | None:
         return None
 
 
-def hub_corpus(name: str, split: str, tokenizer: Tokenizer) -> Corpus:
-    """A text dataset through the `datasets` library: a short name, or anything `load_dataset` takes."""
+def hub_corpus(name: str, split: str, tokenizer: Tokenizer, named: str = "data.dataset_name") -> Corpus:
+    """A text dataset through the `datasets` library: a short name, or anything `load_dataset` takes.
+
+    Raises `ConfigError`, which calls the setting what it is `named`.
+    """
     from datasets import load_dataset  # noqa: PLC0415 - heavy, and only for users of a hub
 
     path, configuration = HUB_NAMES.get(name, (name, None))
     try:
         rows = load_dataset(path, configuration, split=split)
     except (OSError, ValueError) as error:  # no network, no such dataset, no such split
-        raise ConfigError(f"data.dataset_name is {name!r}: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{named} is {name!r}: {' '.join(str(error).split())}") from error
     if "text" not in rows.column_names:
-        raise ConfigError(f"data.dataset_name is {name!r}: its columns are {rows.column_names}, want 'text'")
+        raise ConfigError(f"{named} is {name!r}: its columns are {rows.column_names}, want 'text'")
     lines = chain.from_iterable(text.splitlines() for text in rows["text"])
     return tokenise(filter(None, map(clean, lines)), tokenizer)
 
@@ -161,7 +164,8 @@ def load_corpora(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Corpus, Cor
     if section.validation_name is not None and is_local(section.validation_name):
         validation = local_corpus(section.validation_name, tokenizer, section.cache_dir, "data.validation_name")
     elif section.validation_name is not None or not local:
-        validation = hub_corpus(section.validation_name or section.dataset_name, "validation", tokenizer)
+        named = "data.dataset_name" if section.validation_name is None else "data.validation_name"
+        validation = hub_corpus(section.validation_name or section.dataset_name, "validation", tokenizer, named)
     else:
         train, validation = train.split(min(VALIDATION_TOKENS, len(train) // 10))
     for kind, corpus in (("training", train), ("validation", validation)):
@@ -183,10 +187,9 @@ def load_tokenizer(name: str) -> Tokenizer:
     from transformers import AutoTokenizer  # noqa: PLC0415 - heavy, and only for users of a hub
 
     try:
-        pretrained = AutoTokenizer.from_pretrained(name, use_fast=True)
-    except (OSError, ValueError) as error:  # no network, no such tokenizer
+        return Tokenizer(AutoTokenizer.from_pretrained(name, use_fast=True).backend_tokenizer.to_str())
+    except (OSError, ValueError) as error:  # no network, no such tokenizer, none of BERT's kind
         raise ConfigError(f"data.tokenizer_name is {name!r}: {' '.join(str(error).split())}") from error
-    return Tokenizer(pretrained.backend_tokenizer.to_str())
 
 
 class Batch(NamedTuple):

@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -72,16 +73,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, CheckpointError, OSError) as error:
         print(f"rdt-evaluate: {error}", file=sys.stderr)
         return 2
-    text = as_text(found)
+    status = written(lambda: print(as_text(found)))
+    try:
+        _keep(options, loaded, evaluation, found, plan=plan, scorer=scorer)
+    except OSError as error:
+        print(f"rdt-evaluate: {error}", file=sys.stderr)
+        return 2
+    return status
+
+
+def _keep(
+    options: argparse.Namespace, loaded: LoadedModel, evaluation: Evaluation, found: Evaluated, *, plan: Plan,
+    scorer: Scorer | None
+) -> None:  # fmt: skip
+    """The files of `--output`, if that is given. Raises `OSError`."""
     if options.output is not None:
         summary = {"model": loaded.name, "digest": loaded.digest, **describe(evaluation, options, scorer)}
         summary |= {"plan": asdict(plan), **asdict(replace(found, tallies=[]))}
         del summary["tallies"]
         (options.output / "evaluation.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-        (options.output / "evaluation.txt").write_text(text + "\n", encoding="utf-8")
+        (options.output / "evaluation.txt").write_text(as_text(found) + "\n", encoding="utf-8")
         tallies.write(options.output / "evaluation.npz", found.rows, found.tallies)
         plot(found.rows, options.output / "evaluation.png")
-    return written(lambda: print(text))
 
 
 def as_text(found: Evaluated) -> str:
@@ -142,7 +155,11 @@ def _evaluation(options: argparse.Namespace, loaded: LoadedModel, text: str, nam
         raise ConfigError(
             f"{named} has one segment of {options.length} tokens: want 2, intervals are of their differences"
         )
-    return Evaluation(loaded.model, loaded.tokenizer, segments, options.seed, options.batch_size)
+    evaluation = Evaluation(loaded.model, loaded.tokenizer, segments, options.seed, options.batch_size)
+    for ratio in options.mask_ratios:
+        if not evaluation.masked(ratio).any():
+            raise ConfigError(f"{named} has no word to mask at --mask-ratios {ratio}: they are too few, or all unknown")
+    return evaluation
 
 
 def _scorer(options: argparse.Namespace, loaded: LoadedModel) -> Scorer:
@@ -158,8 +175,10 @@ def _scorer(options: argparse.Namespace, loaded: LoadedModel) -> Scorer:
 
 def _learned_from(loaded: LoadedModel) -> set[str]:
     """Names of the files, as far as the checkpoint tells."""
-    training = loaded.checkpoint.config.get("training", {})
-    names = str(training.get("data", {}).get("dataset_name", "")).split(",")
+    try:
+        names = str(loaded.checkpoint.config["training"]["data"]["dataset_name"]).split(",")
+    except (KeyError, TypeError):
+        return set()
     return {Path(name.strip()).name for name in names} - {""}
 
 
@@ -175,14 +194,18 @@ def _plan(options: argparse.Namespace) -> Plan:
     for name, minimum in lowest.items():
         given = getattr(options, name)
         for value in given if isinstance(given, list | tuple) else [given]:
-            if value is not None and not value >= minimum:
+            if value is not None and not minimum <= value < math.inf:
                 raise ConfigError(f"--{name.replace('_', '-')} is {value}: want >= {minimum:g}")
-    if options.validation is not None and Path(options.validation).resolve() == Path(options.text).resolve():
+    if options.validation is not None and _files(options.validation) & _files(options.text):
         raise ConfigError("--validation is --text: what is chosen must be chosen on other text")
     for ratio in options.mask_ratios:
         if not 0 < ratio <= 1:
             raise ConfigError(f"--mask-ratios has {ratio}: want above 0, up to 1")
     return Plan(**{name: getattr(options, name) for name in asdict(PLAN)})
+
+
+def _files(names: str) -> set[Path]:
+    return {Path(name.strip()).resolve() for name in names.split(",")}
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,6 +8,7 @@ of processes, but for the order in which its gradients are added up.
 from __future__ import annotations
 
 import math
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -49,7 +50,8 @@ TRAIN, VALIDATION, UNROLL = 1, 2, 3  # streams of randomness
 MIB = 2**20
 MEASURED = (
     "seed", "data.", "training.masking_strategy", "training.total_steps", "training.max_chain_length",
-    "training.scheme", "training.loss_weight", "output.eval_batches", "output.checkpoint_dir",
+    "training.scheme", "training.loss_weight", "training.batch_size", "training.gate_passes", "training.gate_sequences",
+    "training.gate_change_share", "mixed_precision", "output.eval_batches", "output.checkpoint_dir",
 )  # fmt: skip
 """Settings with others of which a validation loss is another one, or its model elsewhere."""
 
@@ -118,17 +120,20 @@ class Trainer:
         self.step = 0
         self.best_loss, self.best_of = math.inf, ""
         self.last_saved = resume
+        self._own: list[Path] = []  # checkpoints, oldest first
         if saved is not None and resume is not None:
             self._restore(resume, saved)
 
     def _check_stages(self) -> None:
         section = self.config.training
         n_learning = self.n_steps - section.gate_steps
-        if n_learning < 0 or (n_learning == 0 and section.init_from is None):
-            wanted = "want less, or with training.init_from as many"
+        if n_learning < 0 or (n_learning == 0 and not Path(section.init_from or "").is_file()):
+            wanted = "want less, or with a checkpoint as training.init_from as many"
             raise ConfigError(
                 f"training.gate_steps is {section.gate_steps}: the run has {self.n_steps} steps, {wanted}"
             )
+        if section.scheme == "unroll" and section.gate_steps == section.gate_every_n_steps == 0:
+            self.notes.append("the gate will learn nothing: training.gate_steps and training.gate_every_n_steps are 0")
         if 0 < n_learning <= (section.warmup_steps or 0):
             raise ConfigError(f"training.warmup_steps is {section.warmup_steps}: that is all of the run")
 
@@ -186,11 +191,14 @@ class Trainer:
             (total / section.gradient_accumulation_steps).backward()
             recon, gate = recon + losses.recon.detach(), gate + losses.gate.detach()
         recon, gate = self._add_up(recon, gate)
-        if not torch.isfinite(recon + gate):
-            good = self.last_saved or "none was saved yet"
-            raise TrainingDiverged(f"the loss is not a number at step {self.step + 1}; last good checkpoint: {good}")
-        clip_grad_norm_(trunk_parameters(self.model), section.max_grad_norm)
-        clip_grad_norm_(gate_parameters(self.model), section.max_grad_norm)
+        apart = trunk_parameters(self.model), gate_parameters(self.model)
+        slopes = [clip_grad_norm_(parameters, section.max_grad_norm) for parameters in apart]
+        for what, value in (("loss", recon + gate), ("gradient", sum(slopes))):
+            if not math.isfinite(value):
+                good = self.last_saved or "none was saved yet"
+                raise TrainingDiverged(
+                    f"the {what} is not finite at step {self.step + 1}; last good checkpoint: {good}"
+                )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
@@ -278,8 +286,10 @@ class Trainer:
         section = self.config.training
         if self.step > self.n_steps - section.gate_steps:
             return "gate stage"
-        taught = section.scheme == "chain" or (section.gate_every_n_steps > 0 and self.step > section.one_pass_steps)
-        return "total" if taught else "recon"
+        unrolled = (
+            section.scheme == "unroll" and self.step > section.one_pass_steps
+        )  # a chain's gate learns other levels
+        return "total" if unrolled and section.gate_every_n_steps > 0 else "recon"
 
     def save(self) -> Path:
         """Write a checkpoint to resume from, and drop all but the last few."""
@@ -289,10 +299,9 @@ class Trainer:
         if not self.processes.first:
             return path
         checkpoints.save(path, self._checkpoint(self.best_loss if math.isfinite(self.best_loss) else None))
-        own = (file for file in self.directory.glob("checkpoint_epoch_*_step_*.pt") if _step_of(file) <= self.step)
-        kept = sorted(own, key=_step_of)  # later ones are another run's
-        for old in kept[: -self.config.training.keep_last_n_checkpoints]:
-            old.unlink()
+        self._own = [*(file for file in self._own if file != path), path]
+        while len(self._own) > self.config.training.keep_last_n_checkpoints:
+            self._own.pop(0).unlink(missing_ok=True)
         return path
 
     def _checkpoint(self, loss: float | None) -> Checkpoint:
@@ -322,17 +331,26 @@ class Trainer:
                 raise ConfigError(f"--checkpoint {path}: {name} is {shape[name]!r} there and {value!r} here")
         checkpoints.check_weights(path, self.model, saved.model_state_dict)
         self.model.load_state_dict(saved.model_state_dict)
-        if self.average is not None:
-            self.average.restore(saved.progress.get("average") or self.average.parameters)
-        self.optimizer.load_state_dict(saved.optimizer_state_dict)
+        progress: dict[str, Any] = {"best_loss": math.inf, "best_of": ""} | saved.progress
+        try:
+            self.step = int(saved.step)
+            if self.average is not None:
+                self.average.restore(progress.get("average") or self.average.parameters)
+            self.optimizer.load_state_dict(saved.optimizer_state_dict)
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"--checkpoint {path}: its state is of another model or damaged: {error}") from error
+        if self.average is not None and self.step >= self.n_steps - self.config.training.gate_steps:
+            self.average.take_over()  # the encoder has learnt, whatever was planned when this was saved
         adopt_settings(self.optimizer, self.model, self.config.training)
-        self.step = saved.step
         self.scheduler = make_scheduler(self.optimizer, self.config.training, self.n_steps, self.step)
-        changed = differences(saved.config.get("training", {}), self.config.to_mapping())
+        changed = differences(saved.config.get("training") or {}, self.config.to_mapping())
         if changed:
             self.notes.append(f"other settings than the checkpoint's: {', '.join(changed)}")
         if not any(name.startswith(MEASURED) for name in changed):
-            self.best_loss, self.best_of = saved.progress["best_loss"], saved.progress.get("best_of", "")
+            self.best_loss, self.best_of = progress["best_loss"], progress["best_of"]
+        if path.resolve().parent == self.directory.resolve():  # later ones there are another run's
+            steps = {file: _step_of(file) for file in self.directory.glob("checkpoint_*.pt")}
+            self._own = sorted((file for file, step in steps.items() if 0 <= step <= self.step), key=_step_of)
 
 
 def model_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
@@ -371,4 +389,6 @@ def _stop_signal() -> Iterator[list[int]]:
 
 
 def _step_of(path: Path) -> int:
-    return int(path.stem.rpartition("_")[2])
+    """-1 for a file that no run has written, such as somebody's copy."""
+    found = re.fullmatch(r"checkpoint_epoch_\d+_step_(\d+)\.pt", path.name)
+    return -1 if found is None else int(found[1])

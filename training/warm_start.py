@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +30,7 @@ def warm_start(model: RDT, source: str | Path, tokenizer: Tokenizer) -> str:
     """
     source, named = Path(source), "training.init_from"
     if source.is_file():
-        _copy_all(model, source, tokenizer)
-        return f"{named} {source}: everything"
+        return f"{named} {source}: {_copy_all(model, source, tokenizer)}"
     if has_its_shape(model.config):
         _check_folder(source, tokenizer, named)
         return f"{named} {source}: {copy_bert(model, source, named)}"
@@ -38,17 +38,23 @@ def warm_start(model: RDT, source: str | Path, tokenizer: Tokenizer) -> str:
     return f"{named} {source}: the token embeddings; all else is fresh (layers want norm: post, positions: learned)"
 
 
-def _copy_all(model: RDT, path: Path, tokenizer: Tokenizer) -> None:
+def _copy_all(model: RDT, path: Path, tokenizer: Tokenizer) -> str:
     saved = checkpoint.read(path)
     if checkpoint.tokenizer_of(path, saved).json != tokenizer.json:
         raise ConfigError(f"training.init_from is {str(path)!r}: its tokenizer is not data.tokenizer_name's")
     theirs = checkpoint.model_config(path, saved)
-    if theirs.n_heads != model.config.n_heads:  # the one part of the shape that weights do not tell
-        heads = f"it has {theirs.n_heads} heads, model.n_heads is {model.config.n_heads}"
-        raise ConfigError(f"training.init_from is {str(path)!r}: {heads}")
+    for name in ("n_heads", "norm"):  # what weights do not tell
+        if (there := getattr(theirs, name)) != (here := getattr(model.config, name)):
+            raise ConfigError(f"training.init_from is {str(path)!r}: its {name} is {there}, model.{name} is {here}")
     weights = stacked(saved.model_state_dict, theirs.n_encoder_layers, model.config.n_encoder_layers)
     checkpoint.check_weights(path, model, weights)
     model.load_state_dict(weights)
+    taken = "everything"
+    if (saved.progress or {}).get("average") and (saved.progress or {}).get("best_of") != "gate stage":
+        taken += ", the weights as they stood and not their running average"
+    if theirs.total_steps != model.config.total_steps:
+        taken += f"; its gate was taught with training.total_steps = {theirs.total_steps}"
+    return taken
 
 
 def stacked(weights: dict[str, Tensor], n_layers: int, n_wanted: int) -> dict[str, Tensor]:
@@ -80,14 +86,22 @@ def copy_embeddings(table: nn.Embedding, folder: Path, tokenizer: Tokenizer, nam
 def _check_folder(folder: Path, tokenizer: Tokenizer, named: str) -> None:
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{named} is {str(folder)!r}: want a folder with config.json and weights")
-    vocabulary = folder / "tokenizer.json"
-    if vocabulary.is_file():
-        try:
-            theirs = json.loads(vocabulary.read_text(encoding="utf-8"))["model"]["vocab"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{named} is {str(folder)!r}: its tokenizer.json is none") from error
-        if theirs != json.loads(tokenizer.json)["model"]["vocab"]:
-            raise ConfigError(f"{named} is {str(folder)!r}: its vocabulary is not this tokenizer's")
+    theirs = _vocabulary(folder, named)
+    if theirs is not None and theirs != json.loads(tokenizer.json)["model"]["vocab"]:
+        raise ConfigError(f"{named} is {str(folder)!r}: its vocabulary is not this tokenizer's")
+
+
+def _vocabulary(folder: Path, named: str) -> Any:
+    """Of the tokenizer beside the weights, piece -> id; None where there is none."""
+    file, pieces = folder / "tokenizer.json", folder / "vocab.txt"
+    try:
+        if file.is_file():
+            return json.loads(file.read_text(encoding="utf-8"))["model"]["vocab"]
+        if pieces.is_file():
+            return {piece: i for i, piece in enumerate(pieces.read_text(encoding="utf-8").split("\n")) if piece}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{named} is {str(folder)!r}: its tokenizer is none that can be read") from error
+    return None
 
 
 def _word_embeddings(folder: Path, tokenizer: Tokenizer, named: str) -> Tensor:

@@ -18,6 +18,8 @@ BAD_FIELDS: list[tuple[str, Any, str]] = [
     *(("n_encoder_layers", value, "a whole number from 1 to 1000") for value in (0, 10**9)),
     ("max_steps", True, f"{WHOLE} 1"),
     ("d_model", 64.0, f"{WHOLE} 1"),
+    *((name, 10**30, "a whole number from 1 to 2147483647") for name in ("d_model", "vocab_size", "max_steps")),
+    ("threshold", 10**400, "a finite number >= 0"),
     ("d_model", 200, "multiple of 2 x n_heads = 16"),
     ("dropout", 1.0, "0 <= dropout < 1"),
     ("dropout", -0.1, "0 <= dropout < 1"),

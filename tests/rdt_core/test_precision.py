@@ -29,7 +29,7 @@ CONFIGS = {
         decoder_type="transformer", n_decoder_layers=1, suppress_tokens=(0, 3),
     ),
     "as BERT": ModelConfig(
-        vocab_size=90, d_model=32, n_heads=4, n_encoder_layers=2, d_ff=64, norm="post", positions="learned",
+        vocab_size=90, d_model=36, n_heads=4, n_encoder_layers=2, d_ff=64, norm="post", positions="learned",
         decoder_type="dense", suppress_tokens=(0, 3),
     ),
 }  # fmt: skip

@@ -6,8 +6,10 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
 from rdt_core import Encoding, Tokenizer
 from rdt_core.tokenizer import MASK, NOT_ONE, Fill, fill
@@ -250,6 +252,29 @@ def test_a_vocabulary_without_masks_is_refused(tiny_tokenizer: Tokenizer) -> Non
     values["added_tokens"] = [token for token in values["added_tokens"] if token["content"] != "[MASK]"]
     with pytest.raises(ValueError, match=r"the tokenizer has no \[MASK\]"):
         Tokenizer(json.dumps(values))
+
+
+def test_a_vocabulary_with_gaps_is_refused(tiny_tokenizer: Tokenizer) -> None:
+    values = json.loads(tiny_tokenizer.json)
+    values["model"]["vocab"]["fox"] = 5000
+    n_tokens = tiny_tokenizer.vocab_size
+    with pytest.raises(
+        ValueError, match=f"the tokenizer has {n_tokens} tokens: want ids 0 to {n_tokens - 1}, each once"
+    ):
+        Tokenizer(json.dumps(values))
+
+
+def test_added_tokens_mean_the_same_in_a_corpus_and_typed(tiny_tokenizer: Tokenizer) -> None:
+    plain, control = AddedToken("covid"), AddedToken("[DOC]", special=True)
+    library = tokenizers.Tokenizer.from_str(tiny_tokenizer.json)
+    library.add_tokens([plain, control])
+    extended = Tokenizer(library.to_str())
+    [in_a_corpus] = extended.encode_training(["covid"])
+    assert extended.encode("covid").ids[1:-1] == in_a_corpus
+    library = tokenizers.Tokenizer.from_str(tiny_tokenizer.json)
+    library.add_tokens([control, plain])
+    with pytest.raises(ValueError, match="added token 'covid' follows a control token: want it before"):
+        Tokenizer(library.to_str())
 
 
 def test_a_tokenizer_file_is_read_and_named_when_it_is_none(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:

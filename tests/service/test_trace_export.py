@@ -95,7 +95,7 @@ def without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_endpoint_without_the_extra_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     without_the_extra(monkeypatch)
-    with pytest.raises(NotInstalledError, match=r"pip install '.\[otel\]'"):
+    with pytest.raises(NotInstalledError, match=r"pip install 'rdt\[otel\]'"):
         open_tracer("http://127.0.0.1:4317")
 
 

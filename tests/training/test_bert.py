@@ -70,6 +70,13 @@ def test_the_first_pass_is_its_masked_word_model(
     torch.testing.assert_close(model.decode(hidden, packing), expected, **CLOSE)
 
 
+def test_a_head_with_a_table_of_its_own_is_left(
+    transformers: Any, config: ModelConfig, tiny_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    saved(transformers, "BertForMaskedLM", config, tmp_path, tie_word_embeddings=False)
+    assert "and the decoder" in warm_start(RDT(config), tmp_path, tiny_tokenizer)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("n_layers", [1, 2, 3])
 def test_fewer_layers_are_its_first_ones(
@@ -104,6 +111,8 @@ def test_nothing_is_said_over_its_shoulder(
         ({}, {"n_encoder_layers": 4}, r"model.n_encoder_layers is 4: want 1 to 3"),
         ({}, {"max_seq_len": 25}, r"model.max_seq_len is 25: want 3 to 24"),
         ({"hidden_act": "relu"}, {}, r"its hidden_act is 'relu': want 'gelu'"),
+        ({"is_decoder": True}, {}, r"its is_decoder is True: want False"),
+        ({"layer_norm_eps": 1e-2}, {}, r"its layer_norm_eps is 0.01: want 1e-05"),
     ],
     ids=lambda param: param[2],
 )

@@ -114,6 +114,38 @@ def test_a_file_that_is_no_evaluation(tmp_path: Path, text: str, capsys: pytest.
     assert "No such file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"scorer": {"digest": "b"}}, "scorer"),
+        ({"plan": {"round_depth": 2}}, "round_depth"),
+        ({"plan": {"max_depth": 6}}, "settle_depth"),
+    ],
+)
+def test_rows_that_mean_other_things_are_not_compared(
+    tmp_path: Path, changes: dict[str, Any], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [row("mask-predict", 2, 0.15), row("settle-gate", 0.2, 0.15)]
+    known = {"scorer": {"digest": "a"}, "plan": {"round_depth": 1, "max_depth": 3}}
+    one = write(tmp_path / "one.json", "one", "1" * 64, rows, **known)
+    same = write(tmp_path / "same.json", "same", "2" * 64, rows, **known)
+    other = write(tmp_path / "other.json", "other", "3" * 64, rows, **(known | changes))
+    fixed = write(tmp_path / "fixed.json", "fixed", "4" * 64, [row("fixed", 1, 0.15)], plan={"max_depth": 9})
+    assert main([one, same, fixed]) == 0
+    capsys.readouterr()
+    assert main([one, other]) == 2
+    assert f"other {name} than" in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_written_costs_no_table(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*files, "--plot", str(tmp_path / "nowhere" / "all.png")]) == 2
+    printed = capsys.readouterr()
+    assert "| ours | fixed 1 |" in printed.out
+    assert printed.err.startswith("rdt-compare: [Errno 2]")
+
+
 def test_nothing_left_to_show(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*files, "--only", "magic"]) == 2
     assert capsys.readouterr().err == "rdt-compare: no row is left: look at --only and --mask-ratios\n"

@@ -171,6 +171,32 @@ def test_the_command_computes_in_the_format_it_is_given(
     assert bits["fp32"] == pytest.approx(bits["bf16"], abs=0.05)
 
 
+def test_what_was_found_is_printed_also_if_it_cannot_be_kept(
+    tiny_checkpoint: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out" / "evaluation.json").mkdir(parents=True)
+    assert main(command(tiny_checkpoint, text_file, tmp_path, "--output", str(tmp_path / "out"))) == 2
+    printed = capsys.readouterr()
+    assert "exact match" in printed.out
+    assert "evaluation.json" in printed.err
+
+
+def test_a_text_without_a_known_word_is_named(
+    tiny_checkpoint: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unknown = tmp_path / "unknown.txt"
+    unknown.write_text("<unk> " * 100 + "\n" + "the fox", encoding="utf-8")
+    assert main(command(tiny_checkpoint, unknown, tmp_path)) == 2
+    assert capsys.readouterr().err == (
+        "rdt-evaluate: --text has no word to mask at --mask-ratios 0.2: they are too few, or all unknown\n"
+    )
+    both = command(
+        tiny_checkpoint, text_file, tmp_path, "--text", f"{text_file},{unknown}", "--validation", str(unknown)
+    )
+    assert main(both) == 2
+    assert "--validation is --text" in capsys.readouterr().err
+
+
 def test_a_text_of_one_segment_has_no_intervals(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -192,6 +218,7 @@ def test_a_file_that_is_no_checkpoint_is_one_line(tmp_path: Path, capsys: pytest
         (["--mask-ratios", "0.2", "1.5"], "--mask-ratios has 1.5: want above 0, up to 1"),
         (["--ancestral", "0"], "--ancestral is 0: want >= 1"),
         (["--budgets", "0.5"], "--budgets is 0.5: want >= 1"),
+        (["--budgets", "inf"], "--budgets is inf: want >= 1"),
         (["--round-depth", "0"], "--round-depth is 0: want >= 1"),
         (["--thresholds", "nan"], "--thresholds is nan: want >= 0"),
         (["--precision", "tf32"], "--precision is tf32: want a CUDA device, not cpu"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from rdt_core import checkpoint
 from tests.training.conftest import Settings, saved_at
 from training.config import ConfigError, TrainConfig
 from training.trainer import Trainer
+from training.warm_start import warm_start
 
 
 @pytest.fixture
@@ -39,6 +41,53 @@ def test_texts_that_training_never_showed_are_told(train_settings: Settings, cpu
         "the longest in training have 16 (data.max_seq_length)"
     ]
     assert Trainer(train_settings(**{"model.max_seq_len": 16}), cpu).notes == []
+
+
+def test_only_a_runs_own_checkpoints_go(finished: TrainConfig, train_settings: Settings, cpu: torch.device) -> None:
+    folder = Path(finished.output.checkpoint_dir)
+    copy = folder / "checkpoint_epoch_0_step_4_good.pt"
+    copy.write_bytes(saved_at(finished, 4).read_bytes())
+    brief = {"training.num_steps": 3, "training.keep_last_n_checkpoints": 1, "training.save_every_n_steps": 1}
+    Trainer(train_settings(**brief, seed=1), cpu).fit()
+    assert saved_at(finished, 4).exists()
+    assert copy.exists()
+
+    more = {"training.num_steps": 10, "training.keep_last_n_checkpoints": 2}
+    Trainer(train_settings(**more), cpu, resume=saved_at(finished, 8)).fit()
+    assert copy.exists()
+    left = {int(file.stem.rpartition("_")[2]) for file in folder.glob("checkpoint_epoch_*_step_*[0-9].pt")}
+    assert left == {8, 10}, "resumed, it goes on where that run was"
+
+
+@pytest.mark.parametrize("gate_steps", [4, 6])
+def test_a_run_cut_short_for_the_gate_goes_on_with_its_average(
+    train_settings: Settings, cpu: torch.device, gate_steps: int
+) -> None:
+    changes = {"training.average_decay": 0.5, "training.num_steps": 20, "training.save_every_n_steps": 4}
+    first = Trainer(train_settings(**changes), cpu)
+    for _ in zip(range(4), first._steps(), strict=False):
+        pass
+    saved = first.save()
+    assert first.average is not None
+    average = [value.clone() for value in first.average.values]
+    changes |= {"training.num_steps": 8, "training.gate_steps": gate_steps}
+    again = Trainer(train_settings(**changes), cpu, resume=saved)
+    again.fit()
+    assert again.average is not None
+    for ours, theirs in zip(again.average.parameters, average, strict=True):
+        assert torch.equal(ours, theirs)
+    said = warm_start(again.model, saved, again.tokenizer)
+    assert said.endswith("everything, the weights as they stood and not their running average")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("step", None), ("optimizer_state_dict", {"state": {}, "param_groups": []})]
+)
+def test_a_damaged_state_is_named(finished: TrainConfig, cpu: torch.device, name: str, value: object) -> None:
+    path = saved_at(finished, 8)
+    checkpoint.save(path, replace(checkpoint.read(path), **{name: value}))
+    with pytest.raises(ConfigError, match="its state is of another model or damaged"):
+        Trainer(finished, cpu, resume=path)
 
 
 def test_what_a_killed_run_had_begun_to_save_is_cleared_away(finished: TrainConfig, cpu: torch.device) -> None:
@@ -83,7 +132,7 @@ def test_the_best_of_a_run_is_not_measured_by_another(
     [
         ({"training.gate_every_n_steps": 0, "training.gate_steps": 3}, ["recon"] * 5 + ["gate stage"] * 3),
         ({"training.one_pass_steps": 5}, ["recon"] * 5 + ["total"] * 3),
-        ({"training.scheme": "chain"}, ["total"] * 8),
+        ({"training.scheme": "chain"}, ["recon"] * 8),  # its gate learns other levels than validation measures
     ],
 )
 def test_the_best_model_is_judged_by_what_is_being_taught(

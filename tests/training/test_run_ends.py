@@ -79,6 +79,27 @@ def test_a_loss_that_is_no_number_ends_the_run(
     assert checkpoint.load(saved_at(config, 2))
 
 
+def test_a_gradient_that_is_not_finite_is_not_stepped(
+    train_settings: Settings, cpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would be found a step later, when the weights with it were the only ones saved."""
+    changes = {"training.save_every_n_steps": 1, "training.keep_last_n_checkpoints": 1}
+    config = train_settings(**changes, **{"output.eval_every_n_steps": 100})
+    trainer = Trainer(config, cpu)
+    add_up = Trainer._add_up
+
+    def poison(self: Trainer, *arguments: Any) -> Any:
+        if self.step == 2:
+            assert self.model.inject.weight.grad is not None
+            self.model.inject.weight.grad[0, 0] = math.inf
+        return add_up(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "_add_up", poison)
+    with pytest.raises(TrainingDiverged, match="the gradient is not finite at step 3; last good checkpoint: "):
+        trainer.fit()
+    assert checkpoint.load(saved_at(config, 2))
+
+
 def test_a_run_that_diverges_at_once_says_that_nothing_was_saved(train_settings: Settings, cpu: torch.device) -> None:
     trainer = Trainer(train_settings(), cpu)
     trainer.model.inject.weight.data[0, 0] = math.nan

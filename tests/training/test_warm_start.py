@@ -98,8 +98,26 @@ def test_layers_are_stacked_in_order() -> None:
 
 def test_as_many_heads_are_wanted(tiny_model: RDT, tiny_checkpoint: Path) -> None:
     other = RDT(replace(tiny_model.config, n_heads=2 * tiny_model.config.n_heads))
-    with pytest.raises(ConfigError, match=f"it has {tiny_model.config.n_heads} heads, model.n_heads is"):
+    with pytest.raises(ConfigError, match=f"its n_heads is {tiny_model.config.n_heads}, model.n_heads is"):
         warm_start(other, tiny_checkpoint, checkpoint.load(tiny_checkpoint).tokenizer)
+
+
+def test_weights_do_not_tell_their_norms_nor_the_unit_of_their_levels(tiny_model: RDT, tiny_checkpoint: Path) -> None:
+    tokenizer = checkpoint.load(tiny_checkpoint).tokenizer
+    with pytest.raises(ConfigError, match=r"its norm is pre, model\.norm is post"):
+        warm_start(RDT(replace(tiny_model.config, norm="post")), tiny_checkpoint, tokenizer)
+    n_steps = tiny_model.config.total_steps
+    said = warm_start(RDT(replace(tiny_model.config, total_steps=n_steps + 1)), tiny_checkpoint, tokenizer)
+    assert said.endswith(f"everything; its gate was taught with training.total_steps = {n_steps}")
+
+
+def test_a_vocabulary_of_lines_is_compared_too(model: RDT, tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
+    pieces = [tiny_tokenizer.piece(i) for i in range(tiny_tokenizer.vocab_size)]
+    for lines, problem in ((pieces, "no file named"), (pieces[::-1], "its vocabulary is not this tokenizer's")):
+        (tmp_path / "vocab.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        with pytest.raises(ConfigError, match=problem):
+            warm_start(model, tmp_path, tiny_tokenizer)
 
 
 @pytest.mark.parametrize(("name", "content"), [("tokenizer.json", "{}"), ("config.json", '{"model_type": "no such"}')])

@@ -7,6 +7,7 @@ reload   the same aside; then newcomers meet the new model, and the old one goes
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import time
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from service.engine.backends import make_backend
 from service.engine.engine import BatchingEngine, Engine
 from service.engine.scheduler import SchedulerLimits
 from service.engine.types import Job
-from service.errors import FailedPrecondition, ServiceError, Unavailable
+from service.errors import FailedPrecondition, Unavailable
 from service.lifecycle import Lifecycle
 from service.limits import Limits
 from service.loading import load_model
@@ -111,17 +112,18 @@ class Host:
         if self._reloading or self._retiring is not None:
             doing = "the new model is being loaded" if self._reloading else "the old model still finishes requests"
             raise FailedPrecondition(f"the last reload is not over: {doing}")
-        self._reloading = True
+        self._reloading, outcome = True, "failed"
         self._at_rest.clear()
         try:
             change = await self._replace(serving)
-        except ServiceError:
-            self._metrics.reloads.labels("failed").inc()
-            raise
+            if isinstance(change, str):
+                gc.collect()  # its traceback still holds the model; what serves is frozen and not looked at
+                raise FailedPrecondition(f"the checkpoint cannot be served, {serving.label} stays: {change}")
+            outcome = change.outcome
         finally:
             self._reloading = False
             self._rest()
-        self._metrics.reloads.labels(change.outcome).inc()
+            self._metrics.reloads.labels(outcome).inc()
         return change
 
     async def drain(self, grace_seconds: float) -> None:
@@ -158,15 +160,17 @@ class Host:
             raise
         return engine
 
-    async def _replace(self, serving: ModelCard) -> Reload:
+    async def _replace(self, serving: ModelCard) -> Reload | str:
+        """What became of it, or why the file cannot be served."""
         try:
             loaded, *more = await asyncio.to_thread(read_models, self._settings)
             if loaded.digest == serving.digest:
                 return Reload("unchanged", serving.label, serving.label)
             engine = await self._warm_engine(loaded, *more)
-        except UNSERVABLE as error:
-            log.error("%s stays: the checkpoint cannot be served: %s", serving.label, error)
-            raise FailedPrecondition(f"the checkpoint cannot be served, {serving.label} stays: {error}") from error
+        except Exception as error:
+            why, defect = str(error) or type(error).__name__, not isinstance(error, UNSERVABLE)
+            log.error("%s stays: the checkpoint cannot be served: %s", serving.label, why, exc_info=defect)
+            return why
         try:
             before = self._lifecycle.denoiser
         except Unavailable:  # asked to end meanwhile, or a tick of the old model broke
@@ -267,9 +271,10 @@ def rehearsals(loaded: LoadedModel, limits: SchedulerLimits) -> list[list[Job]]:
         texts = min(n_tokens // longest, limits.max_live)
         ticks.append([_rehearsal(loaded.tokenizer, [True] * longest) for _ in range(texts)])
         n_tokens = 0 if loaded.model.device.type == "cpu" else n_tokens // 2
-    most = min(limits.token_budget, WARM_TOKENS)
+    most = min(limits.token_budget, WARM_TOKENS, limits.max_live * longest)
     for n_tokens in range(most, 2, -max(1, most // WARM_TICKS)):
-        ticks.append([_rehearsal(loaded.tokenizer, [row % 8 == 1 for row in range(n_tokens)])])
+        lengths = [longest] * (n_tokens // longest) + [n_tokens % longest] * (n_tokens % longest > 2)
+        ticks.append([_rehearsal(loaded.tokenizer, [row % 8 == 1 for row in range(length)]) for length in lengths])
     return ticks
 
 

@@ -193,7 +193,10 @@ class BatchingEngine:
     async def submit(self, job: Job, place: Place, on_reading: OnReading | None = None) -> Result:
         self._check_ready()
         if self.largest_tick < len(job.tokens) <= self._limits.token_budget:
-            raise _no_memory(self.largest_tick)
+            for replica in self._replicas:
+                replica.scheduler.grow(self._clock())  # nobody plans while there is nothing to do
+            if self.largest_tick < len(job.tokens):
+                raise _no_memory(self.largest_tick)
         ticket = self._replicas[0].scheduler.submit(job, place, self._clock())
         caller = self._callers[ticket] = _Caller(on_reading)
         timer = None if job.deadline is None else self._at(job.deadline, self._expire, ticket)
@@ -305,7 +308,7 @@ class BatchingEngine:
     def _shrink(self, replica: Replica, n_tokens: int, error: OutOfMemory) -> None:
         replica.scheduler.shrink(n_tokens, self._clock())
         budget = replica.scheduler.token_budget
-        log.warning("no memory for a tick of %d tokens, %d at the most from now on: %s", n_tokens, budget, error)
+        log.warning("no memory for a tick of %d tokens, %d at the most from now on: %s", n_tokens, budget, str(error))
 
     @property
     def largest_tick(self) -> int:

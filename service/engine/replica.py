@@ -52,9 +52,12 @@ class Replica:
 
     async def stop(self) -> None:
         """End the thread, after at most one pass; one that is stuck stays behind."""
-        if self._doing is not None and not self._stuck:
-            done, _ = await asyncio.wait({asyncio.wrap_future(self._doing)}, timeout=self._patience)
-            self._stuck = not done
+        if self._doing is not None and not self._doing.done() and not self._stuck:
+            last = asyncio.wrap_future(self._doing)
+            await asyncio.wait({last}, timeout=self._patience)
+            self._stuck = not last.done()
+            if last.done() and not last.cancelled():
+                last.exception()  # whoever asked for it has it, or has left
         await asyncio.to_thread(self._thread.shutdown, wait=not self._stuck)
 
     async def _patiently(self, call: Callable[[], Value]) -> Value:

@@ -135,7 +135,7 @@ class Scheduler:
         than their passes. `share` is how many packed tokens are enough for this batch while others can take
         what is left in the line.
         """
-        self._grow(now)
+        self.grow(now)
         dropped = tuple(self._left)
         for ticket in dropped:
             del self._live[ticket]
@@ -246,7 +246,7 @@ class Scheduler:
             entry.ceiling = entry.ceiling or self._ceiling(entry.job)
         return admitted
 
-    def _grow(self, now: float) -> None:
+    def grow(self, now: float) -> None:
         """A shortage of memory may pass: its budget doubles again after a while without another."""
         if self.token_budget < self._full and now - self._short_at >= GROWING_SECONDS:
             self.token_budget, self._short_at = min(self._full, 2 * self.token_budget), now

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from service.rest.middleware import route
+
 METRICS_PATH = "/metrics"
 ID = b"x-request-id"
 
@@ -25,7 +27,7 @@ class Edge:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if scope["path"] == METRICS_PATH:
+        if route(scope) == METRICS_PATH:
             await self._gather()
         given = [value for name, value in scope["headers"] if name == ID]
 

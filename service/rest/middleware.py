@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, MutableMapping
+from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -45,7 +46,7 @@ class Door:
         self._open_paths = open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in self._open_paths:
+        if scope["type"] == "http" and route(scope) not in self._open_paths:
             try:
                 with self._metrics.failure("rest"):
                     present_key(Headers(scope=scope), self._key)
@@ -53,6 +54,12 @@ class Door:
                 await problem_response(error, scope["state"]["request_id"])(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+
+def route(scope: MutableMapping[str, Any]) -> str:
+    """The path without what the application is mounted under."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", "")) or "/"
 
 
 def present_key(headers: Headers, key: ApiKey) -> None:

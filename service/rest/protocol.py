@@ -51,6 +51,7 @@ class Http(HttpToolsProtocol):
         self._in_body = False
         self._left: int | None = None  # bytes of the body that are to come; None for chunks
         self._n_aside = 0  # bytes since the last of a body in chunks
+        self._later = b""  # what came behind a request that waits for its turn
         self._deaf = False  # to all that may still come
         self._running: RequestResponseCycle | None = None  # the request that is being answered, or was last
         self._deadline: asyncio.TimerHandle | None = None  # of what arrives
@@ -64,13 +65,20 @@ class Http(HttpToolsProtocol):
         self._stop_waiting()
         self.resume_writing()
         self.pipeline.clear()
+        self._later = b""
         if self._answering is not None:  # uvicorn tells only the newest
             self._answering.disconnected = True
             self._answering.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        data = self._later + data
+        self._later = b""
         while data and not self._deaf:
+            if self.pipeline:  # one request may wait behind the one that is answered; the others stay bytes
+                self._later = data
+                self.flow.pause_reading()
+                break
             data = self._read_body(data) if self._in_body else self._read_head(data)
         if (self._head or self._in_body) and self._deadline is None and not self._deaf:
             self._deadline = self.loop.call_later(ARRIVAL_SECONDS, self._is_late)
@@ -160,6 +168,8 @@ class Http(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if self._later and not self.transport.is_closing():
+            self.data_received(b"")
         if self._head or self._in_body:  # it is not idle
             self._unset_keepalive_if_required()
 
@@ -192,7 +202,7 @@ class Http(HttpToolsProtocol):
     def _end(self, status: int, detail: str) -> None:
         """Answer a request that has not arrived in whole, unless it has been answered, and hang up."""
         arriving = self.cycle if self._in_body else None
-        self._deaf, self._in_body, self._head = True, False, bytearray()
+        self._deaf, self._in_body, self._head, self._later = True, False, bytearray(), b""
         self._stop_waiting()
         log.debug("a request is refused as it arrives: %d %s", status, detail)
         if (earlier := self._answering) is not None and earlier is not arriving:

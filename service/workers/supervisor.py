@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 MAX_WORKER_DEATHS = 10
 """More in a minute end the server: whatever is wrong, births do not cure it."""
+BIRTHS = 20
+"""So often a child is tried to be started when the machine has no room for a process."""
 PAUSE_SECONDS = 0.5
 """Before a worker is replaced."""
 MARGIN_SECONDS = 10.0
@@ -120,9 +122,19 @@ class Crew:
             await asyncio.sleep(PAUSE_SECONDS)
 
     async def _start(self, role: Role, name: str) -> Child:
-        child = await Child.start(Orders.of(role, name, self._path, self._settings))
+        child = await self._born(Orders.of(role, name, self._path, self._settings))
         log.info("started %s as process %d", child.name, child.pid)
         return child
+
+    async def _born(self, orders: Orders) -> Child:
+        """Raises `OSError` if there is no room for a process, and not for a while."""
+        for _ in range(BIRTHS - 1):
+            try:
+                return await Child.start(orders)
+            except OSError as error:
+                log.error("%s cannot be started: %s", f"{orders.role} {orders.name}".strip(), error)
+                await asyncio.sleep(PAUSE_SECONDS)
+        return await Child.start(orders)
 
 
 @contextmanager

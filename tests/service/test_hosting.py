@@ -15,7 +15,7 @@ import httpx
 import pytest
 import torch
 
-from rdt_core import RDT, Checkpoint, ModelConfig, checkpoint
+from rdt_core import RDT, Checkpoint, LoadedModel, ModelConfig, checkpoint
 from service import hosting
 from service.engine.engine import BatchingEngine
 from service.errors import FailedPrecondition, Unavailable
@@ -213,26 +213,47 @@ async def test_a_bad_file_leaves_the_old_model_serving_and_says_why(
 
 @pytest.mark.parametrize(
     ("error", "said"),
-    [("a broken kernel", "a broken kernel"), ("out of memory", "there is memory for texts of 0 tokens only")],
+    [
+        (RuntimeError("a broken kernel"), "a broken kernel"),
+        (RuntimeError("out of memory"), "there is memory for texts of 0 tokens only"),
+        (IndexError("a defect"), "a defect"),
+    ],
 )
 async def test_a_model_that_breaks_while_warming_is_not_served(
-    hosted: Hosted, path: Path, monkeypatch: pytest.MonkeyPatch, error: str, said: str
+    hosted: Hosted, path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
 ) -> None:
-    serving = hosted.lifecycle.denoiser
+    serving, read = hosted.lifecycle.denoiser, hosting.read_models
+    refused: list[weakref.ref[RDT]] = []
     write_other_model(path)
 
     def breaks(*_: object) -> None:
-        raise RuntimeError(error)
+        raise type(error)(*error.args)
+
+    def noted(settings: Settings) -> list[LoadedModel]:
+        models = read(settings)
+        refused.append(weakref.ref(models[0].model))
+        return models
 
     monkeypatch.setattr(RDT, "forward", breaks)
+    monkeypatch.setattr(hosting, "read_models", noted)
     with pytest.raises(FailedPrecondition, match=said):
         await hosted.host.reload()
     monkeypatch.undo()
     assert hosted.lifecycle.denoiser is serving
+    if isinstance(error, RuntimeError):  # the log of this test keeps the traceback of a defect
+        assert refused[0]() is None, "its memory is free at once"
+    assert hosted.sample("rdt_model_reloads_total", outcome="failed") == 1
     assert hosted.sample("rdt_tick_tokens_limit") == 512, "of the model that serves"
     assert hosted.sample("rdt_out_of_memory_total") == 0
     assert (await hosted.denoise(BRIEF)).steps == 3
     assert (await hosted.host.reload()).outcome == "swapped", "and the next try is not stuck behind the failed one"
+
+
+async def test_a_model_with_a_table_of_positions_is_served(hosted: Hosted, path: Path) -> None:
+    """No tick that warms it has a longer text than it takes, though the budget is larger."""
+    write_other_model(path, norm="post", positions="learned", max_seq_len=24)
+    assert (await hosted.host.reload()).outcome == "swapped"
+    assert (await hosted.denoise(BRIEF)).steps == 3
 
 
 async def test_a_drain_finishes_both_models(hosted: Hosted, path: Path) -> None:

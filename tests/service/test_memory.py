@@ -232,6 +232,20 @@ async def test_a_shortage_that_stays_costs_half_again_and_again_and_passes() -> 
     await engine.stop()
 
 
+async def test_a_shortage_passes_for_who_alone_asks_for_much() -> None:
+    clock, backend = FakeClock(), ScriptedBackend()
+    engine = BatchingEngine([backend], LIMITS, clock)
+    await engine.warm([[scripted_job(8, 1)] * 4])
+    await engine.start()
+    backend.errors += [OutOfMemory("somebody has it")] * 2
+    await submit(engine, scripted_job(4, 1))
+    with pytest.raises(ResourceExhausted, match="texts of up to 16 tokens"):
+        await submit(engine, scripted_job(32, 1))
+    clock.now += 60
+    assert (await submit(engine, scripted_job(32, 1))).steps == 1
+    await engine.stop()
+
+
 async def test_what_there_was_no_room_for_from_the_start_is_not_tried_again(backend: Small) -> None:
     clock = FakeClock()
     engine = BatchingEngine([backend], LIMITS, clock)

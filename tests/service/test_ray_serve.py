@@ -335,9 +335,12 @@ async def test_the_proxys_request_id_is_named_once_and_a_scrape_gathers(service:
         alone = await client.get("/health/live")
         assert gathered == []
         await client.get("/metrics")
+        assert gathered == ["once"]
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(service.app, root_path="/rdt")) as client:
+        assert (await client.get("http://rdt/rdt/metrics")).status_code == 200
+    assert gathered == ["once", "once"]
     assert "x-request-id" not in behind.headers
     assert len(alone.headers.get_list("x-request-id")) == 1
-    assert gathered == ["once"]
 
 
 async def test_a_pump_passes_on_what_the_work_raises() -> None:

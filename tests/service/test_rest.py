@@ -241,6 +241,14 @@ async def test_the_model_card(service: Service, tiny_config: ModelConfig) -> Non
     assert card["configuration"]["max_seq_len"] == tiny_config.max_seq_len
 
 
+async def test_under_a_prefix_the_same_paths_are_open(tiny_tokenizer: Tokenizer, tiny_config: ModelConfig) -> None:
+    service = Service(tiny_tokenizer, tiny_config, api_key=KEY).open()
+    transport = httpx.ASGITransport(service.app, root_path="/rdt")
+    async with httpx.AsyncClient(transport=transport, base_url="http://rdt/rdt") as client:
+        statuses = [(await client.get(path)).status_code for path in ("/health/live", "/health/ready", "/", "/metrics")]
+    assert statuses == [200, 200, 200, 401]
+
+
 async def test_the_openapi_document_says_where_a_key_is_wanted(service: Service) -> None:
     app = create_app(service.lifecycle, service.metrics, max_body_bytes=4096, api_key="s3cret")
     schema = app.openapi()

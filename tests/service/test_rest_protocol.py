@@ -90,6 +90,24 @@ async def test_an_offer_that_is_not_taken_changes_nothing(port: int, offer: byte
         assert json.loads(body)["text"] == "the fox\r\nUpgrade: not a header"
 
 
+async def test_requests_in_a_row_wait_as_bytes(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All in one piece: two are known of at a time, and all are answered in their order."""
+    waiting: list[int] = []
+    begun = protocol.Http.on_headers_complete
+
+    def noted(self: protocol.Http) -> None:
+        begun(self)
+        waiting.append(len(self.pipeline))
+
+    monkeypatch.setattr(protocol.Http, "on_headers_complete", noted)
+    paths = [b"/health/live", b"/none", b"/health/ready"] * 100
+    gets = b"".join(b"GET %s HTTP/1.1\r\nHost: rdt\r\n\r\n" % path for path in paths)
+    found = await answers(port, gets, request(b"") * 3, n=len(paths) + 3)
+    assert [int(status.split()[1]) for status, _ in found] == [200, 404, 200] * 100 + [200] * 3
+    assert all(json.loads(body)["text"].startswith("the fox") for _, body in found[-3:])
+    assert max(waiting) == 1
+
+
 @pytest.mark.parametrize(("path", "status"), [("/health/ready", 200), ("/", 200), ("/denoise", 405), ("/none", 404)])
 async def test_head_is_get_without_a_body(port: int, path: str, status: int) -> None:
     asked = f"{path} HTTP/1.1\r\nHost: rdt\r\nConnection: close\r\n\r\n".encode()

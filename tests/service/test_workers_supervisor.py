@@ -111,6 +111,25 @@ async def test_a_worker_that_dies_is_replaced_under_another_name(life: Life) -> 
     assert ("worker 1.1", signal.SIGTERM) in FakeChild.signals
 
 
+async def test_no_room_for_a_process_is_waited_for(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
+    births, start = [0], FakeChild.start
+
+    async def refused(orders: Orders) -> FakeChild:
+        births[0] += 1
+        if births[0] < 4:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        return await start(orders)
+
+    monkeypatch.setattr(FakeChild, "start", refused)
+    life.child("worker 1.0").die(-9)
+    await life.has("worker 1.1")
+    assert births == [4]
+    births[0] = -(10**6)  # for good
+    life.child("worker 0.0").die(-9)
+    with pytest.raises(BlockingIOError):
+        await life.work
+
+
 async def test_workers_that_die_again_and_again_end_the_server(life: Life) -> None:
     for turn in range(MAX_WORKER_DEATHS + 1):
         (await life.has(f"worker 0.{turn}")).die(-11)

@@ -6,7 +6,8 @@ R: rows   I: inputs of a layer   O: its outputs
     tf32   as fp32, with products of 10-bit fractions; CUDA only, and for the whole process
     bf16   products of bfloat16, summed in float32; the residual stream, norms and the gate stay float32
     fp16   the same with float16: a longer fraction, a smaller range; CUDA only
-    int8   weights rounded per output, inputs per row, sums exact in int32; the rest as in fp32; CPU only
+    int8   weights rounded per output, inputs per row, sums exact in int32; the rest as in fp32; CPU only. Where the
+           processor adds two products in 16 bits before that (x86 without VNNI), weights have 7 bits, so that they fit
 
 Levels, and so the decision to halt, are float32 in all of them; with tf32 the gate's few products are of the same short
 fractions as all others.
@@ -17,6 +18,7 @@ the batch, in any format. (The usual dynamic quantisation takes one scale for th
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Literal, get_args
 
 import torch
@@ -110,7 +112,7 @@ class PackedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.dtype, self.out_dtype, self.gelu = dtype, out_dtype, gelu
-        self.packed = linear.weight.device.type == "cpu" and _has_onednn()
+        self.packed = linear.weight.device.type == "cpu" and _has_onednn() and _packs(dtype)
         weight = linear.weight.detach().to(dtype)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None) if self.packed else weight
         self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
@@ -154,7 +156,7 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.gelu = gelu
         weight = linear.weight.detach().float()  # (O, I)
-        scale = _largest(weight) / INT8_MAX  # (O, 1)
+        scale = _largest(weight) / _int8_weight_max()  # (O, 1)
         rounded = (weight / scale).round().to(torch.int8)
         self.weight = torch.ops.onednn.qlinear_prepack(rounded, None)
         self.weight_scale = scale.squeeze(1)
@@ -166,12 +168,26 @@ class Int8Linear(nn.Module):
         n_rows, x = len(x), rounded_up(x, ROW_MULTIPLE)
         scale = _largest(x) / INT8_MAX  # (R, 1)
         rounded = (x / scale).round_().to(torch.int8)
-        y = torch.ops.onednn.qlinear_pointwise(
-            rounded, 1.0, 0, self.weight, self.weight_scale, self.weight_zero, None,
-            1.0, 0, torch.float32, "none", [], "none",
-        )  # fmt: skip
+        y = _int8_product(rounded, self.weight, self.weight_scale, self.weight_zero)
         y = torch.addcmul(self.bias, y, scale, out=y)[:n_rows]
         return F.gelu(y) if self.gelu else y
+
+
+def _int8_product(x: Tensor, weight: Tensor, weight_scale: Tensor, weight_zero: Tensor) -> Tensor:
+    """int8 rows `(R, I)`, packed int8 weights -> float32 sums, each output times its scale `(R, O)`."""
+    y: Tensor = torch.ops.onednn.qlinear_pointwise(
+        x, 1.0, 0, weight, weight_scale, weight_zero, None, 1.0, 0, torch.float32, "none", [], "none"
+    )
+    return y
+
+
+@cache
+def _int8_weight_max() -> int:
+    """127, or 63 where sums of products of 127 are wrong: they are cut off at 16 bits on their way."""
+    most = torch.full((ROW_MULTIPLE, 64), INT8_MAX, dtype=torch.int8)
+    weight = torch.ops.onednn.qlinear_prepack(most, None)
+    found = _int8_product(most, weight, torch.ones(len(most)), torch.zeros(len(most), dtype=torch.int32))
+    return INT8_MAX if bool((found == 64 * INT8_MAX**2).all()) else INT8_MAX // 2
 
 
 def _largest(x: Tensor) -> Tensor:
@@ -203,6 +219,15 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
     layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
     layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
     return layer
+
+
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has products of this format on this processor; bfloat16 wants AVX-512 or newer."""
+    try:
+        torch.ops.mkldnn._reorder_linear_weight(torch.zeros(ROW_MULTIPLE, ROW_MULTIPLE, dtype=dtype), None)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _has_onednn() -> bool:

@@ -51,6 +51,8 @@ class ModelConfig:
     positions: Positions = "rotary"
     """`learned`: a table of `max_seq_len` rows, added once, before the first pass."""
     gate_hidden_dim: int = 256
+    gate_shortlist: int = 0
+    """How many of the likeliest tokens a token level reads the logits of; 0: it reads the hidden state alone."""
     n_prelude_layers: int = 0
     level_conditioning: bool = False
     total_steps: int = 20
@@ -68,6 +70,7 @@ class ModelConfig:
         for name, minimum in (("n_encoder_layers", 1), ("n_decoder_layers", 0), ("n_prelude_layers", 0)):
             self._check_int(name, minimum, MAX_LAYERS)
         self._check_suppressed()
+        self._check_int("gate_shortlist", 0, self.vocab_size - len(self.suppress_tokens))
         object.__setattr__(self, "suppress_tokens", tuple(self.suppress_tokens))
         for name in ("dropout", "threshold"):
             self._check_number(name)
@@ -83,6 +86,11 @@ class ModelConfig:
             raise ValueError(f"d_model is {self.d_model}: want a multiple of {why} = {unit}")
         if self.decoder_type == "transformer" and self.n_decoder_layers == 0:
             raise ValueError("n_decoder_layers is 0: want >= 1 with decoder_type 'transformer'")
+        if self.decoder_type == "transformer" and self.gate_shortlist > 0:
+            raise ValueError(
+                f"gate_shortlist is {self.gate_shortlist}: want 0 with decoder_type 'transformer', whose layers every "
+                "pass would have to run for it"
+            )
 
     @property
     def n_coda_layers(self) -> int:

@@ -23,6 +23,14 @@ def decode_flops(config: ModelConfig) -> int:
     return 2 * (config.d_model * config.vocab_size + dense)
 
 
+def shortlist_flops(config: ModelConfig) -> int:
+    """The token level of one row: the part of its decoding that is done for the shortlist."""
+    if config.gate_shortlist == 0:
+        return 0
+    dense = config.d_model**2 if config.decoder_type == "dense" else 0
+    return 2 * (config.d_model * config.gate_shortlist + dense)
+
+
 def sequence_flops(config: ModelConfig, length: int, n_decoded: int, steps: int) -> int:
     """A whole restoration: prelude, `steps` passes, decoder layers, and `n_decoded` rows through the vocabulary."""
     outer = config.n_prelude_layers + config.n_coda_layers

@@ -76,11 +76,12 @@ def restore(
     while reason is None:
         state = model(state, packing)
         step = len(levels) + 1
+        rows = open_rows = state.masked.nonzero().squeeze(1)
         if halting == "settle":
-            rows = rows_to_settle(state, due(n_masked, step, max_steps) - len(chosen), threshold)
-            level = settled_level(state, rows, n_masked, levels)
+            token_level = model.token_level(state.hidden, packing, open_rows)
+            settles = which_settle(token_level, due(n_masked, step, max_steps) - len(chosen), threshold)
+            rows, level = open_rows[settles], settled_level(token_level[~settles], n_masked, levels)
         else:
-            rows = state.masked.nonzero().squeeze(1)
             level = float(state.gate.level[0])
         levels.append(level)
 
@@ -93,7 +94,7 @@ def restore(
             out_of_time=out_of_time is not None and out_of_time(),
         )
         if reason is not None:
-            rows = state.masked.nonzero().squeeze(1)
+            rows = open_rows
         if halting == "settle" or reason is not None:
             chosen |= _decode(model, state, packing, rows, step=step, top_k=top_k)
             state = model.settle(state, rows, torch.tensor([chosen[row][0] for row in rows.tolist()]).to(rows))
@@ -106,21 +107,22 @@ def restore(
     return _assemble(tokens, chosen, levels, reason)
 
 
-def rows_to_settle(state: State, n_due: int, threshold: float) -> Tensor:
-    """The masked rows whose token level is below the threshold, and the surest others up to `n_due`."""
-    rows = state.masked.nonzero().squeeze(1)
-    order = torch.argsort(state.gate.token_level[rows], stable=True)  # ties: the leftmost first
-    rows = rows[order]
-    n_sure = int((state.gate.token_level[rows] < threshold).sum())
-    return rows[: max(n_sure, n_due)].sort().values
+def which_settle(token_level: Tensor, n_due: int, threshold: float) -> Tensor:
+    """Of open rows with these token levels `(M,)`: those below the threshold, and the surest others up to `n_due`.
+
+    `(M,)` bool.
+    """
+    surest_first = torch.argsort(token_level, stable=True)  # ties: the leftmost first
+    n_sure = int((token_level < threshold).sum())
+    settles = torch.zeros_like(token_level, dtype=torch.bool)
+    return settles.index_fill(0, surest_first[: max(n_sure, n_due)], True)
 
 
-def settled_level(state: State, settling: Tensor, n_masked: int, levels: list[float]) -> float:
-    """Share of masked rows that stay open, weighted by their token levels; it never rises."""
+def settled_level(left_open: Tensor, n_masked: int, levels: list[float]) -> float:
+    """Share of the masked rows that stay open, weighted by their token levels `left_open`; it never rises."""
     if n_masked == 0:
         return 0.0
-    open_levels = state.gate.token_level.masked_fill(~state.masked, 0.0).index_fill(0, settling, 0.0)
-    return min([float(open_levels.sum()) / n_masked, *levels[-1:]])
+    return min([float(left_open.sum()) / n_masked, *levels[-1:]])
 
 
 def _decode(model: RDT, state: State, packing: Packing, rows: Tensor, *, step: int, top_k: int) -> dict[int, Choice]:

@@ -7,6 +7,8 @@ T: packed tokens   N: sequences   D: model width   V: vocabulary   M: rows asked
     decode   State, rows  -> logits (M, V)  coda: only the rows that were asked for
     settle   State, rows  -> State          decoded tokens replace [MASK] in the embedded input
 
+`token_level` says which rows are sure enough to settle, without decoding any.
+
 Every pass starts from `LayerNorm(hidden) + W_inject . embedded`: the input is fed back in at every
 pass and the hidden state cannot grow, which keeps the recursion stable at any depth (compare the
 input injection of Deep Equilibrium Models, Bai et al., 2019, and of Geiping et al., 2025).
@@ -76,7 +78,9 @@ class RDT(nn.Module):
         self.projection: nn.Module | None = None  # onto the vocabulary, when it is not the plain tied one
         self.precision = "fp32"  # of the matrix products, see `rdt_core.precision`
         self.row_multiple = 1  # layers run on a multiple of so many rows
-        self.gate = Gate(config.d_model, config.gate_hidden_dim)
+        n_others = config.vocab_size - len(config.suppress_tokens) - config.gate_shortlist
+        self.gate = Gate(config.d_model, config.gate_hidden_dim, n_others if config.gate_shortlist else None)
+        self.fixed_shortlist: tuple[Tensor, Tensor] | None = None  # that of weights that will not change
         self._initialise()
         self.n_parameters = sum(parameter.numel() for parameter in self.parameters())
 
@@ -146,6 +150,28 @@ class RDT(nn.Module):
             hidden = F.gelu(self.decoder_dense(hidden))
         normed: Tensor = self.decoder_norm(hidden)
         return normed
+
+    def token_level(self, hidden: Tensor, packing: Packing, rows: Tensor) -> Tensor:
+        """hidden `(T, D)`, rows `(M,)` -> how likely each row's best guess is wrong, as the gate foretells it `(M,)`.
+
+        Float32 whatever the model's precision, and no gradient but the gate's own.
+        """
+        with torch.autocast(hidden.device.type, enabled=False):
+            hidden = hidden.detach().float()
+            shortlisted = None
+            if self.config.gate_shortlist > 0:
+                with torch.no_grad():
+                    shortlisted = F.linear(self.features(hidden, packing, rows), *self.shortlist)  # (M, K)
+            return self.gate.token_level(hidden[rows], shortlisted)
+
+    @property
+    def shortlist(self) -> tuple[Tensor, Tensor]:
+        """Embeddings `(K, D)` and biases `(K,)` of the tokens with the largest output bias, the most frequent ones."""
+        if self.fixed_shortlist is not None:
+            return self.fixed_shortlist
+        bias = self.output_bias.detach()
+        tokens = bias.argsort(descending=True, stable=True)[: self.config.gate_shortlist]
+        return self.embedding.weight.detach()[tokens], bias[tokens]
 
     @property
     def output_bias(self) -> Tensor:

@@ -52,6 +52,7 @@ def prepare(model: RDT, precision: Precision = "fp32") -> RDT:
     if model.projection is not None:
         raise ValueError(f"the model has been prepared already, for {model.precision}: load it again")
     model.precision = precision
+    model.fixed_shortlist = model.shortlist
     if model.device.type == "cuda":
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums are float32 to their end

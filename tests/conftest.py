@@ -46,6 +46,7 @@ def tiny_config(tiny_tokenizer: Tokenizer) -> ModelConfig:
         n_encoder_layers=1,
         d_ff=32,
         gate_hidden_dim=8,
+        gate_shortlist=6,
         max_seq_len=32,
         suppress_tokens=tuple(sorted(tiny_tokenizer.special_ids)),
         max_steps=8,

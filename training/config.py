@@ -41,6 +41,7 @@ class ModelSection:
     norm: str = "pre"
     positions: str = "rotary"
     gate_hidden_dim: int = 256
+    gate_shortlist: int = 0
     n_prelude_layers: int = 0
     level_conditioning: bool = False
     max_seq_len: int = 512

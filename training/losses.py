@@ -89,20 +89,21 @@ def deep_run(model: RDT, batch: Batch, packing: Packing, n_passes: int, settle: 
             guess = torch.where(open_rows[-1], guess, guesses[-1])
         guesses.append(guess)
         if settle:
-            settled = surest(state, rows, packing, step, n_passes)
+            settled = surest(model, state, rows, packing, step=step, n_passes=n_passes)
             state = model.settle(state, rows[settled], guess[settled])
     return DeepRun(states, torch.stack(guesses), torch.stack(doubts), torch.stack(open_rows))
 
 
-def surest(state: State, rows: Tensor, packing: Packing, step: int, n_passes: int) -> Tensor:
+def surest(model: RDT, state: State, rows: Tensor, packing: Packing, *, step: int, n_passes: int) -> Tensor:
     """Which of `rows` settle now: in each sequence the lowest token levels, at an even pace. `(M,)` bool."""
+    token_level = model.token_level(state.hidden, packing, rows)
     sequences = packing.sequence_ids[rows]
     settled = torch.zeros_like(rows, dtype=torch.bool)
     for sequence in range(packing.n_sequences):
         own = (sequences == sequence).nonzero().squeeze(1)
         still_open = own[state.masked[rows[own]]]
         n_due = due(len(own), step, n_passes) - (len(own) - len(still_open))
-        order = torch.argsort(state.gate.token_level[rows[still_open]], stable=True)
+        order = torch.argsort(token_level[still_open], stable=True)
         settled[still_open[order[:n_due]]] = True
     return settled
 
@@ -136,7 +137,8 @@ def _gate_losses(model: RDT, batch: Batch, packing: Packing, section: TrainingSe
         state = model.gate(seen.hidden, seen.masked, packing, state)
         still_open = run.open_rows[step]
         if still_open.any():
-            predicted = state.token_level[rows[still_open]].clamp(1e-6, 1 - 1e-6)
+            token_level = model.token_level(seen.hidden, packing, rows[still_open])
+            predicted = token_level.clamp(1e-6, 1 - 1e-6)
             loss = loss + cross_entropy(predicted, run.doubts[step][still_open])
         if left is not None:
             target = (left[step] / section.total_steps).clamp(max=1.0)

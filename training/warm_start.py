@@ -47,9 +47,12 @@ def _copy_all(model: RDT, path: Path, tokenizer: Tokenizer) -> str:
         if (there := getattr(theirs, name)) != (here := getattr(model.config, name)):
             raise ConfigError(f"training.init_from is {str(path)!r}: its {name} is {there}, model.{name} is {here}")
     weights = stacked(saved.model_state_dict, theirs.n_encoder_layers, model.config.n_encoder_layers)
+    taken = "everything"
+    if bool(theirs.gate_shortlist) != bool(model.config.gate_shortlist):  # their token level reads something else
+        fresh = {name: weight for name, weight in model.state_dict().items() if name.startswith("gate.token.")}
+        weights, taken = weights | fresh, "everything but the token level, which is fresh"
     checkpoint.check_weights(path, model, weights)
     model.load_state_dict(weights)
-    taken = "everything"
     if (saved.progress or {}).get("average") and (saved.progress or {}).get("best_of") != "gate stage":
         taken += ", the weights as they stood and not their running average"
     if theirs.total_steps != model.config.total_steps:

@@ -128,9 +128,12 @@ class EagerBackend:
         packing, terms = batch.packing, batch.terms
         state = self._model(batch.state, packing)
         step = terms.step + 1
-        settling = _settling_rows(state, packing, terms._replace(step=step))  # (T,) bool
+        candidates = state.masked & terms.settles[packing.sequence_ids]  # (T,) bool
+        choosing = candidates & (step < terms.ceiling)[packing.sequence_ids]  # after the last pass all of it settles
+        token_level = _token_level(self._model, state, packing, choosing)  # (T,)
+        settling = _settling_rows(candidates, token_level, packing, terms._replace(step=step))  # (T,) bool
         open_after = state.masked & ~settling
-        level = torch.where(terms.settles, _settled_level(state, open_after, packing, terms), state.gate.level)
+        level = torch.where(terms.settles, _settled_level(token_level * open_after, packing, terms), state.gate.level)
         late = torch.tensor([ticket in overdue for ticket in batch.tickets], device=level.device)
         terms = terms._replace(step=step, level=level)
         reason = _reasons(terms, _count(open_after, packing) == 0, late)  # (N,)
@@ -186,13 +189,18 @@ class Decoded(NamedTuple):
         ]
 
 
-def _settling_rows(state: State, packing: Packing, terms: Terms) -> Tensor:
+def _token_level(model: RDT, state: State, packing: Packing, choosing: Tensor) -> Tensor:
+    """Of the rows to choose from `(T,)` bool, and 1 elsewhere: `(T,)`."""
+    rows = choosing.nonzero().squeeze(1)
+    level = torch.ones(len(choosing), device=choosing.device)
+    return level if len(rows) == 0 else level.index_copy_(0, rows, model.token_level(state.hidden, packing, rows))
+
+
+def _settling_rows(candidates: Tensor, token_level: Tensor, packing: Packing, terms: Terms) -> Tensor:
     """Rows `(T,)` that become text now: of each settling sequence those below its threshold, and the surest
-    others as far as the pace to its ceiling asks. See `rdt_core.inference.rows_to_settle`.
+    others as far as the pace to its ceiling asks. See `rdt_core.inference.which_settle`.
     """
     ids = packing.sequence_ids
-    candidates = state.masked & terms.settles[ids]
-    token_level = state.gate.token_level
     n_open = _count(candidates, packing)  # (N,)
     due = -(-terms.n_masked * terms.step // terms.ceiling)
     n_due = due - (terms.n_masked - n_open)
@@ -204,10 +212,9 @@ def _settling_rows(state: State, packing: Packing, terms: Terms) -> Tensor:
     return candidates & (rank < n_taken[ids])
 
 
-def _settled_level(state: State, open_after: Tensor, packing: Packing, terms: Terms) -> Tensor:
-    """Share of masked rows still open, weighted by token level, never rising `(N,)`."""
-    zero = torch.zeros_like(terms.level)
-    left = zero.index_add(0, packing.sequence_ids, state.gate.token_level * open_after)
+def _settled_level(left_open: Tensor, packing: Packing, terms: Terms) -> Tensor:
+    """Share of masked rows still open, weighted by token level `(T,)`, 0 for all others; never rising `(N,)`."""
+    left = torch.zeros_like(terms.level).index_add(0, packing.sequence_ids, left_open)
     return torch.minimum(left / terms.n_masked.clamp(min=1), terms.level)
 
 
@@ -258,7 +265,7 @@ def _keep(batch: Batch, sequences: list[int]) -> Batch | None:
             hidden=batch.state.hidden[rows],
             embedded=batch.state.embedded[rows],
             masked=batch.state.masked[rows],
-            gate=GateState(gate.level[kept], gate.summary[kept], gate.token_level[rows]),
+            gate=GateState(gate.level[kept], gate.summary[kept]),
         ),
         asked=batch.asked[rows],
         terms=Terms(*(term[kept] for term in batch.terms)),

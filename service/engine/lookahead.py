@@ -184,7 +184,6 @@ class LookaheadBackend:
         state = self._model.begin(tokens, masked, packing)
         rows, places = slice(first_row, first_row + len(tokens)), slice(first_place, first_place + len(jobs))
         buffers.hidden[rows], buffers.embedded[rows], buffers.masked[rows] = state.hidden, state.embedded, masked
-        buffers.token_level[rows] = state.gate.token_level
         buffers.level[places], buffers.summary[places] = state.gate.level, state.gate.summary
         buffers.threshold[places] = self._sent([job.threshold for job in jobs], torch.float64)
         buffers.ceiling[places] = self._sent([a.ceiling for a in admitted])

@@ -75,7 +75,6 @@ class Buffers(NamedTuple):
     hidden: Tensor  # (T, D)
     embedded: Tensor  # (T, D)
     masked: Tensor  # (T,) bool
-    token_level: Tensor  # (T,)
     positions: Tensor  # (T,) int64
     sequence_ids: Tensor  # (T,) int64
     offsets: Tensor  # (N + 1,) int32
@@ -99,7 +98,6 @@ class Buffers(NamedTuple):
             hidden=zeros(n_rows, width),
             embedded=zeros(n_rows, width),
             masked=zeros(n_rows, dtype=torch.bool),
-            token_level=zeros(n_rows),
             positions=zeros(n_rows, dtype=torch.int64),
             sequence_ids=zeros(n_rows, dtype=torch.int64),
             offsets=zeros(n_places + 1, dtype=torch.int32),
@@ -113,7 +111,7 @@ class Buffers(NamedTuple):
         )
 
 
-ROW_BUFFERS = ("hidden", "embedded", "masked", "token_level")
+ROW_BUFFERS = ("hidden", "embedded", "masked")
 PLACE_BUFFERS = ("level", "summary", "threshold", "ceiling", "step", "reason")
 """What moves with a sequence when the batch closes up."""
 
@@ -131,13 +129,12 @@ class Passes(Protocol):
 def one_pass(model: RDT, buffers: Buffers, bucket: Bucket) -> None:
     """The arithmetic of a tick: nothing here asks the device about a value, so that it can be captured."""
     rows, places = slice(bucket.n_rows), slice(bucket.n_places)
-    gate = GateState(buffers.level[places], buffers.summary[places], buffers.token_level[rows])
+    gate = GateState(buffers.level[places], buffers.summary[places])
     before = State(buffers.hidden[rows], buffers.embedded[rows], buffers.masked[rows], gate)
     after = model(before, bucket)
     goes_on = buffers.reason[places] == GO_ON  # (N,)
     row_goes_on = goes_on[bucket.sequence_ids]  # (T,)
     buffers.hidden[rows] = torch.where(row_goes_on[:, None], after.hidden.float(), before.hidden)
-    buffers.token_level[rows] = torch.where(row_goes_on, after.gate.token_level, gate.token_level)
     buffers.summary[places] = torch.where(goes_on[:, None], after.gate.summary, gate.summary)
     buffers.level[places] = torch.where(goes_on, after.gate.level, gate.level)
     buffers.step[places] += goes_on

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rdt_core import RDT, Packing, Restoration, State, restore
-from rdt_core.gate import GateState
 from rdt_core.halting import due
-from rdt_core.inference import rows_to_settle, settled_level, top_first
+from rdt_core.inference import settled_level, top_first, which_settle
 from tests.rdt_core.conftest import Build
 from tests.rdt_core.sequences import random_sequences
 
@@ -96,20 +95,14 @@ def test_settled_tokens_are_seen_by_the_next_pass(build: Build) -> None:
 def test_the_surest_rows_settle_first(build: Build) -> None:
     model = opinionated(build(1))
     tokens, masked = sequence()
-    first = model(model.begin(tokens, masked, Packing.of([12])), Packing.of([12])).gate.token_level
+    packing = Packing.of([12])
+    state = model(model.begin(tokens, masked, packing), packing)
+    first = model.token_level(state.hidden, packing, torch.arange(12))
     found = restore(model, tokens, masked, halting="settle", threshold=0, max_steps=3)
     early = [float(first[row]) for row, at in zip(found.rows, found.fixed_at, strict=True) if at == 1]
     late = [float(first[row]) for row, at in zip(found.rows, found.fixed_at, strict=True) if at > 1]
     assert len(early) == due(len(found.rows), 1, 3)
     assert max(early) <= min(late)
-
-
-@pytest.fixture
-def read_by_the_gate() -> State:
-    """Six rows, the fifth of them visible, and the token levels of the others."""
-    masked = torch.tensor([True, True, True, True, False, True])
-    gate = GateState(torch.ones(1), torch.zeros(1, 1), torch.tensor([0.9, 0.1, 0.5, 0.1, 0.0, 0.7]))
-    return State(torch.zeros(6, 1), torch.zeros(6, 1), masked, gate)
 
 
 @pytest.mark.parametrize(
@@ -121,20 +114,19 @@ def read_by_the_gate() -> State:
         (1, 0.0, [1]),
         (-2, 0.0, []),
         (0, 0.1, []),
-        (9, 0.0, [0, 1, 2, 3, 5]),
+        (9, 0.0, [0, 1, 2, 3, 4]),
     ],
 )
-def test_sure_rows_settle_and_the_surest_others_keep_the_pace(
-    read_by_the_gate: State, n_due: int, threshold: float, rows: list[int]
-) -> None:
-    assert rows_to_settle(read_by_the_gate, n_due, threshold).tolist() == rows
+def test_sure_rows_settle_and_the_surest_others_keep_the_pace(n_due: int, threshold: float, rows: list[int]) -> None:
+    token_level = torch.tensor([0.9, 0.1, 0.5, 0.1, 0.7])
+    assert which_settle(token_level, n_due, threshold).nonzero().squeeze(1).tolist() == rows
 
 
-def test_the_level_of_a_settling_sequence_is_what_stays_open(read_by_the_gate: State) -> None:
-    settling = torch.tensor([1, 3])
-    assert settled_level(read_by_the_gate, settling, 5, []) == pytest.approx((0.9 + 0.5 + 0.7) / 5)
-    assert settled_level(read_by_the_gate, settling, 5, [1.0, 0.3]) == 0.3
-    assert settled_level(read_by_the_gate, settling, 0, []) == 0.0
+def test_the_level_of_a_settling_sequence_is_what_stays_open() -> None:
+    left_open = torch.tensor([0.9, 0.5, 0.7])
+    assert settled_level(left_open, 5, []) == pytest.approx((0.9 + 0.5 + 0.7) / 5)
+    assert settled_level(left_open, 5, [1.0, 0.3]) == 0.3
+    assert settled_level(left_open[:0], 0, []) == 0.0
 
 
 def test_threshold_zero_with_gate_runs_to_max_steps(build: Build) -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rdt_core import PRESETS, RDT, ModelConfig, Packing, State, unpack
-from rdt_core.gate import GateState
+from rdt_core.gate import Gate, GateState
 from rdt_core.packing import rows_of
 from tests.rdt_core.conftest import Build
 from tests.rdt_core.sequences import random_sequences
@@ -17,8 +17,9 @@ quick = settings(max_examples=25, deadline=None)
 VARIANTS = {
     "linear": {},
     "prelude": {"n_prelude_layers": 2},
-    "transformer": {"decoder_type": "transformer", "n_decoder_layers": 2},
+    "transformer": {"decoder_type": "transformer", "n_decoder_layers": 2, "gate_shortlist": 0},
     "conditioned": {"level_conditioning": True},
+    "no shortlist": {"gate_shortlist": 0},
     "as BERT": {"norm": "post", "positions": "learned", "decoder_type": "dense", "n_prelude_layers": 1},
 }
 variants = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
@@ -27,7 +28,7 @@ variants = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 def sequence_of(state: State, packing: Packing, index: int) -> State:
     """The state of one sequence, alone."""
     rows = rows_of(packing, [index])
-    gate = GateState(state.gate.level[[index]], state.gate.summary[[index]], state.gate.token_level[rows])
+    gate = GateState(state.gate.level[[index]], state.gate.summary[[index]])
     return State(state.hidden[rows], state.embedded[rows], state.masked[rows], gate)
 
 
@@ -157,8 +158,11 @@ def grads(model: RDT) -> tuple[list[Tensor], list[Tensor]]:
 @variants
 def test_the_gate_loss_never_moves_the_trunk(build: Build, changes: dict[str, object]) -> None:
     model = build(**changes)
-    states = model.recursive_forward(*random_sequences([6, 4]), n_passes=3, n_grad_passes=3)
-    sum(state.gate.level.sum() + state.gate.token_level.sum() for state in states).backward()
+    tokens, masked, packing = random_sequences([6, 4])
+    rows = masked.nonzero().squeeze(1)
+    states = model.recursive_forward(tokens, masked, packing, n_passes=3, n_grad_passes=3)
+    token_levels = [model.token_level(state.hidden, packing, rows) for state in states]
+    sum(state.gate.level.sum() + level.sum() for state, level in zip(states, token_levels, strict=True)).backward()
     gate, trunk = grads(model)
     assert len(gate) == len(list(model.gate.parameters()))
     assert not trunk
@@ -186,8 +190,60 @@ def test_the_level_never_rises(build: Build, seed: int, scale: float) -> None:
             last, state = state, model(state, packing)
             assert (state.gate.level <= last.gate.level).all()
             assert ((state.gate.level >= 0) & (state.gate.level <= 1)).all()
-            assert ((state.gate.token_level >= 0) & (state.gate.token_level <= 1)).all()
-            assert not state.gate.token_level[~masked].any()
+
+
+@pytest.mark.parametrize("gate_shortlist", [0, 1, 7])
+@quick
+@given(st.integers(0, 10_000), st.floats(0, 100))
+def test_a_token_level_is_a_share(build: Build, gate_shortlist: int, seed: int, scale: float) -> None:
+    model = build(seed, gate_shortlist=gate_shortlist).eval()
+    for parameter in model.gate.parameters():
+        parameter.data.normal_(generator=torch.Generator().manual_seed(seed)).mul_(scale)
+    tokens, masked, packing = random_sequences([3, 6], seed)
+    with torch.no_grad():
+        state = model(model.begin(tokens, masked, packing), packing)
+        level = model.token_level(state.hidden, packing, torch.arange(9))
+    assert level.shape == (9,)
+    assert ((level >= 0) & (level <= 1)).all()
+
+
+@torch.no_grad()
+def test_a_shortlist_of_all_tokens_leaves_nothing_to_estimate(build: Build) -> None:
+    suppressed = (0, 3)
+    model = perturb(build(suppress_tokens=suppressed, gate_shortlist=0)).eval()
+    n_answers = model.config.vocab_size - len(suppressed)
+    knowing = build(suppress_tokens=suppressed, gate_shortlist=n_answers).eval()
+    knowing.load_state_dict({k: v for k, v in model.state_dict().items() if "token." not in k}, strict=False)
+    knowing.gate.token.weight.zero_()
+    knowing.gate.token.bias.copy_(torch.tensor([0.0, -60.0]))  # next to nothing is left to the others
+    tokens, masked, packing = random_sequences([3, 6])
+    state = knowing(knowing.begin(tokens, masked, packing), packing)
+    rows = torch.tensor([1, 4, 8])
+    doubt = 1 - knowing.decode(state.hidden, packing, rows).softmax(-1).amax(1)
+    torch.testing.assert_close(knowing.token_level(state.hidden, packing, rows), doubt)
+
+
+@torch.no_grad()
+def test_the_shortlist_are_the_tokens_of_the_largest_bias(build: Build) -> None:
+    model = build(suppress_tokens=(4,), gate_shortlist=3)
+    model.decoder_bias.copy_(torch.arange(len(model.decoder_bias)).float())
+    model.decoder_bias[4] = 1000.0  # never an answer, so never on it
+    weight, bias = model.shortlist
+    last = len(model.decoder_bias) - 1
+    assert bias.tolist() == [last, last - 1, last - 2]
+    assert torch.equal(weight, model.embedding.weight[[last, last - 1, last - 2]])
+
+
+@torch.no_grad()
+def test_without_a_shortlist_the_token_level_is_the_limit_of_an_empty_one(build: Build) -> None:
+    plain = perturb(build(gate_hidden_dim=4, gate_shortlist=0))
+    empty = Gate(plain.config.d_model, 4, n_others=7)
+    empty.load_state_dict({k: v for k, v in plain.gate.state_dict().items() if "token." not in k}, strict=False)
+    empty.token.weight.copy_(torch.cat((plain.gate.token.weight, torch.randn(1, 4))))
+    empty.token.bias.copy_(torch.cat((plain.gate.token.bias, torch.ones(1))))
+    hidden = torch.randn(5, plain.config.d_model)
+    nothing = torch.full((5, 1), -torch.inf)
+    torch.testing.assert_close(empty.token_level(hidden, nothing), plain.gate.token_level(hidden, None))
 
 
 def test_a_sequence_without_masks_has_level_zero(build: Build) -> None:
@@ -259,7 +315,7 @@ def test_a_prelude_runs_once_before_the_first_pass(build: Build) -> None:
 
 def test_decoder_layers_belong_to_the_transformer_decoder_only(build: Build) -> None:
     assert len(build(n_decoder_layers=2).decoder) == 0
-    assert len(build(n_decoder_layers=2, decoder_type="transformer").decoder) == 2
+    assert len(build(n_decoder_layers=2, decoder_type="transformer", gate_shortlist=0).decoder) == 2
 
 
 def test_a_model_is_made_from_a_config_or_from_names_but_not_both(tiny_config: ModelConfig) -> None:

@@ -6,8 +6,9 @@ import copy
 import random
 
 import pytest
+from torch import Tensor
 
-from rdt_core import RDT
+from rdt_core import RDT, Packing
 from rdt_core.precision import Precision, prepare
 from service.engine.eager import EagerBackend
 from service.engine.reference import run_reference
@@ -108,6 +109,26 @@ def test_settling_decodes_each_masked_row_once(tiny_model: RDT) -> None:
     for _ in range(2):
         decoded.append(backend.run(plan_of(known=1)).n_decoded)
     assert decoded == [2, 2, 2]
+
+
+def test_only_what_may_settle_is_asked_how_sure_it_is(tiny_model: RDT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are open, of sequences that settle, while there is something to choose."""
+    asked = []
+    original = RDT.token_level
+
+    def token_level(model: RDT, hidden: Tensor, packing: Packing, rows: Tensor) -> Tensor:
+        asked.append(rows.tolist())
+        return original(model, hidden, packing, rows)
+
+    monkeypatch.setattr(RDT, "token_level", token_level)
+    backend = EagerBackend(tiny_model)
+    settling = Job([5] * 4, [True, False, True, True], 3, 0.0, "settle")
+    backend.run(plan_of(masked_job(4, 3), settling))
+    assert asked == [[4, 6, 7]]
+    backend.run(plan_of(known=2))
+    assert len(asked[1]) == 2
+    backend.run(plan_of(known=2))
+    assert len(asked) == 2
 
 
 def test_an_overdue_sequence_is_decoded_after_one_pass(tiny_model: RDT) -> None:

@@ -53,7 +53,7 @@ def assert_same(result: Result, alone: Result) -> None:
     "changes",
     [
         {"level_conditioning": True, "n_prelude_layers": 1},
-        {"decoder_type": "transformer", "n_decoder_layers": 1},
+        {"decoder_type": "transformer", "n_decoder_layers": 1, "gate_shortlist": 0},
         {"norm": "post", "positions": "learned", "decoder_type": "dense"},
     ],
 )

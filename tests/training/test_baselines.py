@@ -31,7 +31,8 @@ def small() -> TrainConfig:
 
 
 def shape(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
-    return model_config(config, tokenizer).with_changes(vocab_size=BERT_PIECES)
+    few = replace(config, model=replace(config.model, gate_shortlist=1))  # as the tokenizer's pieces are
+    return model_config(few, tokenizer).with_changes(vocab_size=BERT_PIECES, gate_shortlist=config.model.gate_shortlist)
 
 
 def differences(name: str) -> dict[str, Any]:

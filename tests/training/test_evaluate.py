@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rdt_core import RDT, Tokenizer
+from rdt_core import RDT, Tokenizer, flops
 from training.evaluate import main
 from training.evaluation import tallies
 from training.evaluation.restoring import Evaluation, cut_segments
@@ -46,13 +46,15 @@ def validation(tiny_model: RDT, tiny_tokenizer: Tokenizer) -> Evaluation:
 def test_a_threshold_above_every_level_is_a_depth_of_one(evaluation: Evaluation) -> None:
     plan = replace(SMALL, max_depth=4, thresholds=(2.0, 0.0), settle_passes=(1,), settle_thresholds=(2.0,))
     rows = {(row.kind, row.setting): row for row in evaluate(evaluation, plan).rows}
+    n_masked = evaluation.masked(rows["fixed", 1].mask_ratio).sum().item()
+    levels_asked = n_masked * flops.shortlist_flops(evaluation.model.config) / evaluation.targets.numel()
     for kind, setting, depth in (("gate", 2.0, 1), ("gate", 0.0, 4), ("settle", 1, 1), ("settle-gate", 2.0, 1)):
         row, fixed = rows[kind, setting], rows["fixed", depth]
         assert row.exact_match == fixed.exact_match
         assert row.bits == pytest.approx(fixed.bits)
         assert row.bleu == fixed.bleu
         assert row.passes == depth
-        assert row.flops_per_token == fixed.flops_per_token
+        assert row.flops_per_token == pytest.approx(fixed.flops_per_token + levels_asked * (kind == "settle-gate"))
 
 
 def test_every_method_has_a_row_and_no_row_lacks_a_measure(evaluation: Evaluation, validation: Evaluation) -> None:

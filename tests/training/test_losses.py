@@ -132,9 +132,9 @@ def test_a_settling_run_keeps_the_pace_and_freezes_what_is_settled(model: RDT, b
 def test_the_last_pass_settles_what_is_left_and_the_surest_go_first(model: RDT, batch: Batch) -> None:
     packing, rows = batch.packing(CPU), batch.masked.nonzero().squeeze(1)
     state = model(model.begin(batch.tokens, batch.masked, packing), packing)
-    assert surest(state, rows, packing, 4, 4).all()
-    first = surest(state, rows, packing, 1, 4)
-    levels, owners = state.gate.token_level[rows], packing.sequence_ids[rows]
+    assert surest(model, state, rows, packing, step=4, n_passes=4).all()
+    first = surest(model, state, rows, packing, step=1, n_passes=4)
+    levels, owners = model.token_level(state.hidden, packing, rows), packing.sequence_ids[rows]
     for sequence in range(packing.n_sequences):
         own = owners == sequence
         assert int(first[own].sum()) == due(int(own.sum()), 1, 4)
@@ -168,7 +168,7 @@ def test_the_gate_loss_is_what_its_docstring_says(model: RDT, batch: Batch) -> N
     left = passes_left(will_change, packing.sequence_ids[rows], packing.n_sequences, 0.1)
     expected = torch.zeros(())
     for step, state in enumerate(states):
-        expected += F.binary_cross_entropy(state.gate.token_level[rows], 1 - sureness[step])
+        expected += F.binary_cross_entropy(model.token_level(state.hidden, packing, rows), 1 - sureness[step])
         expected += 8 * F.smooth_l1_loss(state.gate.level, left[step] / 8, beta=1 / 8)
     torch.testing.assert_close(gate_losses(model, batch, packing, section, settle=False), expected / 4)
 

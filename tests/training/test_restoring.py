@@ -83,7 +83,7 @@ def test_the_scores_do_not_depend_on_the_batch_size(evaluation: Evaluation) -> N
 
 def test_effort_of_one_start_and_one_decode_is_that_of_a_sequence() -> None:
     config = ModelConfig(vocab_size=50, d_model=16, n_heads=2, n_encoder_layers=2, d_ff=32, n_prelude_layers=3)
-    effort = Effort(*torch.tensor([[1, 1], [3, 1], [1, 1], [4, 0]]))
+    effort = Effort(*torch.tensor([[1, 1], [3, 1], [1, 1], [4, 0], [0, 0]]))
     expected = [flops.sequence_flops(config, 10, 4, 3), flops.sequence_flops(config, 10, 0, 1)]
     assert effort.flops(config, 10).tolist() == expected
 

@@ -111,6 +111,25 @@ def test_weights_do_not_tell_their_norms_nor_the_unit_of_their_levels(tiny_model
     assert said.endswith(f"everything; its gate was taught with training.total_steps = {n_steps}")
 
 
+def test_a_gate_that_reads_a_shortlist_starts_from_one_that_does_not(
+    tiny_model: RDT, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """And the other way: what says how sure a token is begins anew, all else is taken."""
+    loaded = checkpoint.load(tiny_checkpoint)
+    other = RDT(tiny_model.config.with_changes(gate_shortlist=0))
+    fresh = {name: weight.clone() for name, weight in other.state_dict().items()}
+    said = warm_start(other, tiny_checkpoint, loaded.tokenizer)
+    assert said.endswith("everything but the token level, which is fresh")
+    for name, weight in other.state_dict().items():
+        assert torch.equal(weight, fresh[name] if name.startswith("gate.token.") else tiny_model.state_dict()[name])
+    plain = tmp_path / "plain.pt"
+    config = {"model": other.config.to_mapping(), "name": "plain"}
+    checkpoint.save(plain, replace(loaded.checkpoint, model_state_dict=other.state_dict(), config=config))
+    assert warm_start(RDT(tiny_model.config), plain, loaded.tokenizer).endswith("which is fresh")
+    longer = RDT(tiny_model.config.with_changes(gate_shortlist=tiny_model.config.gate_shortlist + 1))
+    assert warm_start(longer, tiny_checkpoint, loaded.tokenizer).endswith("everything")
+
+
 def test_a_vocabulary_of_lines_is_compared_too(model: RDT, tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
     pieces = [tiny_tokenizer.piece(i) for i in range(tiny_tokenizer.vocab_size)]

@@ -17,8 +17,8 @@ from torch import Tensor
 from rdt_core import flops, masking
 from rdt_core.config import ModelConfig
 from rdt_core.halting import due, halt_reason
-from rdt_core.inference import rows_to_settle, settled_level
-from rdt_core.model import RDT, State
+from rdt_core.inference import settled_level, which_settle
+from rdt_core.model import RDT
 from rdt_core.packing import Packing
 from rdt_core.tokenizer import Tokenizer
 from training.config import ConfigError
@@ -41,13 +41,15 @@ class Effort(NamedTuple):
     passes: Tensor  # of the shared encoder
     decodes: Tensor  # times the decoder layers ran
     rows: Tensor  # rows through the vocabulary
+    shortlisted: Tensor  # rows whose token level had to be asked for
 
     def flops(self, config: ModelConfig, length: int) -> Tensor:
         """Operations of each segment `(S,)`; as `flops.sequence_flops`, which has one start and one decode."""
         layer = flops.layer_flops(config, length)
         layers = self.starts * config.n_prelude_layers * layer + self.decodes * config.n_coda_layers * layer
         encoder = layers + self.passes * flops.pass_flops(config, length)
-        return (length * encoder + self.rows * flops.decode_flops(config)).double()
+        vocabulary = self.rows * flops.decode_flops(config) + self.shortlisted * flops.shortlist_flops(config)
+        return (length * encoder + vocabulary).double()
 
 
 class Outcome(NamedTuple):
@@ -155,13 +157,20 @@ class Evaluation:
             while not all(sequence.halted for sequence in sequences):
                 step += 1
                 state = self.model(state, batch.packing)
-                rows = _settling_now(state, batch, sequences, step, n_passes=n_passes, threshold=threshold)
+                open_rows = state.masked.nonzero().squeeze(1)
+                token_level = self.model.token_level(state.hidden, batch.packing, open_rows).cpu()
+                owners = batch.packing.sequence_ids[open_rows].cpu()  # in order, so the parts are, too
+                parts_settling = [
+                    sequence.settle(token_level[owners == index], step, n_passes=n_passes, threshold=threshold)
+                    for index, sequence in enumerate(sequences)
+                ]
+                rows = open_rows[torch.cat(parts_settling).to(open_rows.device)]
                 logits = self.model.decode(state.hidden, batch.packing, rows).float()
                 guesses[rows] = logits.argmax(-1)
                 nats[rows] = F.cross_entropy(logits, batch.targets[rows], reduction="none").double()
                 state = self.model.settle(state, rows, guesses[rows])
             parts.append(batch.measured(guesses[batch.rows], nats[batch.rows]))
-            efforts.append(torch.tensor([[1, len(s.levels), s.decodes, s.n_masked] for s in sequences]))
+            efforts.append(torch.tensor([[1, len(s.levels), s.decodes, s.n_masked, s.shortlisted] for s in sequences]))
         return Outcome(joined(parts), Effort(*torch.cat(efforts).unbind(1)))
 
     def _order(self, segment: Tensor, seed: int, index: int) -> Tensor:
@@ -170,43 +179,36 @@ class Evaluation:
 
 
 class _Settling:
-    """One sequence on its way through a batch that settles."""
+    """One sequence on its way through a batch that settles: the reference's arithmetic."""
 
     def __init__(self, n_masked: int) -> None:
-        self.n_masked, self.decodes = n_masked, 0
+        self.n_masked, self.n_settled = n_masked, 0
+        self.decodes = self.shortlisted = 0
         self.levels: list[float] = []
         self.halted = False
 
-
-def _settling_now(
-    state: State, batch: Slice, sequences: list[_Settling], step: int, *, n_passes: int, threshold: float
-) -> Tensor:
-    """The rows `(K,)` of the batch that settle after this pass: the reference's arithmetic, sequence by sequence."""
-    masked, token_level = state.masked.cpu(), state.gate.token_level.cpu()
-    length = batch.shape[1]
-    settling = []
-    for index, sequence in enumerate(sequences):
-        if sequence.halted:
-            continue
-        own = slice(index * length, (index + 1) * length)
-        alone = state._replace(masked=masked[own], gate=state.gate._replace(token_level=token_level[own]))
-        still_open = alone.masked.nonzero().squeeze(1)
-        n_settled = sequence.n_masked - len(still_open)
-        rows = rows_to_settle(alone, due(sequence.n_masked, step, n_passes) - n_settled, threshold)
-        level = settled_level(alone, rows, sequence.n_masked, sequence.levels)
-        sequence.levels.append(level)
-        sequence.halted = None is not halt_reason(
+    def settle(self, token_level: Tensor, step: int, *, n_passes: int, threshold: float) -> Tensor:
+        """Which of its open rows are written after this pass: their token levels `(K,)` -> `(K,)` bool."""
+        if self.halted:
+            return torch.zeros(0, dtype=torch.bool)  # nothing is open any more
+        if step < n_passes:  # after the last pass all that is open settles, whatever its level
+            self.shortlisted += len(token_level)
+        settles = which_settle(token_level, due(self.n_masked, step, n_passes) - self.n_settled, threshold)
+        level = settled_level(token_level[~settles], self.n_masked, self.levels)
+        self.levels.append(level)
+        self.halted = None is not halt_reason(
             level=level,
             threshold=threshold,
             step=step,
             max_steps=n_passes,
-            all_settled=n_settled + len(rows) == sequence.n_masked,
+            all_settled=self.n_settled + int(settles.sum()) == self.n_masked,
             out_of_time=False,
         )
-        rows = still_open if sequence.halted else rows
-        sequence.decodes += len(rows) > 0
-        settling.append(rows + own.start)
-    return torch.cat(settling).to(batch.tokens.device)
+        if self.halted:
+            settles = torch.ones_like(settles)
+        self.n_settled += int(settles.sum())
+        self.decodes += bool(settles.any())
+        return settles
 
 
 def joined(parts: list[Measured]) -> Measured:
@@ -220,4 +222,5 @@ def at_depth(scores: Measured, steps: Tensor) -> Outcome:
     correct, nats, guesses = (values.gather(0, depth)[0] for values in (scores.correct, scores.nats, scores.guesses))
     once = torch.ones_like(steps)
     masks = torch.bincount(scores.segments, minlength=len(steps))
-    return Outcome(Measured(correct, nats, scores.segments, guesses), Effort(once, steps, once, masks))
+    effort = Effort(once, steps, once, masks, shortlisted=torch.zeros_like(steps))
+    return Outcome(Measured(correct, nats, scores.segments, guesses), effort)

@@ -127,7 +127,7 @@ class _Rounds:
         self.rows += rows
 
     def effort(self) -> Effort:
-        return Effort(self.rounds, self.rounds * self.depth, self.rounds, self.rows)
+        return Effort(self.rounds, self.rounds * self.depth, self.rounds, self.rows, torch.zeros_like(self.rows))
 
 
 def _all(efforts: list[Effort]) -> Effort:

@@ -67,6 +67,16 @@ def test_the_command_line_prints_what_is_shown() -> None:
     assert run(command(".venv/bin/rdt-denoise")) == shown
 
 
+def test_settling_fills_the_gaps_of_the_example_as_it_says() -> None:
+    prose = " ".join(README.split())
+    (options, text, becomes), *others = re.findall(r'with `(.{,60}?)` "([^"]*\[MASK\][^"]*)" becomes "([^"]*)"', prose)
+    assert not others
+    asked = json.loads(f"{{{options}}}")
+    flags = [part for name, value in asked.items() for part in (f"--{name}", str(value))]
+    said = run([str(BIN / "rdt-denoise"), "--checkpoint", "models/rdt-small/best_model.pt", "--text", text, *flags])
+    assert f"Output: {becomes}\n" in said
+
+
 def test_the_python_examples_run(tmp_path: Path) -> None:
     client, alone = blocks("python")
     with server(tmp_path / "log") as running, wait_until_ready(running):

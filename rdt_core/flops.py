@@ -19,16 +19,18 @@ def pass_flops(config: ModelConfig, length: int) -> int:
 
 def decode_flops(config: ModelConfig) -> int:
     """The vocabulary projection of one row, and what only that row needs before it."""
-    dense = config.d_model**2 if config.decoder_type == "dense" else 0
-    return 2 * (config.d_model * config.vocab_size + dense)
+    return _projection_flops(config, config.vocab_size)
 
 
 def shortlist_flops(config: ModelConfig) -> int:
     """The token level of one row: the part of its decoding that is done for the shortlist."""
-    if config.gate_shortlist == 0:
-        return 0
+    return _projection_flops(config, config.gate_shortlist) if config.gate_shortlist else 0
+
+
+def _projection_flops(config: ModelConfig, n_tokens: int) -> int:
+    """One row onto so many tokens."""
     dense = config.d_model**2 if config.decoder_type == "dense" else 0
-    return 2 * (config.d_model * config.gate_shortlist + dense)
+    return 2 * (config.d_model * n_tokens + dense)
 
 
 def sequence_flops(config: ModelConfig, length: int, n_decoded: int, steps: int) -> int:

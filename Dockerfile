@@ -24,10 +24,18 @@ from pathlib import Path
 
 project = tomllib.loads(Path("/project/pyproject.toml").read_text())["project"]
 extras, pins = project["optional-dependencies"], Path("/project/constraints.txt").read_text()
+
+
+def wanted(extra):  # one may ask for another, by a project name that elsewhere is somebody else's
+    for line in extras[extra]:
+        yield from wanted(line[4:-1]) if line.startswith("rdt[") else [line]
+
+
+asked_for = {"service", *sys.argv[1].split(",")}
 lists = {
     "torch.txt": [line for line in pins.splitlines() if line.startswith("torch==")],
     "constraints.txt": pins.splitlines(),
-    "service.txt": project["dependencies"] + [line for extra in sys.argv[1].split(",") for line in extras[extra]],
+    "service.txt": project["dependencies"] + sorted({line for extra in asked_for for line in wanted(extra)}),
     "training.txt": extras["training"],
 }
 for name, lines in lists.items():
@@ -54,8 +62,8 @@ case "$TORCH,${TORCH_INDEX_URL:+index}" in
 esac
 set -- "$pin" ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"}
 python -m pip --python /opt/rdt/bin/python install --no-deps "$@" || {
-    echo "No $pin was found. CPU: pass --build-arg TORCH_INDEX_URL=URL, the index of CPU wheels that PyTorch's" >&2
-    echo "install page names. CUDA: pass --build-arg TORCH=cuda." >&2
+    echo "No $pin was found. CPU: pass --build-arg TORCH_INDEX_URL=URL (with compose, set TORCH_CPU_INDEX_URL=URL)," >&2
+    echo "the index of CPU wheels that PyTorch's install page names. CUDA: pass --build-arg TORCH=cuda." >&2
     exit 1
 }
 cd /opt/rdt/lib/python3.11/site-packages/torch

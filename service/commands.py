@@ -21,7 +21,8 @@ def _run(command: str, name: str) -> int:
     try:
         cli = import_module("service.cli")
     except ModuleNotFoundError as error:
-        print(f"{command}: {str(error.name).partition('.')[0]} is missing: pip install 'rdt[service]'", file=sys.stderr)
+        missing = str(error.name).partition(".")[0]
+        print(f"{command}: {missing} is missing: pip install '.[service]' in the project's folder", file=sys.stderr)
         return 2
     status: int = getattr(cli, name)()
     return status

@@ -101,6 +101,7 @@ def open_tracer(endpoint: str | None) -> Tracer:
         if (error.name or "").partition(".")[0] != "opentelemetry":
             raise
         raise NotInstalledError(
-            "otel_endpoint (RDT_OTEL_ENDPOINT) is set, and OpenTelemetry is not installed: pip install 'rdt[otel]'"
+            "otel_endpoint (RDT_OTEL_ENDPOINT) is set, and OpenTelemetry is not installed: "
+            "pip install '.[otel]' in the project's folder"
         ) from None
     return OtelTracer(exporter_to(endpoint))

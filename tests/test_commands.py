@@ -38,7 +38,8 @@ def test_what_is_missing_is_one_line(
             monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.setitem(sys.modules, missing, None)
     assert run() == 2
-    assert capsys.readouterr().err == f"{command}: {missing} is missing: pip install 'rdt[{extra}]'\n"
+    hint = f"pip install '.[{extra}]' in the project's folder"
+    assert capsys.readouterr().err == f"{command}: {missing} is missing: {hint}\n"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

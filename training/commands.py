@@ -33,9 +33,8 @@ def _run(command: str, module: str) -> int:
     try:
         main = import_module(module).main
     except ModuleNotFoundError as error:
-        print(
-            f"{command}: {str(error.name).partition('.')[0]} is missing: pip install 'rdt[training]'", file=sys.stderr
-        )
+        missing = str(error.name).partition(".")[0]
+        print(f"{command}: {missing} is missing: pip install '.[training]' in the project's folder", file=sys.stderr)
         return 2
     status: int = main()
     return status

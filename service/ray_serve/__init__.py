@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from typing import Any
 
 if find_spec("ray") is None:
-    raise ImportError("Ray is not installed: pip install 'rdt[ray]'", name="ray")
+    raise ImportError("Ray is not installed: pip install '.[ray]' in the project's folder", name="ray")
 
 
 def build(arguments: Mapping[str, Any]) -> Any:

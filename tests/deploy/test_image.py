@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -26,6 +28,20 @@ def test_the_base_is_one_pinned_image() -> None:
     bases = set(re.findall(r"^FROM (\S+)", TEXT, flags=re.MULTILINE)) - STAGES.keys()
     assert bases == {"python:3.11-slim-bookworm"}
     assert list(STAGES)[-1] == "service"  # what `docker build .` makes
+
+
+@pytest.mark.parametrize("extras", ["service", "otel", "service,otel", "ray"])
+def test_the_lists_ask_nobody_else_for_the_project(tmp_path: Path, extras: str) -> None:
+    """`rdt[service]` of an index would be another project."""
+    (script,) = re.findall(r"<<'PYTHON'\n(.*?)^PYTHON$", STAGES["lists"], flags=re.MULTILINE | re.DOTALL)
+    script = script.replace("/project/", f"{ROOT}/")
+    subprocess.run([sys.executable, "-c", script, extras], cwd=tmp_path, check=True)
+    listed = (tmp_path / "service.txt").read_text().splitlines()
+    assert not [line for line in listed if line.startswith("rdt")]
+    assert {"torch", "fastapi", "grpcio"} <= {re.split(r"[\[>=]", line)[0] for line in listed}
+    assert len(listed) == len(set(listed))
+    named = {"service": "uvicorn", "otel": "opentelemetry-sdk", "ray": "ray"}[extras.rpartition(",")[2]]
+    assert any(line.startswith(named) for line in listed)
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -34,7 +34,7 @@ from tests.e2e.test_server import ROOT, server, wait_for, wait_until_ready
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.ray,
-    pytest.mark.skipif(find_spec("ray") is None, reason="needs the extra: pip install 'rdt[ray]'"),
+    pytest.mark.skipif(find_spec("ray") is None, reason="needs the extra: pip install '.[ray]'"),
 ]
 
 ENDLESS: dict[str, Any] = {"text": "[MASK]", "max_steps": 10**9, "threshold": 0}

@@ -243,7 +243,8 @@ def test_without_the_extra_there_is_a_hint() -> None:
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert run.returncode == 1
-    assert run.stderr.splitlines()[-1] == "ImportError: Ray is not installed: pip install 'rdt[ray]'"
+    hint = "pip install '.[ray]' in the project's folder"
+    assert run.stderr.splitlines()[-1] == f"ImportError: Ray is not installed: {hint}"
 
 
 def test_settings_from_the_environment_alone_will_do() -> None:

@@ -95,7 +95,7 @@ def without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_endpoint_without_the_extra_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     without_the_extra(monkeypatch)
-    with pytest.raises(NotInstalledError, match=r"pip install 'rdt\[otel\]'"):
+    with pytest.raises(NotInstalledError, match=r"pip install '\.\[otel\]'"):
         open_tracer("http://127.0.0.1:4317")
 
 
@@ -107,7 +107,7 @@ def test_the_command_says_so_in_one_line(
     assert cli.serve([*flags, "--otel_endpoint", "http://127.0.0.1:4317"]) == 2
     complaint = capsys.readouterr().err.splitlines()[-1]
     assert complaint.startswith("rdt-serve: otel_endpoint (RDT_OTEL_ENDPOINT)")
-    assert complaint.endswith("pip install 'rdt[otel]'")
+    assert complaint.endswith("pip install '.[otel]' in the project's folder")
 
 
 @pytest.mark.parametrize("endpoint", ["", "127.0.0.1:4317", "ftp://a", "http://", "http://a b", "http://a/v1/traces"])

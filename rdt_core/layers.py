@@ -47,17 +47,13 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing
     """Attention inside each sequence: three `(T, H, C)` -> `(T, H, C)`.
 
     Rows after the last sequence's are dead: they stay what their query was, and nobody looks at them.
-    Equal lengths need one batched call. On CUDA in half precision the variable-length kernel, where there is one, takes
-    any lengths in one call. Otherwise one call a sequence, which on a CPU costs nothing measurable.
+    On CUDA in half precision the variable-length kernel, where there is one, takes any lengths in one call, and one
+    sequence as it takes many. Elsewhere equal lengths need one batched call, and others one call a sequence, which on
+    a CPU costs nothing measurable.
     """
     if len(query) > packing.n_tokens:
         live, dead = slice(packing.n_tokens), slice(packing.n_tokens, None)
         return torch.cat((packed_attention(query[live], key[live], value[live], packing), query[dead]))
-    if packing.equal_lengths:
-        shape = (packing.n_sequences, packing.lengths[0], *query.shape[1:])
-        q, k, v = (x.view(shape).transpose(1, 2) for x in (query, key, value))  # (N, H, L, C)
-        mixed = products_attention if slow_backward(query) else F.scaled_dot_product_attention
-        return mixed(q, k, v).transpose(1, 2).reshape(query.shape)
     if has_varlen_attention(query.device, query.dtype, query.shape[-1]):
         from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 - needs CUDA's kernels
 
@@ -65,6 +61,11 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing
         out = varlen_attn(query, key, value, packing.offsets, packing.offsets, longest, longest)
         assert isinstance(out, Tensor)
         return out
+    if packing.equal_lengths:
+        shape = (packing.n_sequences, packing.lengths[0], *query.shape[1:])
+        q, k, v = (x.view(shape).transpose(1, 2) for x in (query, key, value))  # (N, H, L, C)
+        mixed = products_attention if slow_backward(query) else F.scaled_dot_product_attention
+        return mixed(q, k, v).transpose(1, 2).reshape(query.shape)
     heads_first = (x.transpose(0, 1)[None].split(packing.lengths, dim=2) for x in (query, key, value))
     apart = [F.scaled_dot_product_attention(q, k, v) for q, k, v in zip(*heads_first, strict=True)]  # (1, H, L, C) each
     return torch.cat(apart, dim=2)[0].transpose(0, 1)

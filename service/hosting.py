@@ -10,12 +10,14 @@ import asyncio
 import gc
 import logging
 import time
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 
-from rdt_core import LoadedModel, Tokenizer
+from rdt_core import LoadedModel, Tokenizer, checkpoint
 from rdt_core.checkpoint import CheckpointError
 from service import garbage
 from service.cores import usable_cores
@@ -163,9 +165,9 @@ class Host:
     async def _replace(self, serving: ModelCard) -> Reload | str:
         """What became of it, or why the file cannot be served."""
         try:
-            loaded, *more = await asyncio.to_thread(read_models, self._settings)
-            if loaded.digest == serving.digest:
+            if await asyncio.to_thread(is_file_of, serving.digest, self._settings.checkpoint):
                 return Reload("unchanged", serving.label, serving.label)
+            loaded, *more = await asyncio.to_thread(read_models, self._settings)
             engine = await self._warm_engine(loaded, *more)
         except Exception as error:
             why, defect = str(error) or type(error).__name__, not isinstance(error, UNSERVABLE)
@@ -210,6 +212,13 @@ class Host:
     async def _watch(self, engine: BatchingEngine) -> None:
         await engine.failed.wait()
         self.failed.set()
+
+
+def is_file_of(digest: str, path: Path) -> bool:
+    """Whether the file has this digest: asked before anything of it takes memory on the device."""
+    with suppress(OSError):  # the loader says it better
+        return checkpoint.digest(path) == digest
+    return False
 
 
 def read_models(settings: Settings) -> list[LoadedModel]:

@@ -37,6 +37,8 @@ class CapturedPasses:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(model.device)  # torch's own choice is one of whichever card captured first
         self._captures = True
+        self._made: list[torch.cuda.CUDAGraph] = []  # failed ones, too: one that goes frees the workspace of its stream
+        self._plain: set[int] = set()  # sizes that there was memory to compute but not to capture
 
     @property
     def graphs(self) -> Collection[int]:
@@ -54,12 +56,14 @@ class CapturedPasses:
             except RuntimeError as error:
                 if not shortage(error):
                     raise
-                log.warning("no memory to capture passes of %d rows: %s", size.n_rows, error)
+                log.warning("no memory for passes of %d rows: %s", size.n_rows, error)
+            if not self._captures:
+                break
             if size.n_rows not in self._graphs:  # asked here, where the error no longer holds what it was raised over
                 torch.cuda.empty_cache()
 
     def __call__(self, buffers: Buffers, bucket: Bucket) -> None:
-        if self._captures and bucket.n_rows not in self._graphs:
+        if self._captures and bucket.n_rows not in self._graphs and bucket.n_rows not in self._plain:
             self._capture(buffers, Size(bucket.n_rows, bucket.n_places))
         graph = self._graphs.get(bucket.n_rows)
         if graph is None:
@@ -68,35 +72,46 @@ class CapturedPasses:
             graph.replay()
 
     def _capture(self, buffers: Buffers, size: Size) -> None:
-        """Raises what torch says when there is not enough memory; any other failure ends capturing for good."""
-        if not self._captures:
-            return
+        """Raises what a pass raises, above all when there is not enough memory for it."""
         held = [buffer.clone() for buffer in buffers]  # passes to warm up are real ones
         try:
-            self._graphs[size.n_rows] = self._captured(buffers, self._any_batch(buffers, size))
-        except RuntimeError as error:
-            if shortage(error):
-                raise
-            log.warning("passes cannot be captured, they are launched one kernel at a time: %s", error)
-            self._captures = False
-            self._graphs.clear()
+            with _CAPTURING:
+                bucket = self._any_batch(buffers, size)
+                self._warm(buffers, bucket)
+                self._record(buffers, bucket)
         finally:
             for buffer, was in zip(buffers, held, strict=True):
                 buffer.copy_(was)
 
-    def _captured(self, buffers: Buffers, bucket: Bucket) -> torch.cuda.CUDAGraph:
-        graph, stream = torch.cuda.CUDAGraph(), self._stream
-        with _CAPTURING:
-            stream.wait_stream(torch.cuda.current_stream())
-            try:
-                with torch.cuda.stream(stream):
-                    for _ in range(WARM_PASSES):
-                        one_pass(self._model, buffers, bucket)
-            finally:
-                torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+    def _warm(self, buffers: Buffers, bucket: Bucket) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(self._stream):
+                for _ in range(WARM_PASSES):
+                    one_pass(self._model, buffers, bucket)
+        finally:
+            torch.cuda.current_stream().wait_stream(self._stream)
+
+    def _record(self, buffers: Buffers, bucket: Bucket) -> None:
+        """Where that fails for want of memory, this size is launched plainly from now on; otherwise, every size."""
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        self._made.append(graph)
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 one_pass(self._model, buffers, bucket)
-        return graph
+        except RuntimeError as error:
+            log.warning(
+                "passes of %d rows cannot be captured, but launched one kernel at a time: %s", bucket.n_rows, error
+            )
+            if shortage(error):
+                self._plain.add(bucket.n_rows)
+            else:
+                self._captures = False
+                self._graphs.clear()
+        else:
+            self._graphs[bucket.n_rows] = graph
+        finally:
+            torch.cuda.set_stream(before)  # torch does not, where it is the end of the capture that fails
 
     def _any_batch(self, buffers: Buffers, size: Size) -> Bucket:
         """The same for all batches of the size: nothing of a layout but its places is baked into a graph."""

@@ -123,9 +123,9 @@ class LookaheadBackend:
         if not self._prepared:
             self._passes.prepare(self._buffers, self._sizes)
             self._prepared = True
-        beside = self._run_beside(plan)
         self._arrange(plan)
         launched = self._launch(plan.overdue)
+        beside = self._run_beside(plan)  # it waits for the device, which by now has something to do
         began = time.perf_counter()
         told = list(self._collect_decoded())
         decode_seconds = time.perf_counter() - began

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import random
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -27,10 +29,13 @@ class Recording:
     current: Recording | None = None
     made = 0
     warmed_on: ClassVar[list[Any]] = []  # streams
+    came_back_to: ClassVar[list[Any]] = []  # streams
+    alive: ClassVar[WeakSet[Recording]] = WeakSet()
 
     def __init__(self) -> None:
         self.pass_of: tuple[RDT, Buffers, Bucket] | None = None
         Recording.made += 1
+        Recording.alive.add(self)
 
     def replay(self) -> None:
         assert self.pass_of is not None
@@ -80,12 +85,16 @@ def graphs_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    serving = Stream()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: serving)
+    monkeypatch.setattr(torch.cuda, "set_stream", Recording.came_back_to.append)
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
     monkeypatch.setattr(cuda_graph, "one_pass", one_pass)
     Recording.made, Recording.current, Recording.warmed_on = 0, None, []
+    Recording.came_back_to.clear()
+    Recording.alive.clear()
 
 
 @pytest.mark.usefixtures("graphs_on_cpu")
@@ -135,7 +144,7 @@ def test_what_cannot_be_captured_is_launched(
 
 @pytest.mark.usefixtures("graphs_on_cpu")
 def test_no_memory_for_a_capture_is_no_reason_to_give_up_capturing(
-    tiny_model: RDT, monkeypatch: pytest.MonkeyPatch
+    tiny_model: RDT, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     sizes = [cuda_graph.Size(64, 9), cuda_graph.Size(96, 9), cuda_graph.Size(128, 9)]
     passes, buffers = CapturedPasses(tiny_model), Buffers.of(tiny_model, 128, 9)
@@ -151,11 +160,35 @@ def test_no_memory_for_a_capture_is_no_reason_to_give_up_capturing(
     passes.prepare(buffers, sizes)
     assert buffers.level.tolist() == [0.5] * 9, "a capture leaves no trace in the batch"
     assert list(passes.graphs) == [64], "smaller ones may fit"
-    Recording.made = 0
+    assert "passes of 128 rows cannot be captured" in caplog.text
+    gc.collect()
+    assert len(Recording.alive) == 3, "a failed graph that goes would take the workspace of its stream along"
+    assert len(Recording.came_back_to) == 3, "whatever became of a capture, what follows runs where it ran"
+    assert set(Recording.came_back_to) == {torch.cuda.current_stream()}
+    launched: list[int] = []
+    monkeypatch.setattr(cuda_graph, "one_pass", lambda _model, _buffers, bucket: launched.append(bucket.n_rows))
+    passes(buffers, passes._any_batch(buffers, sizes[1]))
+    assert launched == [96], "there was memory for the pass itself, and it is not captured again in every tick"
+    assert Recording.made == 3
+
+
+@pytest.mark.usefixtures("graphs_on_cpu")
+def test_no_memory_for_a_pass_is_said_by_the_tick(tiny_model: RDT, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [cuda_graph.Size(64, 9), cuda_graph.Size(96, 9)]
+    passes, buffers = CapturedPasses(tiny_model), Buffers.of(tiny_model, 96, 9)
+    works = cuda_graph.one_pass
+
+    def short(model: RDT, buffers: Buffers, bucket: Bucket) -> None:
+        if bucket.n_rows == 96:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        works(model, buffers, bucket)
+
+    monkeypatch.setattr(cuda_graph, "one_pass", short)
+    passes.prepare(buffers, sizes)
+    assert list(passes.graphs) == [64]
     bucket = passes._any_batch(buffers, sizes[1])
-    with pytest.raises(torch.OutOfMemoryError):  # and a tick of that size says so
+    with pytest.raises(torch.OutOfMemoryError):
         passes(buffers, bucket)
-    passes(buffers, passes._any_batch(buffers, sizes[0]))
-    Recording.made = 2
+    monkeypatch.setattr(cuda_graph, "one_pass", works)
     passes(buffers, bucket)
-    assert list(passes.graphs) == [64, 96]
+    assert list(passes.graphs) == [64, 96], "there is memory again"

@@ -79,7 +79,7 @@ def restore(
         rows = open_rows = state.masked.nonzero().squeeze(1)
         if halting == "settle":
             token_level = model.token_level(state.hidden, packing, open_rows)
-            settles = which_settle(token_level, due(n_masked, step, max_steps) - len(chosen), threshold)
+            settles = which_settle(token_level, open_rows, due(n_masked, step, max_steps) - len(chosen), threshold)
             rows, level = open_rows[settles], settled_level(token_level[~settles], n_masked, levels)
         else:
             level = float(state.gate.level[0])
@@ -107,15 +107,43 @@ def restore(
     return _assemble(tokens, chosen, levels, reason)
 
 
-def which_settle(token_level: Tensor, n_due: int, threshold: float) -> Tensor:
-    """Of open rows with these token levels `(M,)`: those below the threshold, and the surest others up to `n_due`.
+def which_settle(token_level: Tensor, rows: Tensor, n_due: int, threshold: float) -> Tensor:
+    """Of open rows `(M,)` with these token levels `(M,)`, which settle now: `(M,)` bool.
 
-    `(M,)` bool.
+    Those below the threshold, but of neighbours the surer first; and if these are fewer than `n_due`, the surest
+    others, those beside a surer one last.
     """
-    surest_first = torch.argsort(token_level, stable=True)  # ties: the leftmost first
-    n_sure = int((token_level < threshold).sum())
-    settles = torch.zeros_like(token_level, dtype=torch.bool)
-    return settles.index_fill(0, surest_first[: max(n_sure, n_due)], True)
+    waits = ~surest_apart(token_level, rows.diff() == 1)
+    n_sure = int(((token_level.double() < threshold) & ~waits).sum())
+    order = torch.argsort(settling_order(token_level, waits), stable=True)  # ties: the leftmost first
+    settles = torch.zeros_like(waits)
+    return settles.index_fill(0, order[: max(n_sure, n_due)], True)
+
+
+def surest_apart(token_level: Tensor, beside: Tensor) -> Tensor:
+    """Rows no two of which are neighbours: the surest first, each unless a neighbour has been chosen. `(M,)` bool.
+
+    `beside` `(M - 1,)` bool: row `i + 1` is the neighbour of row `i`. What is written in one pass cannot take account
+    of each other, which matters most between neighbours. Ties: the left one first.
+    """
+    left_wins = token_level[:-1] <= token_level[1:]  # of each pair of rows
+    undecided = torch.ones_like(token_level, dtype=torch.bool)
+    chosen = torch.zeros_like(undecided)
+    while undecided.any():  # mostly twice, at most half as often as the longest stretch has rows
+        rivals = beside & undecided[:-1] & undecided[1:]
+        first = undecided.clone()
+        first[1:] &= ~(rivals & left_wins)
+        first[:-1] &= ~(rivals & ~left_wins)
+        chosen |= first
+        undecided &= ~first
+        undecided[1:] &= ~(beside & first[:-1])
+        undecided[:-1] &= ~(beside & first[1:])
+    return chosen
+
+
+def settling_order(token_level: Tensor, waits: Tensor) -> Tensor:
+    """Keys `(M,)` to sort rows by: the surest first, those that wait behind all that do not."""
+    return token_level.double() + waits
 
 
 def settled_level(left_open: Tensor, n_masked: int, levels: list[float]) -> float:
@@ -145,11 +173,11 @@ def top_first(scores: Tensor, best: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     if k == 0:
         return scores.new_zeros(len(scores), 0), best.new_zeros(len(scores), 0)
-    at = torch.arange(len(best), device=best.device), best
-    highest = scores[at]  # (M,)
-    scores[at] = math.inf
+    at = best[:, None]
+    highest = scores.gather(1, at)  # (M, 1)
+    scores.scatter_(1, at, math.inf)  # not by index: assigning a number so waits for the device
     values, indices = scores.topk(k, dim=-1)
-    values[:, 0] = highest
+    values[:, :1] = highest
     return values, indices
 
 

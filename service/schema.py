@@ -37,7 +37,9 @@ class DenoiseRequest(BaseModel):
         "back once it is less likely than this to be wrong, and all that are left once the level falls below it.",
     )
     halting: Halting | None = Field(
-        default=None, description="`gate`: decode once at the end. `settle`: tokens come back gradually."
+        default=None,
+        description="`gate`: decode once at the end. `settle`: tokens come back gradually, the surest first and neighbours "
+        "one after the other.",
     )
     restore: Literal["masked", "all"] = Field(
         default="masked", description="`masked` fills the masks only; `all` returns the model's reading of every token."
@@ -121,7 +123,10 @@ class DenoiseAnswer(BaseModel):
         description="`gate`: the level fell below the threshold, or everything had settled; `max_steps`: all passes "
         "there were to be; `deadline`: the time was over."
     )
-    level: float = Field(description="What the gate said last is left: 0 nothing, 1 everything.")
+    level: float = Field(
+        description="What is left, 0 nothing and 1 everything: with `gate` what the gate said last, with `settle` the "
+        "share of masked tokens that were still open, each weighted by how likely it is wrong."
+    )
     restored: list[Restored] = Field(description="Every token that was written, in order.")
     trace: list[TracePoint] | None = Field(description="The level after every pass, if asked for.")
     timing_ms: TimingMs
@@ -132,7 +137,7 @@ class DenoisePass(BaseModel):
     """A restoration under way, after one pass."""
 
     step: int = Field(description="Passes made so far.")
-    level: float = Field(description="What the gate says is left: 0 nothing, 1 everything.")
+    level: float = Field(description="What is left, as in the answer.")
     text: str = Field(description="What would be the answer's text if this pass were the last.")
 
 

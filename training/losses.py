@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rdt_core.halting import due
+from rdt_core.inference import which_settle
 from rdt_core.model import RDT, State
 from rdt_core.packing import Packing
 from training.config import TrainingSection
@@ -95,7 +96,7 @@ def deep_run(model: RDT, batch: Batch, packing: Packing, n_passes: int, settle: 
 
 
 def surest(model: RDT, state: State, rows: Tensor, packing: Packing, *, step: int, n_passes: int) -> Tensor:
-    """Which of `rows` settle now: in each sequence the lowest token levels, at an even pace. `(M,)` bool."""
+    """Which of `rows` settle now, at an even pace: `rdt_core.inference.which_settle` for each sequence. `(M,)` bool."""
     token_level = model.token_level(state.hidden, packing, rows)
     sequences = packing.sequence_ids[rows]
     settled = torch.zeros_like(rows, dtype=torch.bool)
@@ -103,8 +104,7 @@ def surest(model: RDT, state: State, rows: Tensor, packing: Packing, *, step: in
         own = (sequences == sequence).nonzero().squeeze(1)
         still_open = own[state.masked[rows[own]]]
         n_due = due(len(own), step, n_passes) - (len(own) - len(still_open))
-        order = torch.argsort(token_level[still_open], stable=True)
-        settled[still_open[order[:n_due]]] = True
+        settled[still_open] = which_settle(token_level[still_open], rows[still_open], n_due, threshold=0.0)
     return settled
 
 

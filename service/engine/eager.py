@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rdt_core.gate import GateState
-from rdt_core.inference import top_first
+from rdt_core.inference import settling_order, surest_apart, top_first
 from rdt_core.model import RDT, State
 from rdt_core.packing import Packing, rows_of
 from service.engine.backend import OutOfMemory
@@ -130,8 +130,8 @@ class EagerBackend:
         step = terms.step + 1
         candidates = state.masked & terms.settles[packing.sequence_ids]  # (T,) bool
         choosing = candidates & (step < terms.ceiling)[packing.sequence_ids]  # after the last pass all of it settles
-        token_level = _token_level(self._model, state, packing, choosing)  # (T,)
-        settling = _settling_rows(candidates, token_level, packing, terms._replace(step=step))  # (T,) bool
+        token_level, waits = self._to_choose_from(state, packing, choosing)  # (T,) each
+        settling = _settling_rows(candidates, token_level, waits, packing, terms._replace(step=step))  # (T,) bool
         open_after = state.masked & ~settling
         level = torch.where(terms.settles, _settled_level(token_level * open_after, packing, terms), state.gate.level)
         late = torch.tensor([ticket in overdue for ticket in batch.tickets], device=level.device)
@@ -156,6 +156,17 @@ class EagerBackend:
         advanced = Batch(batch.tickets, batch.top_k, packing, state, batch.asked, terms)
         self._batch = advanced if len(staying) == len(reasons) else _keep(advanced, staying)
         return Outcome(readings, n_decoded=len(rows), decode_seconds=decode_seconds)
+
+    def _to_choose_from(self, state: State, packing: Packing, choosing: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the rows `(T,)` bool their token levels, 1 elsewhere, and which of them wait for a surer neighbour."""
+        rows = choosing.nonzero().squeeze(1)  # (M,)
+        token_level, waits = torch.ones(len(choosing), device=rows.device), torch.zeros_like(choosing)
+        if len(rows) > 0:
+            level = self._model.token_level(state.hidden, packing, rows)
+            beside = (rows.diff() == 1) & (packing.sequence_ids[rows].diff() == 0)
+            token_level.index_copy_(0, rows, level)
+            waits.index_copy_(0, rows, ~surest_apart(level, beside))
+        return token_level, waits
 
 
 class Decoded(NamedTuple):
@@ -189,25 +200,20 @@ class Decoded(NamedTuple):
         ]
 
 
-def _token_level(model: RDT, state: State, packing: Packing, choosing: Tensor) -> Tensor:
-    """Of the rows to choose from `(T,)` bool, and 1 elsewhere: `(T,)`."""
-    rows = choosing.nonzero().squeeze(1)
-    level = torch.ones(len(choosing), device=choosing.device)
-    return level if len(rows) == 0 else level.index_copy_(0, rows, model.token_level(state.hidden, packing, rows))
-
-
-def _settling_rows(candidates: Tensor, token_level: Tensor, packing: Packing, terms: Terms) -> Tensor:
-    """Rows `(T,)` that become text now: of each settling sequence those below its threshold, and the surest
-    others as far as the pace to its ceiling asks. See `rdt_core.inference.which_settle`.
+def _settling_rows(candidates: Tensor, token_level: Tensor, waits: Tensor, packing: Packing, terms: Terms) -> Tensor:
+    """Rows `(T,)` that become text now: of each settling sequence those below its threshold that need not wait, and
+    the surest others as far as the pace to its ceiling asks. See `rdt_core.inference.which_settle`.
     """
     ids = packing.sequence_ids
     n_open = _count(candidates, packing)  # (N,)
     due = -(-terms.n_masked * terms.step // terms.ceiling)
     n_due = due - (terms.n_masked - n_open)
-    n_sure = _count(candidates & (token_level < terms.threshold[ids]), packing)
+    n_sure = _count(candidates & ~waits & (token_level < terms.threshold[ids]), packing)
     n_taken = torch.maximum(n_due, n_sure)  # (N,)
-    by_level = torch.argsort(token_level.masked_fill(~candidates, torch.inf), stable=True)
-    by_sequence = by_level[torch.argsort(ids[by_level], stable=True)]  # rows of each sequence, surest first
+    in_order = torch.argsort(settling_order(token_level, waits).masked_fill(~candidates, torch.inf), stable=True)
+    by_sequence = in_order[
+        torch.argsort(ids[in_order], stable=True)
+    ]  # rows of each sequence, the first to settle first
     rank = torch.empty_like(ids).scatter_(0, by_sequence, packing.positions)  # (T,) place among its own
     return candidates & (rank < n_taken[ids])
 

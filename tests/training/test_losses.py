@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from rdt_core import RDT, ModelConfig, Packing
 from rdt_core.halting import due
+from rdt_core.inference import which_settle
 from training.config import TrainingSection
 from training.data import Batch
 from training.losses import chain_losses, deep_run, gate_losses, passes_left, reconstruction, surest, unroll_losses
@@ -129,7 +130,7 @@ def test_a_settling_run_keeps_the_pace_and_freezes_what_is_settled(model: RDT, b
         assert (run.open_rows[step] <= run.open_rows[step - 1]).all()
 
 
-def test_the_last_pass_settles_what_is_left_and_the_surest_go_first(model: RDT, batch: Batch) -> None:
+def test_the_last_pass_settles_what_is_left_and_the_first_as_served(model: RDT, batch: Batch) -> None:
     packing, rows = batch.packing(CPU), batch.masked.nonzero().squeeze(1)
     state = model(model.begin(batch.tokens, batch.masked, packing), packing)
     assert surest(model, state, rows, packing, step=4, n_passes=4).all()
@@ -138,7 +139,8 @@ def test_the_last_pass_settles_what_is_left_and_the_surest_go_first(model: RDT, 
     for sequence in range(packing.n_sequences):
         own = owners == sequence
         assert int(first[own].sum()) == due(int(own.sum()), 1, 4)
-        assert levels[own & first].max() <= levels[own & ~first].min()
+        expected = which_settle(levels[own], rows[own], due(int(own.sum()), 1, 4), 0.0)
+        assert torch.equal(first[own], expected)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -145,8 +145,8 @@ class Evaluation:
     def settling(self, mask_ratio: float, n_passes: int, threshold: float = 0.0) -> Outcome:
         """Settle as the reference does with `halting="settle"`; each token is scored when it is written.
 
-        With threshold 0 an even share of the surest tokens settles after every pass; above it, also every
-        token whose level is below the threshold, and all of them once the sequence's level is.
+        With threshold 0 an even share of the surest tokens settles after every pass, neighbours apart; above it,
+        also every token whose level is below the threshold, and all of them once the sequence's level is.
         """
         parts, efforts = [], []
         for batch in self.slices(mask_ratio):
@@ -159,10 +159,13 @@ class Evaluation:
                 state = self.model(state, batch.packing)
                 open_rows = state.masked.nonzero().squeeze(1)
                 token_level = self.model.token_level(state.hidden, batch.packing, open_rows).cpu()
-                owners = batch.packing.sequence_ids[open_rows].cpu()  # in order, so the parts are, too
+                places, owners = (
+                    open_rows.cpu(),
+                    batch.packing.sequence_ids[open_rows].cpu(),
+                )  # in order, so the parts are, too
                 parts_settling = [
-                    sequence.settle(token_level[owners == index], step, n_passes=n_passes, threshold=threshold)
-                    for index, sequence in enumerate(sequences)
+                    sequence.settle(token_level[own], places[own], step, n_passes=n_passes, threshold=threshold)
+                    for own, sequence in zip(owners == torch.arange(len(sequences))[:, None], sequences, strict=True)
                 ]
                 rows = open_rows[torch.cat(parts_settling).to(open_rows.device)]
                 logits = self.model.decode(state.hidden, batch.packing, rows).float()
@@ -187,13 +190,13 @@ class _Settling:
         self.levels: list[float] = []
         self.halted = False
 
-    def settle(self, token_level: Tensor, step: int, *, n_passes: int, threshold: float) -> Tensor:
-        """Which of its open rows are written after this pass: their token levels `(K,)` -> `(K,)` bool."""
+    def settle(self, token_level: Tensor, rows: Tensor, step: int, *, n_passes: int, threshold: float) -> Tensor:
+        """Which of its open rows `(K,)` are written after this pass, with these token levels `(K,)`: `(K,)` bool."""
         if self.halted:
             return torch.zeros(0, dtype=torch.bool)  # nothing is open any more
         if step < n_passes:  # after the last pass all that is open settles, whatever its level
             self.shortlisted += len(token_level)
-        settles = which_settle(token_level, due(self.n_masked, step, n_passes) - self.n_settled, threshold)
+        settles = which_settle(token_level, rows, due(self.n_masked, step, n_passes) - self.n_settled, threshold)
         level = settled_level(token_level[~settles], self.n_masked, self.levels)
         self.levels.append(level)
         self.halted = None is not halt_reason(

@@ -48,8 +48,8 @@ class Settings(BaseSettings):
     )
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16", "int8"] = Field(
         "auto",
-        description="Number format of the matrix products; fp32 is the reference, the others are faster; auto: fp32 on "
-        "a CPU, bf16 on CUDA, fp16 before Ampere.",
+        description="Number format of the matrix products; fp32 is the reference, the others are faster where the "
+        "processor has instructions for them; auto: fp32 on a CPU, bf16 on CUDA, fp16 before Ampere.",
     )
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on.")
     http_port: int = Field(8000, ge=0, le=65_535, description="Port of the REST interface; 0 picks a free one.")
@@ -64,7 +64,7 @@ class Settings(BaseSettings):
     max_live: int = Field(
         0, ge=0, le=MOST, description="Sequences of one tick of a replica; 0: 64 on a CPU, 512 on CUDA."
     )
-    # Six seconds of requests, ten of tokens: the bundled model on two cores, as `benchmarks.simulate --choose` sees it.
+    # Six seconds of requests, ten of tokens at full throughput: the bundled model on two cores.
     max_waiting: int = Field(256, ge=1, le=MOST, description="Requests that may wait; more are refused.")
     max_waiting_tokens: int = Field(16_384, ge=1, le=MOST, description="Tokens that may wait; more are refused.")
     shed: Literal["off", "depth"] = Field(
@@ -90,7 +90,7 @@ class Settings(BaseSettings):
         0,
         ge=0,
         le=1024,
-        description="Batches computed side by side; 0: as many as the cores have threads for, one on CUDA.",
+        description="Batches computed side by side; 0: cores divided by threads, on CUDA one for each device.",
     )
     stuck_seconds: float = Field(
         60.0,

@@ -38,8 +38,8 @@ class DenoiseRequest(BaseModel):
     )
     halting: Halting | None = Field(
         default=None,
-        description="`gate`: decode once at the end. `settle`: tokens come back gradually, the surest first and neighbours "
-        "one after the other.",
+        description="`gate`: decode once at the end. `settle`: tokens come back gradually, the surest first and "
+        "neighbours one after the other.",
     )
     restore: Literal["masked", "all"] = Field(
         default="masked", description="`masked` fills the masks only; `all` returns the model's reading of every token."

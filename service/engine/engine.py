@@ -174,8 +174,8 @@ class BatchingEngine:
             except OutOfMemory as error:
                 self._shrink(replica, n_tokens, error)
             else:
-                replica.scheduler.worked(n_tokens)
-        replica.scheduler.warmed(alone)
+                replica.scheduler.budget.worked(n_tokens)
+        replica.scheduler.budget.warmed(alone)
 
     async def start(self) -> None:
         self._accepting = True
@@ -194,7 +194,7 @@ class BatchingEngine:
         self._check_ready()
         if self.largest_tick < len(job.tokens) <= self._limits.token_budget:
             for replica in self._replicas:
-                replica.scheduler.grow(self._clock())  # nobody plans while there is nothing to do
+                replica.scheduler.budget.grow(self._clock())  # nobody plans while there is nothing to do
             if self.largest_tick < len(job.tokens):
                 raise _no_memory(self.largest_tick)
         ticket = self._replicas[0].scheduler.submit(job, place, self._clock())
@@ -272,9 +272,9 @@ class BatchingEngine:
     def _share(self) -> float:
         """Packed tokens of each replica if all there are were spread evenly, over those that could take any."""
         schedulers = [replica.scheduler for replica in self._replicas]
-        if len({scheduler.token_budget for scheduler in schedulers}) > 1:  # some are short of memory
+        if len({scheduler.budget.tokens for scheduler in schedulers}) > 1:  # some are short of memory
             shortest = min((entry.n_tokens for entry in self._line), default=0)
-            schedulers = [scheduler for scheduler in schedulers if scheduler.token_budget >= shortest] or schedulers
+            schedulers = [scheduler for scheduler in schedulers if scheduler.budget.tokens >= shortest] or schedulers
         live = sum(scheduler.live_tokens for scheduler in schedulers)
         return (live + self._line.n_tokens) / len(schedulers)
 
@@ -290,7 +290,7 @@ class BatchingEngine:
         """Fewer tokens, or another try. Nobody fails but those whose text alone is too large for any replica."""
         if self._watcher is not None:
             self._watcher.memory_ran_out()
-        again = replica.scheduler.short
+        again = replica.scheduler.budget.short
         self._shrink(replica, plan.n_tokens, error)
         await replica.reset()
         if again:
@@ -306,14 +306,16 @@ class BatchingEngine:
         self._wake()
 
     def _shrink(self, replica: Replica, n_tokens: int, error: OutOfMemory) -> None:
-        replica.scheduler.shrink(n_tokens, self._clock())
-        budget = replica.scheduler.token_budget
-        log.warning("no memory for a tick of %d tokens, %d at the most from now on: %s", n_tokens, budget, str(error))
+        budget = replica.scheduler.budget
+        budget.shrink(n_tokens, self._clock())
+        replica.scheduler.start_over()
+        said = str(error)  # and not the error, which holds the tick's tensors
+        log.warning("no memory for a tick of %d tokens, %d at the most from now on: %s", n_tokens, budget.tokens, said)
 
     @property
     def largest_tick(self) -> int:
         """Tokens of the longest text that some replica has memory for."""
-        return max(replica.scheduler.token_budget for replica in self._replicas)
+        return max(replica.scheduler.budget.tokens for replica in self._replicas)
 
     async def _recover(self, replica: Replica, error: Exception) -> None:
         """A tick broke: its jobs fail, the backend starts afresh. Twice in a minute, and the engine gives up."""

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
 
+from service.engine.budget import TickBudget
 from service.engine.queue import BoundedQueue, Place
 from service.engine.types import Admission, Choice, HaltReason, Job, Outcome, Plan, Reading, Result, Ticket
 
@@ -28,10 +29,6 @@ class SchedulerLimits:
     max_waiting_tokens: int
     max_bypass: int = 8  # how often the head of the line may be passed
     shed_min_steps: int | None = None
-
-
-GROWING_SECONDS = 60.0
-"""So long after the last shortage of memory a tick may have twice the tokens again."""
 
 
 @dataclass(eq=False)
@@ -79,14 +76,7 @@ class Scheduler:
 
     def __init__(self, limits: SchedulerLimits, line: Line | None = None) -> None:
         self._limits = limits
-        self.token_budget = limits.token_budget
-        """Packed tokens of one tick; less than the limit once memory has run out."""
-        self.short = False
-        """The last tick tried was one that there was no memory for."""
-        self._short_at = -math.inf
-        self._warm = False
-        self._full = self.token_budget  # to which it may grow again
-        self._largest = 0  # tick that was computed
+        self.budget = TickBudget(limits.token_budget)
         self._line = Line(limits) if line is None else line
         self._live: dict[Ticket, Entry] = {}  # in order of admission, which is the backend's order
         self._left: set[Ticket] = set()  # live sequences whose caller is gone
@@ -135,7 +125,7 @@ class Scheduler:
         than their passes. `share` is how many packed tokens are enough for this batch while others can take
         what is left in the line.
         """
-        self.grow(now)
+        self.budget.grow(now)
         dropped = tuple(self._left)
         for ticket in dropped:
             del self._live[ticket]
@@ -156,7 +146,7 @@ class Scheduler:
 
     def commit(self, plan: Plan, outcome: Outcome, now: float) -> list[tuple[Ticket, Result]]:
         """Book one pass of every sequence that the outcome tells of; the results of those that stop."""
-        self.worked(plan.n_tokens)
+        self.budget.worked(plan.n_tokens)
         finished = []
         for ticket, reading in told(plan, outcome):
             if ticket not in self._live:
@@ -180,31 +170,10 @@ class Scheduler:
         self._left.clear()
         return lost
 
-    def worked(self, n_tokens: int) -> None:
-        """A tick of so many tokens was computed."""
-        self._largest = max(self._largest, n_tokens)
-        self.short = False
-
-    def warmed(self, alone: bool) -> None:
-        """The budget has been tried out: it is for good if nobody else held memory then."""
-        self._warm = True
-        if alone:
-            self._full = self.token_budget
-
-    def shrink(self, n_tokens: int, now: float = 0.0) -> None:
-        """There was no memory for a tick of `n_tokens`. From now on half of that at the most.
-
-        Where as many have been computed before, somebody else holds the memory: then the tick is tried again, and the
-        budget halved only if that fails too. What was live goes back to the head of the line and begins anew, which
-        ends with the same answer.
+    def start_over(self) -> None:
+        """There was no memory for the tick: what was live goes back to the head of the line and begins anew, which ends
+        with the same answer.
         """
-        if n_tokens > self._largest:
-            self.token_budget = min(self.token_budget, n_tokens) // 2
-            if self._warm:
-                self._full = self.token_budget
-        elif self.short:
-            self.token_budget //= 2
-        self.short, self._short_at = True, now
         again = [entry for ticket, entry in self._live.items() if ticket not in self._left]
         for entry in again:
             entry.levels, entry.chosen, entry.decode_seconds = [], {}, 0.0
@@ -227,9 +196,9 @@ class Scheduler:
         for entry in self._line:
             if len(self._live) >= self._limits.max_live or used >= share:
                 break
-            if entry.n_tokens > self.token_budget:
+            if entry.n_tokens > self.budget.tokens:
                 continue  # it waits for a batch with more memory
-            if used + entry.n_tokens > self.token_budget:
+            if used + entry.n_tokens > self.budget.tokens:
                 head = head or entry
             elif head is None or head.bypassed < self._limits.max_bypass:
                 if head is not None:
@@ -245,11 +214,6 @@ class Scheduler:
         for entry in admitted:
             entry.ceiling = entry.ceiling or self._ceiling(entry.job)
         return admitted
-
-    def grow(self, now: float) -> None:
-        """A shortage of memory may pass: its budget doubles again after a while without another."""
-        if self.token_budget < self._full and now - self._short_at >= GROWING_SECONDS:
-            self.token_budget, self._short_at = min(self._full, 2 * self.token_budget), now
 
     def _ceiling(self, job: Job) -> int:
         """Under load, fewer passes: the more of the line is left waiting, the nearer to the floor."""

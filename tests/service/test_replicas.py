@@ -166,7 +166,7 @@ async def test_what_gave_up_stays_so_when_another_replica_comes_back() -> None:
 async def test_a_replica_short_of_memory_keeps_no_work_from_the_others() -> None:
     held = HeldBackend()
     engine = BatchingEngine([held, ScriptedBackend()], LIMITS)
-    engine._replicas[1].scheduler.token_budget = 4
+    engine._replicas[1].scheduler.budget.tokens = 4
     await engine.start()
     first = asyncio.create_task(submit(engine, scripted_job(20, depth=2)))
     await asyncio.to_thread(held.wait_until_started)

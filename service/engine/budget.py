@@ -1,0 +1,52 @@
+"""How many packed tokens one tick may have: as many as allowed, and fewer once memory has run out.
+
+A tick larger than any that was computed has shown what there is no memory for: half of it is the most from then on.
+Where as many tokens have been computed before, somebody else holds the memory: the tick is tried again, the budget
+halved only if that fails too, and doubled again after a while without a shortage.
+"""
+
+from __future__ import annotations
+
+import math
+
+GROWING_SECONDS = 60.0
+"""So long after the last shortage of memory a tick may have twice the tokens again."""
+
+
+class TickBudget:
+    """`tokens` is the budget, of one batch on one device."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+        self.short = False
+        """The last tick tried was one that there was no memory for."""
+        self._full = tokens  # to which it may grow again
+        self._largest = 0  # tick that was computed
+        self._short_at = -math.inf
+        self._warm = False
+
+    def worked(self, n_tokens: int) -> None:
+        """A tick of so many tokens was computed."""
+        self._largest = max(self._largest, n_tokens)
+        self.short = False
+
+    def warmed(self, alone: bool) -> None:
+        """The budget has been tried out: it is for good if nobody else held memory then."""
+        self._warm = True
+        if alone:
+            self._full = self.tokens
+
+    def shrink(self, n_tokens: int, now: float) -> None:
+        """There was no memory for a tick of `n_tokens`."""
+        if n_tokens > self._largest:
+            self.tokens = min(self.tokens, n_tokens) // 2
+            if self._warm:
+                self._full = self.tokens
+        elif self.short:
+            self.tokens //= 2
+        self.short, self._short_at = True, now
+
+    def grow(self, now: float) -> None:
+        """A shortage may have passed."""
+        if self.tokens < self._full and now - self._short_at >= GROWING_SECONDS:
+            self.tokens, self._short_at = min(self._full, 2 * self.tokens), now

@@ -11,9 +11,11 @@ from rdt_core.checkpoint import CheckpointError
 from training.config import ConfigError, load_config
 from training.devices import device_named
 from training.processes import meet
+from training.stopping import INTERRUPTED, ends_quietly
 from training.trainer import Trainer, TrainingDiverged
 
 
+@ends_quietly
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="rdt-train", description="Train a Recursive Denoising Transformer.")
     parser.add_argument("--config", required=True, type=Path, help="YAML file, see training/configs")
@@ -33,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, CheckpointError, TrainingDiverged, OSError) as error:
         print(f"rdt-train: {error}", file=sys.stderr)
         return 2
-    return 0 if finished else 130
+    return 0 if finished else INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -32,6 +32,8 @@ def _run(command: str, module: str) -> int:
         return 0
     try:
         main = import_module(module).main
+    except KeyboardInterrupt:
+        return 130
     except ModuleNotFoundError as error:
         missing = str(error.name).partition(".")[0]
         print(f"{command}: {missing} is missing: pip install '.[training]' in the project's folder", file=sys.stderr)

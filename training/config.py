@@ -274,6 +274,13 @@ def _check(config: TrainConfig) -> None:
     }
     if config.training.scheme == "chain" and config.training.gate_steps:
         raise ConfigError("training.gate_steps is for scheme unroll: with chain the gate learns all along, want 0")
+    if config.training.scheme == "chain" and config.training.max_chain_length > config.training.total_steps:
+        raise ConfigError(
+            f"training.max_chain_length is {config.training.max_chain_length}: with scheme chain want at most "
+            f"training.total_steps = {config.training.total_steps}"
+        )
+    if config.training.loss_weight_recon == config.training.loss_weight_gate == 0:
+        raise ConfigError("training.loss_weight_recon and training.loss_weight_gate are 0: want one of them above")
     for minimum, keys in at_least.items():
         for key in keys.split():
             value = _get(config, key)

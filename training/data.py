@@ -145,12 +145,19 @@ def hub_corpus(name: str, split: str, tokenizer: Tokenizer, named: str = "data.d
     path, configuration = HUB_NAMES.get(name, (name, None))
     try:
         rows = load_dataset(path, configuration, split=split)
-    except (OSError, ValueError) as error:  # no network, no such dataset, no such split
+    except Exception as error:  # of many kinds: no network, no such dataset, no such split, files it cannot read
         raise ConfigError(f"{named} is {name!r}: {' '.join(str(error).split())}") from error
     if "text" not in rows.column_names:
         raise ConfigError(f"{named} is {name!r}: its columns are {rows.column_names}, want 'text'")
     lines = chain.from_iterable(text.splitlines() for text in rows["text"])
     return tokenise(filter(None, map(clean, lines)), tokenizer)
+
+
+def shared_files(one: str, other: str) -> list[str]:
+    """Names of the local files that both lists of names have."""
+    both = ({Path(name.strip()).resolve() for name in names.split(",") if name.strip()} for names in (one, other))
+    first, second = both
+    return sorted(path.name for path in first & second if path.is_file())
 
 
 def load_corpora(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Corpus, Corpus]:

@@ -48,6 +48,7 @@ from training.evaluation.lookups import halting_depths
 from training.evaluation.restoring import Evaluation, Measured, cut_segments
 from training.evaluation.table import Evaluated, Plan, evaluate
 from training.report import format_comparisons, format_levels, format_table, plot, written
+from training.stopping import ends_quietly
 
 __all__ = ["Evaluation", "Measured", "cut_segments", "halting_depths", "main"]  # the benchmarks measure with these
 
@@ -55,6 +56,7 @@ PLAN = Plan()
 LENGTH = 128
 
 
+@ends_quietly
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
@@ -125,8 +127,8 @@ def describe(evaluation: Evaluation, options: argparse.Namespace, scorer: Scorer
         "precision": options.precision,
         "seed": options.seed,
         "masks": masks.hexdigest()[:16],
-        "text": Path(options.text).name,
-        "validation": None if options.validation is None else Path(options.validation).name,
+        "text": _names(options.text),
+        "validation": None if options.validation is None else _names(options.validation),
         "scorer": None if scorer is None else {"name": scorer.name, "digest": scorer.digest, "text": scorer.text},
     }
 
@@ -202,6 +204,10 @@ def _plan(options: argparse.Namespace) -> Plan:
         if not 0 < ratio <= 1:
             raise ConfigError(f"--mask-ratios has {ratio}: want above 0, up to 1")
     return Plan(**{name: getattr(options, name) for name in asdict(PLAN)})
+
+
+def _names(names: str) -> str:
+    return ",".join(Path(name.strip()).name for name in names.split(","))
 
 
 def _files(names: str) -> set[Path]:

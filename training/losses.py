@@ -55,9 +55,12 @@ def chain_losses(model: RDT, batch: Batch, packing: Packing, n_passes: int, sect
     recon, gate = [], []
     for step, state in enumerate(states, start=1):
         rows = (batch.due_passes == step).nonzero().squeeze(1)
-        recon.append(reconstruction(model, state.hidden, packing, rows, batch.targets))
+        if len(rows) > 0:  # no segment of the batch may have so long a chain
+            recon.append(reconstruction(model, state.hidden, packing, rows, batch.targets))
         target = (batch.start_steps - step).clamp(min=0).float() / section.total_steps  # (N,)
         gate.append(F.mse_loss(state.gate.level, target))
+    if not recon:
+        recon.append(reconstruction(model, states[-1].hidden, packing, rows, batch.targets))
     return Losses(torch.stack(recon).mean(), torch.stack(gate).mean())
 
 

@@ -45,6 +45,7 @@ class Average:
     def __init__(self, parameters: Sequence[Tensor], decay: float) -> None:
         self.parameters, self.decay = list(parameters), decay
         self.values = [parameter.detach().clone() for parameter in parameters]
+        self.has_taken_over = False
 
     @torch.no_grad()
     def update(self) -> None:
@@ -54,6 +55,7 @@ class Average:
     def take_over(self) -> None:
         """The parameters become the average."""
         torch._foreach_copy_(self.parameters, self.values)
+        self.has_taken_over = True
 
     @torch.no_grad()
     def restore(self, values: Sequence[Tensor]) -> None:

@@ -10,7 +10,7 @@ resumed by another number of processes.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 import torch
@@ -94,9 +94,9 @@ def meet(wanted: torch.device) -> Processes:
     return ManyProcesses(wanted.type == "cpu") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else OneProcess()
 
 
-def share(n_steps: range, a_step: int, processes: Processes) -> list[int]:
+def share(steps: range, a_step: int, processes: Processes) -> Iterator[int]:
     """The batches of these steps, `a_step` in each, that this process takes."""
-    return [step * a_step + i for step in n_steps for i in range(processes.rank, a_step, processes.count)]
+    return (step * a_step + i for step in steps for i in range(processes.rank, a_step, processes.count))
 
 
 def add_up_gradients(parameters: Sequence[nn.Parameter], others: Tensor, processes: Processes) -> Tensor:

@@ -28,6 +28,7 @@ from training.devices import device_named
 from training.evaluation.causal import CausalConfig, CausalLM, save_scorer
 from training.evaluation.restoring import cut_segments
 from training.mixed_precision import autocast
+from training.stopping import ends_quietly
 from training.vocabulary import vocabulary_loss
 from training.warm_start import copy_embeddings
 
@@ -83,6 +84,7 @@ def bits_a_token(model: CausalLM, segments: Sequence[Tensor]) -> float:
     return sum(nats) / len(nats) / math.log(2)
 
 
+@ends_quietly
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="rdt-scorer", description="Train a left-to-right model to score text with.")
     parser.add_argument("--text", required=True, help="local .txt or .txt.xz files, comma-separated")
@@ -117,6 +119,8 @@ def _run(options: argparse.Namespace) -> float:
         raise ConfigError(f"--learning-rate is {options.learning_rate}: want a number > 0")
     device = device_named(options.device)
     options.output.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after
+    if options.output.exists() and not options.output.is_file():
+        raise ConfigError(f"--output is {str(options.output)!r}: want a file")
     tokenizer = load_tokenizer(options.tokenizer)
     whole = local_corpus(options.text, tokenizer, options.cache_dir, "--text")
     corpus, held_out = whole.split(min(VALIDATION_TOKENS, len(whole) // 10))

@@ -8,13 +8,10 @@ of processes, but for the order in which its gradients are added up.
 from __future__ import annotations
 
 import math
-import re
-import signal
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -31,7 +28,8 @@ from rdt_core.model import RDT
 from rdt_core.tokenizer import Tokenizer
 from training.compiled import compile_layers
 from training.config import ConfigError, TrainConfig, differences
-from training.data import Batch, Batches, load_corpora, load_tokenizer, stable_seed
+from training.data import Batch, Batches, load_corpora, load_tokenizer, shared_files, stable_seed
+from training.folder import RunFolder
 from training.losses import Losses, chain_losses, gate_losses, unroll_losses
 from training.mixed_precision import autocast
 from training.optimise import (
@@ -43,11 +41,11 @@ from training.optimise import (
     trunk_parameters,
 )
 from training.processes import OneProcess, Processes, add_up_gradients, share
-from training.validation import Validation, validate
+from training.stopping import leave_signals_to_the_trainer, stop_signal
+from training.validation import validate
 from training.warm_start import warm_start
 
 TRAIN, VALIDATION, UNROLL = 1, 2, 3  # streams of randomness
-MIB = 2**20
 MEASURED = (
     "seed", "data.", "training.masking_strategy", "training.total_steps", "training.max_chain_length",
     "training.scheme", "training.loss_weight", "training.batch_size", "training.gate_passes", "training.gate_sequences",
@@ -77,15 +75,16 @@ class Trainer:
                 f"training.gradient_accumulation_steps is {config.training.gradient_accumulation_steps}: a step's "
                 f"batches are shared out, want at least one for each of the {self.processes.count} processes"
             )
-        self.directory = Path(config.output.checkpoint_dir)
-        self.directory.mkdir(parents=True, exist_ok=True)  # who cannot write there learns it now
+        self.folder = RunFolder(Path(config.output.checkpoint_dir), config.training.keep_last_n_checkpoints)
         if self.processes.first:
-            for left in self.directory.glob(".*.pt.*.partial"):  # by a run that was killed while it saved
-                left.unlink()
+            self.folder.remove_partial_files()
         self.notes: list[str] = []
         """What whoever started the run may not expect."""
-        if resume is None and any(self.directory.glob("*.pt")):
-            self.notes.append(f"{self.directory} has checkpoints of another run: its best_model.pt will be replaced")
+        if resume is None and self.folder.is_used():
+            self.notes.append(
+                f"{self.folder.path} has checkpoints of another run: its best_model.pt, and others of the same name, "
+                "will be replaced; to go on with that run, give --checkpoint"
+            )
         if config.model.max_seq_len > config.data.max_seq_length:
             self.notes.append(
                 f"the server will take texts of {config.model.max_seq_len} tokens (model.max_seq_len), "
@@ -97,6 +96,8 @@ class Trainer:
         else:
             self.tokenizer = load_tokenizer(config.data.tokenizer_name)
         train, validation = self.processes.first_before_others(lambda: load_corpora(config, self.tokenizer))
+        if shared := shared_files(config.data.dataset_name, config.data.validation_name or ""):
+            self.notes.append(f"validation is on text that is learned: {', '.join(shared)} is in both")
         self.batches = Batches(train, config, self.tokenizer, stable_seed(config.seed, TRAIN))
         # What is kept for the model to see tells the answer, and what is replaced by other words is no gap.
         all_masked = replace(config, training=replace(config.training, random_token_share=0.0, keep_token_share=0.0))
@@ -118,9 +119,9 @@ class Trainer:
         self._signals: list[int] = []  # those that came to this process
         self._stopping = False  # one had come to some process by the last step
         self.step = 0
+        self.learning_rate = 0.0  # of the last step
         self.best_loss, self.best_of = math.inf, ""
         self.last_saved = resume
-        self._own: list[Path] = []  # checkpoints, oldest first
         if saved is not None and resume is not None:
             self._restore(resume, saved)
 
@@ -132,8 +133,15 @@ class Trainer:
             raise ConfigError(
                 f"training.gate_steps is {section.gate_steps}: the run has {self.n_steps} steps, {wanted}"
             )
-        if section.scheme == "unroll" and section.gate_steps == section.gate_every_n_steps == 0:
-            self.notes.append("the gate will learn nothing: training.gate_steps and training.gate_every_n_steps are 0")
+        if section.loss_weight_gate == 0:
+            self.notes.append("the gate will learn nothing: training.loss_weight_gate is 0")
+        elif section.scheme == "chain":
+            self.notes.append("token levels will learn nothing: training.scheme is chain")
+        elif section.gate_steps == 0 and (section.gate_every_n_steps == 0 or n_learning <= section.one_pass_steps):
+            self.notes.append(
+                "the gate will learn nothing: training.gate_steps is 0, and training.gate_every_n_steps is 0 or all "
+                "steps are training.one_pass_steps"
+            )
         if 0 < n_learning <= (section.warmup_steps or 0):
             raise ConfigError(f"training.warmup_steps is {section.warmup_steps}: that is all of the run")
 
@@ -142,7 +150,7 @@ class Trainer:
         quiet = not self.processes.first
         writer = None if quiet else SummaryWriter(self.config.output.log_dir, purge_step=self.step + 1)
         bar: tqdm[Any] = tqdm(total=self.n_steps, initial=self.step, desc="training", unit="step", disable=quiet)
-        with writer or nullcontext(), bar, _stop_signal() as self._signals:
+        with writer or nullcontext(), bar, stop_signal() as self._signals:
             if self.step >= self.n_steps:
                 self.notes.append(f"there is nothing to do: the checkpoint is of step {self.step} of {self.n_steps}")
             for note in () if quiet else self.notes:
@@ -173,6 +181,7 @@ class Trainer:
             sampler=share(range(self.step, self.n_steps), accumulate, self.processes),
             num_workers=self.config.data.num_workers,
             pin_memory=self.config.data.pin_memory and self.device.type == "cuda",
+            worker_init_fn=leave_signals_to_the_trainer,
         )
         batches = iter(loader)
         while self.step < self.n_steps:
@@ -200,6 +209,7 @@ class Trainer:
                     f"the {what} is not finite at step {self.step + 1}; last good checkpoint: {good}"
                 )
         self.optimizer.step()
+        self.learning_rate = float(self.scheduler.get_last_lr()[0])
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
         self.step += 1
@@ -257,12 +267,12 @@ class Trainer:
         section = self.config.training
         recon, gate = losses.recon.item(), losses.gate.item()
         total = section.loss_weight_recon * recon + section.loss_weight_gate * gate
-        values = {"total_loss": total, "recon_loss": recon, "gate_loss": gate, "lr": self.scheduler.get_last_lr()[0]}
+        values = {"total_loss": total, "recon_loss": recon, "gate_loss": gate, "lr": self.learning_rate}
         for name, value in values.items():
             writer.add_scalar(f"train/{name}", value, self.step)
         bar.set_postfix(recon=f"{recon:.3f}", gate=f"{gate:.3f}")
 
-    def _validate(self, writer: SummaryWriter | None, bar: tqdm[Any]) -> Validation:
+    def _validate(self, writer: SummaryWriter | None, bar: tqdm[Any]) -> None:
         with autocast(self.device, self.config.mixed_precision):
             result = validate(self.model, self.validation_batches, self.config, self.device, self.processes)
         if writer is not None:
@@ -277,8 +287,7 @@ class Trainer:
         if loss < self.best_loss:
             self.best_loss = loss
             if self.processes.first:
-                checkpoints.save(self.directory / "best_model.pt", self._checkpoint(loss))
-        return result
+                checkpoints.save(self.folder.best, self._checkpoint(loss))
 
     @property
     def _measure(self) -> str:
@@ -292,17 +301,15 @@ class Trainer:
         return "total" if unrolled and section.gate_every_n_steps > 0 else "recon"
 
     def save(self) -> Path:
-        """Write a checkpoint to resume from, and drop all but the last few."""
-        epoch = self.step // self.steps_an_epoch
-        path = self.directory / f"checkpoint_epoch_{epoch}_step_{self.step}.pt"
-        self.last_saved = path
-        if not self.processes.first:
-            return path
-        checkpoints.save(path, self._checkpoint(self.best_loss if math.isfinite(self.best_loss) else None))
-        self._own = [*(file for file in self._own if file != path), path]
-        while len(self._own) > self.config.training.keep_last_n_checkpoints:
-            self._own.pop(0).unlink(missing_ok=True)
+        """Write a checkpoint to resume from."""
+        self.last_saved = path = self.folder.of_step(self._epoch, self.step)
+        if self.processes.first:
+            self.folder.save(self._checkpoint(self.best_loss if math.isfinite(self.best_loss) else None))
         return path
+
+    @property
+    def _epoch(self) -> int:
+        return self.step // self.steps_an_epoch
 
     def _checkpoint(self, loss: float | None) -> Checkpoint:
         return Checkpoint(
@@ -313,13 +320,17 @@ class Trainer:
                 "training": self.config.to_mapping(),
             },
             tokenizer=self.tokenizer.json,
-            epoch=self.step // self.steps_an_epoch,
+            epoch=self._epoch,
             step=self.step,
             loss=loss,
             optimizer_state_dict=self.optimizer.state_dict(),
-            scheduler_state_dict={"last_epoch": self.scheduler.last_epoch},
+            scheduler_state_dict={"last_epoch": self.scheduler.last_epoch},  # for readers: it follows from the step
             progress={"best_loss": self.best_loss, "best_of": self.best_of}
-            | ({} if self.average is None else {"average": self.average.values}),
+            | (
+                {}
+                if self.average is None
+                else {"average": self.average.values, "averaged": self.average.has_taken_over}
+            ),
         )
 
     def _restore(self, path: Path, saved: Checkpoint) -> None:
@@ -348,9 +359,7 @@ class Trainer:
             self.notes.append(f"other settings than the checkpoint's: {', '.join(changed)}")
         if not any(name.startswith(MEASURED) for name in changed):
             self.best_loss, self.best_of = progress["best_loss"], progress["best_of"]
-        if path.resolve().parent == self.directory.resolve():  # later ones there are another run's
-            steps = {file: _step_of(file) for file in self.directory.glob("checkpoint_*.pt")}
-            self._own = sorted((file for file, step in steps.items() if 0 <= step <= self.step), key=_step_of)
+        self.folder.take_over(path, self.step)
 
 
 def model_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
@@ -366,29 +375,3 @@ def model_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
         )
     except ValueError as error:
         raise ConfigError(f"model.{error}") from error
-
-
-@contextmanager
-def _stop_signal() -> Iterator[list[int]]:
-    """A list that becomes non-empty on SIGINT or SIGTERM; a second signal acts as it always does."""
-    received: list[int] = []
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        signal.signal(number, before[signal.Signals(number)])
-
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in numbers}
-    for number in numbers:
-        signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        for number in numbers:
-            signal.signal(number, before[number])
-
-
-def _step_of(path: Path) -> int:
-    """-1 for a file that no run has written, such as somebody's copy."""
-    found = re.fullmatch(r"checkpoint_epoch_\d+_step_(\d+)\.pt", path.name)
-    return -1 if found is None else int(found[1])

@@ -53,7 +53,9 @@ def _copy_all(model: RDT, path: Path, tokenizer: Tokenizer) -> str:
         weights, taken = weights | fresh, "everything but the token level, which is fresh"
     checkpoint.check_weights(path, model, weights)
     model.load_state_dict(weights)
-    if (saved.progress or {}).get("average") and (saved.progress or {}).get("best_of") != "gate stage":
+    progress = saved.progress or {}
+    averaged = progress.get("averaged", progress.get("best_of") == "gate stage")  # as far as older ones tell
+    if progress.get("average") and not averaged:
         taken += ", the weights as they stood and not their running average"
     if theirs.total_steps != model.config.total_steps:
         taken += f"; its gate was taught with training.total_steps = {theirs.total_steps}"

@@ -166,3 +166,14 @@ def test_a_file_that_is_no_config_is_named(tmp_path: Path, text: str, problem: s
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.yaml: No such file"):
         load_config(tmp_path / "none.yaml")
+
+
+def test_a_chain_is_no_longer_than_there_are_steps_of_masking() -> None:
+    section = {"scheme": "chain", "max_chain_length": 9, "total_steps": 8}
+    with pytest.raises(ConfigError, match=r"training\.max_chain_length is 9: with scheme chain want at most .* = 8"):
+        parse_config({"training": section})
+
+
+def test_something_has_to_be_learned() -> None:
+    with pytest.raises(ConfigError, match="want one of them above"):
+        parse_config({"training": {"loss_weight_recon": 0.0, "loss_weight_gate": 0.0}})

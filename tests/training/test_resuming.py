@@ -31,7 +31,9 @@ def test_a_second_run_in_a_folder_keeps_its_own_checkpoints_and_leaves_the_other
     folder = Path(finished.output.checkpoint_dir)
     steps = sorted(int(file.stem.rpartition("_")[2]) for file in folder.glob("checkpoint_*.pt"))
     assert steps == [2, 3, 4, 8]
-    assert f"{folder} has checkpoints of another run: its best_model.pt will be replaced" in capsys.readouterr().out
+    assert f"{folder} has checkpoints of another run: its best_model.pt, and others of the same name, " in (
+        capsys.readouterr().out
+    )
 
 
 def test_texts_that_training_never_showed_are_told(train_settings: Settings, cpu: torch.device) -> None:
@@ -78,6 +80,7 @@ def test_a_run_cut_short_for_the_gate_goes_on_with_its_average(
         assert torch.equal(ours, theirs)
     said = warm_start(again.model, saved, again.tokenizer)
     assert said.endswith("everything, the weights as they stood and not their running average")
+    assert warm_start(again.model, again.folder.of_step(0, 8), again.tokenizer).endswith("everything")
 
 
 @pytest.mark.parametrize(

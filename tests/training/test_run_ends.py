@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
+import os
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +16,7 @@ from rdt_core import checkpoint
 from tests.training.conftest import Settings, saved_at
 from training.data import Batch
 from training.losses import Losses
+from training.stopping import ends_quietly
 from training.trainer import Trainer, TrainingDiverged
 
 
@@ -36,6 +39,34 @@ def test_a_signal_saves_and_ends_the_run_and_handlers_come_back(
     path = saved_at(config, 3)
     assert f"stopped at step 3; go on with --checkpoint {path}" in capsys.readouterr().out
     assert signal.getsignal(number) is before
+
+
+def test_a_signal_to_the_whole_group_leaves_the_workers_their_batch(
+    train_settings: Settings, cpu: torch.device
+) -> None:
+    """As torchrun and schedulers send it: a worker that ended at once would take the run with it, unsaved."""
+    config = train_settings(**{"data.num_workers": 2})
+    trainer = Trainer(config, cpu)
+    step = trainer._train_step
+
+    def terminated(batches: list[Batch]) -> Losses:
+        if trainer.step == 2:
+            workers = multiprocessing.active_children()
+            assert len(workers) == 2
+            for worker in workers:
+                assert worker.pid is not None
+                os.kill(worker.pid, signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+        return step(batches)
+
+    trainer._train_step = terminated  # type: ignore[method-assign]
+    assert trainer.fit() is False
+    assert saved_at(config, 3).is_file()
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_a_command_that_is_interrupted_has_no_traceback() -> None:
+    assert ends_quietly(lambda: signal.raise_signal(signal.SIGINT) or 0)() == 130
 
 
 @pytest.fixture

@@ -187,7 +187,7 @@ def test_the_last_checkpoints_are_kept(train_settings: Settings, cpu: torch.devi
     for step in (8, 9, 10, 11):
         trainer.step = step
         assert trainer.save() == trainer.last_saved
-    names = {path.name for path in trainer.directory.iterdir()}
+    names = {path.name for path in trainer.folder.path.iterdir()}
     assert names == {"checkpoint_epoch_0_step_10.pt", "checkpoint_epoch_0_step_11.pt"}
 
 
@@ -348,3 +348,40 @@ def test_a_run_may_teach_the_gate_of_other_weights_and_nothing_else(
     theirs = before.model.state_dict()
     changed = {name for name, weight in after.model.state_dict().items() if not torch.equal(weight, theirs[name])}
     assert changed == {name for name in theirs if name.startswith("gate.")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [
+        ({"training.gate_every_n_steps": 0}, "the gate will learn nothing: training.gate_steps is 0"),
+        ({"training.one_pass_steps": 8}, "the gate will learn nothing: training.gate_steps is 0"),
+        ({"training.loss_weight_gate": 0.0}, "the gate will learn nothing: training.loss_weight_gate is 0"),
+        ({"training.scheme": "chain"}, "token levels will learn nothing"),
+        ({}, None),
+        ({"training.gate_every_n_steps": 0, "training.gate_steps": 2}, None),
+    ],
+)
+def test_a_gate_that_will_learn_nothing_is_told(
+    train_settings: Settings, cpu: torch.device, changes: dict[str, Any], note: str | None
+) -> None:
+    notes = [said for said in Trainer(train_settings(**changes), cpu).notes if "learn nothing" in said]
+    assert len(notes) == (note is not None)
+    assert note is None or notes[0].startswith(note)
+
+
+def test_validation_on_what_is_learned_is_told(train_settings: Settings, cpu: torch.device, text_file: Path) -> None:
+    trainer = Trainer(train_settings(**{"data.validation_name": str(text_file)}), cpu)
+    assert f"validation is on text that is learned: {text_file.name} is in both" in trainer.notes
+
+
+def test_the_learning_rate_that_is_logged_is_the_one_that_was_used(
+    train_settings: Settings, cpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(train_settings(**{"training.num_steps": 3, "training.scheduler": "linear"}), cpu)
+    used: list[float] = []
+    trainer.optimizer.register_step_pre_hook(lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"]))
+    logged: list[float] = []
+    monkeypatch.setattr(Trainer, "_log", lambda self, *_: logged.append(self.learning_rate))
+    trainer.fit()
+    assert logged == used
+    assert len(set(used)) == 3

@@ -9,6 +9,7 @@ same masks give a paired difference, of whichever models and methods they are.
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,6 +59,6 @@ def read(path: Path) -> dict[str, Tallies]:
                 found.setdefault(key, {})[measure] = torch.from_numpy(arrays[name]).double()
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: not there, but --against needs it; evaluate anew with --output") from error
-    except (OSError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
         raise ConfigError(f"{path}: no tallies of training.evaluate") from error
     return found

@@ -1,0 +1,53 @@
+"""Where a run keeps its checkpoints: the last few to resume from, and the best."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from rdt_core import checkpoint
+from rdt_core.checkpoint import Checkpoint
+
+
+class RunFolder:
+    """The files of one run. Another's in the same folder are replaced where they have the same name, never dropped."""
+
+    def __init__(self, path: Path, keep_last: int) -> None:
+        self.path, self._keep_last = path, keep_last
+        self._own: list[Path] = []  # checkpoints of this run, oldest first
+        path.mkdir(parents=True, exist_ok=True)  # who cannot write there learns it now
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best_model.pt"
+
+    def is_used(self) -> bool:
+        return any(self.path.glob("*.pt"))
+
+    def remove_partial_files(self) -> None:
+        """Those of a run that was killed while it saved."""
+        for left in self.path.glob(".*.pt.*.partial"):
+            left.unlink()
+
+    def of_step(self, epoch: int, step: int) -> Path:
+        return self.path / f"checkpoint_epoch_{epoch}_step_{step}.pt"
+
+    def save(self, saved: Checkpoint) -> None:
+        """Write a checkpoint to resume from, and drop all but the last few."""
+        path = self.of_step(saved.epoch, saved.step)
+        checkpoint.save(path, saved)
+        self._own = [*(file for file in self._own if file != path), path]
+        while len(self._own) > self._keep_last:
+            self._own.pop(0).unlink(missing_ok=True)
+
+    def take_over(self, resumed: Path, step: int) -> None:
+        """The files of the run that goes on from `resumed`, if they are here; later ones are another run's."""
+        if resumed.resolve().parent == self.path.resolve():
+            steps = {file: _step_of(file) for file in self.path.glob("checkpoint_*.pt")}
+            self._own = sorted((file for file, at in steps.items() if 0 <= at <= step), key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    """-1 for a file that no run has written, such as somebody's copy."""
+    found = re.fullmatch(r"checkpoint_epoch_\d+_step_(\d+)\.pt", path.name)
+    return -1 if found is None else int(found[1])

@@ -1,0 +1,53 @@
+"""Ending early: a signal is noted, the step finished and the state saved."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from types import FrameType
+from typing import ParamSpec
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+INTERRUPTED = 130  # exit status, as shells have it
+
+Arguments = ParamSpec("Arguments")
+
+
+@contextmanager
+def stop_signal() -> Iterator[list[int]]:
+    """A list that becomes non-empty on SIGINT or SIGTERM; a second signal acts as it always does."""
+    received: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(number, before[signal.Signals(number)])
+
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number in SIGNALS:
+            signal.signal(number, before[number])
+
+
+def leave_signals_to_the_trainer(_worker: int) -> None:
+    """In processes that prepare batches: a signal to the whole group must not end them before the step is saved."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def ends_quietly(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
+    """A command that Ctrl-C ends without a traceback."""
+
+    @wraps(main)
+    def quiet(*arguments: Arguments.args, **options: Arguments.kwargs) -> int:
+        try:
+            return main(*arguments, **options)
+        except KeyboardInterrupt:
+            return INTERRUPTED
+
+    return quiet

@@ -101,9 +101,10 @@ class Tokenizer:
         """What a caller typed, as tokens; offsets count characters of `text` as it was sent."""
         # Neither way in adds a character to what is encoded, or takes one away.
         if self._normalized is not None and NOT_ONE not in (normal := self._letters.normalize(text)):
-            encoded = self._normalized.encode(normal, add_special_tokens=False)
+            tokenizer, seen = self._normalized, normal
         else:
-            encoded = self._typed.encode(MASK.sub(MASK_TOKEN, text), add_special_tokens=False)
+            tokenizer, seen = self._typed, MASK.sub(MASK_TOKEN, text)
+        (encoded,) = tokenizer.encode_batch([seen], add_special_tokens=False)  # unlike `encode`, lets other threads run
         ids = [self.cls_id, *encoded.ids, self.sep_id]
         spans = [(0, 0), *encoded.offsets, (len(text), len(text))]
         return Encoding(text, ids, spans, [token == self.mask_id for token in ids])

@@ -26,8 +26,14 @@ def configure(level: str, form: Format) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines() if form == "json" else TextLines())
     logging.basicConfig(level=level.upper(), handlers=[handler])
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_quotes_no_metadata)
     if form == "json":
         logging.captureWarnings(True)  # they would be the only lines that are no JSON
+
+
+def _quotes_no_metadata(record: logging.LogRecord) -> bool:
+    """gRPC quotes metadata that is no UTF-8 whole, a caller's key as anything else."""
+    return not str(record.msg).startswith("Invalid encoding on")
 
 
 def complain(program: str, problem: object) -> None:

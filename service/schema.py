@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from service.engine.types import Halting, HaltReason
 from service.errors import MAX_SHOWN_PROBLEMS, FieldProblem, InvalidArgument, shown
@@ -57,6 +57,11 @@ class DenoiseRequest(BaseModel):
     seed: int | None = Field(
         default=None, ge=0, le=MAX_SEED, description="Which tokens `mask_ratio` picks: same seed, same tokens."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, fields: Mapping[str, object]) -> Mapping[str, object]:
+        return {name: value for name, value in fields.items() if value is not None or name == "text"}
 
     @field_validator("text", mode="before")  # before pydantic, which has another name for what is wrong
     @classmethod

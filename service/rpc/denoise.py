@@ -61,7 +61,9 @@ class DenoiserCalls:
             with self._metrics.failure("grpc"):
                 denoiser = self._lifecycle.denoiser
                 items = denoiser.read_batch(batch_fields(self._parsed(pb.DenoiseBatchRequest, message)))
-            ends = await denoiser.denoise_batch(items, "grpc", seconds_left(context))
+            left, total = seconds_left(context), context.time_remaining()
+            to_cut = None if left is None or total is None else (left + total) / 2  # half of the margin for stragglers
+            ends = await denoiser.denoise_batch(items, "grpc", left, to_cut)
             return pb.DenoiseBatchResponse(results=map(to_result, ends)).SerializeToString()
 
     async def denoise_stream(self, message: bytes, context: Context) -> None:

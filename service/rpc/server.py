@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import socket
+from contextlib import suppress
 
 import grpc
 from grpc_health.v1 import health
@@ -20,12 +23,20 @@ from service.rpc.health import Health
 from service.settings import MOST
 from service.tracing import NO_TRACER, Tracer
 
+log = logging.getLogger(__name__)
+
 TOLERATED = 4
 """Times the limit: up to there we refuse a message ourselves; what gRPC says of larger ones reads as a full queue."""
 CONNECTION_MINUTES = 5
 """A channel is asked to connect anew after this long (its calls are not interrupted), so that it learns of servers
 that have been added meanwhile; a balancer of connections sees it again.
 """
+
+
+MOST_STREAMS = 1000
+"""Calls of one connection at a time. gRPC keeps what it has begun to hear: without a bound one caller fills memory."""
+LOOK_SECONDS, RETRY_SECONDS = 0.2, 1.0
+RETIRING_SECONDS = 30.0
 
 
 class RpcServer:
@@ -43,20 +54,44 @@ class RpcServer:
     ) -> None:
         self.port = 0
         self._shares_port = share_port
-        self._server = grpc.aio.server(
-            interceptors=[Calls(tracer), *([] if api_key is None else [Door(ApiKey(api_key), metrics)])],
-            options=[
-                ("grpc.max_receive_message_length", min(TOLERATED * max_message_bytes, MOST)),
-                ("grpc.max_connection_age_ms", round(CONNECTION_MINUTES * 60_000)),
-                ("grpc.so_reuseport", int(share_port)),  # else a second server would get some of the calls unnoticed
-            ],
-        )
-        self._server.add_generic_rpc_handlers((DenoiserCalls(lifecycle, metrics, max_message_bytes).handler(),))
-        add_HealthServicer_to_server(Health(lifecycle), self._server)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        self._lifecycle, self._metrics, self._tracer = lifecycle, metrics, tracer
+        self._max_message_bytes, self._api_key = max_message_bytes, api_key
+        self._server = self._made()
+        self._keeping: asyncio.Task[None] | None = None
+        self._retiring: set[asyncio.Task[None]] = set()
+        self._stopping = False
 
     async def start(self, host: str, port: int) -> None:
         """Raises `OSError` if the address cannot be had."""
+        await self._listen(host, port)
+        self._keeping = asyncio.create_task(self._keep(host), name="gRPC")
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Take no more calls; those under way get the grace period to be answered."""
+        self._stopping = True
+        await self._server.stop(grace_seconds)
+        for task in (self._keeping, *self._retiring):
+            if task is not None:
+                task.cancel()
+
+    def _made(self) -> grpc.aio.Server:
+        door = [] if self._api_key is None else [Door(ApiKey(self._api_key), self._metrics)]
+        made = grpc.aio.server(
+            interceptors=[Calls(self._tracer), *door],
+            options=[
+                ("grpc.max_receive_message_length", min(TOLERATED * self._max_message_bytes, MOST)),
+                ("grpc.max_connection_age_ms", round(CONNECTION_MINUTES * 60_000)),
+                ("grpc.max_concurrent_streams", MOST_STREAMS),
+                ("grpc.so_reuseport", int(self._shares_port)),  # else another server would get some calls unnoticed
+            ],
+        )
+        service = DenoiserCalls(self._lifecycle, self._metrics, self._max_message_bytes)
+        made.add_generic_rpc_handlers((service.handler(),))
+        add_HealthServicer_to_server(Health(self._lifecycle), made)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), made)
+        return made
+
+    async def _listen(self, host: str, port: int) -> None:
         try:
             if not self._shares_port:
                 _try_out(host, port)
@@ -65,9 +100,36 @@ class RpcServer:
             raise OSError(f"cannot listen on {host}:{port}: {error}") from None
         await self._server.start()
 
-    async def stop(self, grace_seconds: float) -> None:
-        """Take no more calls; those under way get the grace period to be answered."""
-        await self._server.stop(grace_seconds)
+    async def _keep(self, host: str) -> None:
+        """Begin anew whenever gRPC ends by itself, as it does over a call whose path is no UTF-8 (grpcio 1.85).
+
+        What ended takes no calls any more, and finishes those it has.
+        """
+        while True:
+            while await self._goes_on():
+                pass
+            if self._stopping:
+                return
+            log.error("the gRPC server has ended by itself: it begins anew")
+            retired, self._server = self._server, self._made()
+            self._retiring = {task for task in self._retiring if not task.done()}
+            self._retiring.add(asyncio.create_task(retired.stop(RETIRING_SECONDS)))
+            while not await self._listens_again(host):
+                await asyncio.sleep(RETRY_SECONDS)
+
+    async def _goes_on(self) -> bool:
+        """Asked again and again: waiting for the end would be waiting for the connection that caused it to close."""
+        with suppress(Exception):  # what ended it is logged by gRPC
+            return await self._server.wait_for_termination(LOOK_SECONDS)
+        return False
+
+    async def _listens_again(self, host: str) -> bool:
+        try:
+            await self._listen(host, self.port)
+        except OSError as error:
+            log.error("%s", error)
+            return False
+        return True
 
 
 def _try_out(host: str, port: int) -> None:

@@ -108,6 +108,24 @@ def test_why_a_program_ends_is_a_line_like_others_only_among_json(capsys: pytest
     assert (said["level"], said["logger"], said["message"]) == ("critical", "rdt-serve", "cannot start: no such file")
 
 
+def test_metadata_that_is_no_text_is_not_quoted() -> None:
+    """grpcio logs it whole, and it may be a key in another encoding."""
+    script = (
+        "import logging; from service import logs; logs.configure('info', 'json');"
+        "log = logging.getLogger('grpc._cython.cygrpc');"
+        "log.error('Invalid encoding on %s', b's\\xffcret'); log.error('something else')"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    (line,) = run.stderr.splitlines()
+    assert json.loads(line)["message"] == "something else"
+
+
+def test_grpcs_core_does_not_write_past_the_log() -> None:
+    script = "import os, service.rpc.server; print(os.environ['GRPC_VERBOSITY'])"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout == "NONE\n"
+
+
 def test_warnings_are_json_too() -> None:
     script = """
 import logging, warnings

@@ -243,6 +243,55 @@ async def test_a_caller_who_leaves_frees_the_engine(
         call.cancel()
     await until(service, live=0)
     assert service.engine.n_left == n_jobs
+    outcome = (
+        "deadline_exceeded" if batch and ended_by == "deadline" else "cancelled"
+    )  # a batch is answered just before
     async with asyncio.timeout(5):
-        while service.sample("rdt_requests_total", transport="grpc", outcome="cancelled") != n_jobs:
+        while service.sample("rdt_requests_total", transport="grpc", outcome=outcome) != n_jobs:
             await asyncio.sleep(0.005)
+
+
+async def test_a_batch_whose_time_is_over_has_the_answers_that_are_there(
+    service: Service, channel: grpc.aio.Channel
+) -> None:
+    service.engine.held = asyncio.Event()
+    items = [TEXT, pb.DenoiseRequest(), TEXT]
+    held = asyncio.ensure_future(DenoiserStub(channel).DenoiseBatch(pb.DenoiseBatchRequest(items=items), timeout=1))
+    await until(service, live=2)
+    service.engine.held = None  # those that come now are answered at once
+    answer = await DenoiserStub(channel).DenoiseBatch(pb.DenoiseBatchRequest(items=[TEXT]), timeout=1)
+    assert answer.results[0].answer.steps == 2
+    results = (await held).results
+    assert [result.problem.code for result in results] == ["deadline_exceeded", "invalid_argument", "deadline_exceeded"]
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    """Of HTTP/2 (RFC 9113, section 4.1)."""
+    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+
+def header(name: bytes, value: bytes) -> bytes:
+    """A literal one that is not indexed (RFC 7541, section 6.2.2)."""
+    return b"\0" + bytes([len(name)]) + name + bytes([len(value)]) + value
+
+
+async def test_a_path_that_is_no_text_ends_nobody_elses_service(
+    service: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It ends grpcio's own server, which has to come back."""
+    fields = {b":method": b"POST", b":scheme": b"http", b":path": b"/\xff", b":authority": b"x"}
+    fields |= {b"content-type": b"application/grpc", b"te": b"trailers"}
+    block = b"".join(header(name, value) for name, value in fields.items())
+    server = RpcServer(service.lifecycle, service.metrics, max_message_bytes=MAX_BODY_BYTES)
+    await server.start("127.0.0.1", 0)
+    for _ in range(2):
+        _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0) + frame(1, 5, 1, block))
+        caplog.clear()
+        async with asyncio.timeout(5):
+            while "the gRPC server has ended by itself" not in caplog.text:
+                await asyncio.sleep(0.01)
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            assert (await DenoiserStub(channel).Denoise(TEXT, wait_for_ready=True, timeout=10)).steps == 2
+        writer.close()  # it need not, for others to be served
+    await server.stop(0)

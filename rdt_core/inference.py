@@ -34,6 +34,8 @@ class Restoration:
     reason: HaltReason
 
 
+LEAST_TOP = 32
+
 Observer = Callable[[int, float, State], None]
 Choice = tuple[int, float, int, list[tuple[int, float]]]  # token, probability, pass, candidates
 
@@ -169,16 +171,17 @@ def _decode(model: RDT, state: State, packing: Packing, rows: Tensor, *, step: i
 def top_first(scores: Tensor, best: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The `k` highest of each row `(M, V)`, `best` `(M,)` before any that equal it: `(M, k)` values, `(M, k)` indices.
 
-    `max` and `topk` choose differently among equals. Uses up `scores`: copies of whole vocabularies are dear.
+    `max` and `topk` choose differently among equals, and `topk` by its `k`, which in a batch is whoever asks for most:
+    so it is asked for at least `LEAST_TOP`. Uses up `scores`: copies of whole vocabularies are dear.
     """
     if k == 0:
         return scores.new_zeros(len(scores), 0), best.new_zeros(len(scores), 0)
     at = best[:, None]
     highest = scores.gather(1, at)  # (M, 1)
     scores.scatter_(1, at, math.inf)  # not by index: assigning a number so waits for the device
-    values, indices = scores.topk(k, dim=-1)
+    values, indices = scores.topk(min(max(k, LEAST_TOP), scores.shape[1]), dim=-1)
     values[:, :1] = highest
-    return values, indices
+    return values[:, :k], indices[:, :k]
 
 
 def _assemble(

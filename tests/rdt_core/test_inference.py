@@ -310,6 +310,9 @@ def test_the_chosen_token_comes_first_among_equals() -> None:
         assert not values.any()
         assert all(len(set(row)) == k for row in indices.tolist())
     assert (scores.topk(3, dim=-1).indices[:, 0] != best).any(), "which it would not by itself"
+    few, many = (top_first(scores.clone(), best, k)[1] for k in (3, 20))
+    assert torch.equal(few, many[:, :3]), "whoever asks for more beside it"
+    assert not torch.equal(scores.topk(3, dim=-1).indices, scores.topk(20, dim=-1).indices[:, :3])
     assert top_first(scores, best, 0)[0].shape == (50, 0)
 
 

@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import contenders, record
@@ -119,7 +120,7 @@ def idle_share(backend: Backend, jobs: Sequence[Job], options: argparse.Namespac
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         contenders.serve(backend, jobs[: options.requests // 2], options.token_budget, options.max_live)
         torch.cuda.synchronize()
-    spans = sorted((e.time_range.start, e.time_range.end) for e in seen.events() if e.device_time > 0)
+    spans = sorted((e.time_range.start, e.time_range.end) for e in seen.events() if e.device_type == DeviceType.CUDA)
     if not spans:
         return math.nan
     busy, until = 0.0, float("-inf")

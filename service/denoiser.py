@@ -16,6 +16,7 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 
 from rdt_core import Encoding, ModelConfig, Tokenizer
+from rdt_core.tokenizer import LONG_TEXT
 from service.engine.engine import Engine
 from service.engine.queue import Place
 from service.engine.types import Job, Reading, Result
@@ -41,8 +42,6 @@ log = logging.getLogger(__name__)
 HANDED_IN_SECONDS = 0.002
 TURNS = 16
 """Between taking a denoiser and submitting to its engine lie at most the starts of two or three tasks."""
-SHORT_TEXT = 500
-"""Characters. Longer ones are tokenised beside the event loop: of 8,192 without a known word some take 0.3 s."""
 
 
 class Denoiser:
@@ -183,9 +182,9 @@ class Denoiser:
 
     async def _prepare(self, request: DenoiseRequest, seconds_left: float | None, stream: bool = False) -> _Work:
         arrived = self._clock()
-        if len(request.text) <= SHORT_TEXT:
+        if len(request.text) <= LONG_TEXT:
             encoding = self._encode(request)
-        else:
+        else:  # beside the event loop
             with self._handing_in():
                 encoding = await asyncio.to_thread(self._encode, request)
         waits = (seconds_left, None if request.timeout_ms is None else request.timeout_ms / 1e3)

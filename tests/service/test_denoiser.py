@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rdt_core import RDT, Encoding, Tokenizer
-from service.denoiser import SHORT_TEXT
+from rdt_core.tokenizer import LONG_TEXT
 from service.engine.reference import run_reference
 from service.engine.types import Job, Result
 from service.errors import DeadlineExceeded, InvalidArgument, TooLarge
@@ -259,13 +259,13 @@ async def test_a_long_text_is_tokenised_beside_the_event_loop(
 
     def slow(tokenizer: Tokenizer, text: str) -> Encoding:
         threads.append(threading.current_thread())
-        if len(text) > SHORT_TEXT:
+        if len(text) > LONG_TEXT:
             assert may_go_on.wait(5)
         return encode(tokenizer, text)
 
     monkeypatch.setattr(Tokenizer, "encode", slow)
     await ask(service, "a [MASK]")
-    asking = asyncio.create_task(ask(service, f"a [MASK]{' ' * SHORT_TEXT}"))
+    asking = asyncio.create_task(ask(service, f"a [MASK]{' ' * LONG_TEXT}"))
     handing_in = asyncio.create_task(service.denoiser.handed_in())
     await asyncio.sleep(0.05)
     assert not handing_in.done()

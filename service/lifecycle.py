@@ -6,6 +6,9 @@ loading -> ready -> draining
 
 from __future__ import annotations
 
+import asyncio
+import time
+from contextlib import suppress
 from typing import Literal
 
 from service.denoiser import Denoiser
@@ -56,5 +59,10 @@ class Lifecycle:
     async def drain(self, grace_seconds: float) -> None:
         """Turn new requests away, and give those accepted the grace period to finish."""
         self._draining = True
-        if self._denoiser is not None:
-            await self._denoiser.engine.drain(grace_seconds)
+        if self._denoiser is None:
+            return
+        ends_at = time.monotonic() + grace_seconds
+        with suppress(TimeoutError):
+            async with asyncio.timeout(grace_seconds):
+                await self._denoiser.handed_in()  # the engine knows nothing yet of texts that are being tokenised
+        await self._denoiser.engine.drain(max(0.0, ends_at - time.monotonic()))

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -20,6 +20,15 @@ from service.errors import MAX_SHOWN_PROBLEMS, FieldProblem, InvalidArgument, sh
 from service.limits import Limits
 
 MAX_SEED = 2**63 - 1
+
+
+def or_null(schema: dict[str, Any]) -> None:
+    """What a field takes, or null, which asks for its default: as pydantic writes it of the others."""
+    kept: dict[str, Any] = {name: schema[name] for name in ("title", "description", "default") if name in schema}
+    taken = {name: value for name, value in schema.items() if name not in kept}
+    schema.clear()
+    schema["anyOf"] = [taken, {"type": "null"}]
+    schema.update(kept)
 
 
 class DenoiseRequest(BaseModel):
@@ -42,12 +51,17 @@ class DenoiseRequest(BaseModel):
         "neighbours one after the other.",
     )
     restore: Literal["masked", "all"] = Field(
-        default="masked", description="`masked` fills the masks only; `all` returns the model's reading of every token."
+        default="masked",
+        json_schema_extra=or_null,
+        description="`masked` fills the masks only; `all` returns the model's reading of every token.",
     )
     top_k: int = Field(
-        default=0, ge=0, description="How many candidates to list for each restored token, the chosen one first."
+        default=0,
+        ge=0,
+        json_schema_extra=or_null,
+        description="How many candidates to list for each restored token, the chosen one first.",
     )
-    trace: bool = Field(default=False, description="List the level after every pass.")
+    trace: bool = Field(default=False, json_schema_extra=or_null, description="List the level after every pass.")
     timeout_ms: int | None = Field(
         default=None, ge=1, description="Answer within this time with what is there; 504 if not one pass was made."
     )
@@ -177,7 +191,8 @@ def read_request(fields: object, limits: Limits) -> DenoiseRequest:
 
 
 def read_batch(fields: object, limits: Limits) -> list[BatchItem]:
-    """`{"items": [...], ...}` -> requests; the fields beside `items` are options of every item that has not its own.
+    """`{"items": [...], ...}` -> requests; the fields beside `items` are options of every item that has not its own,
+    null among these.
 
     Raises `InvalidArgument` for what is wrong with the whole; what is wrong with an item stands in its place.
     """

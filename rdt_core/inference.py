@@ -35,6 +35,7 @@ class Restoration:
 
 
 LEAST_TOP = 32
+"""Candidates that are looked for at the least, however few are asked for: see `top_first`."""
 
 Observer = Callable[[int, float, State], None]
 Choice = tuple[int, float, int, list[tuple[int, float]]]  # token, probability, pass, candidates

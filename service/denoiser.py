@@ -279,7 +279,7 @@ def build_job(
         max_steps=request.max_steps or min(config.max_steps, limits.max_steps),
         threshold=config.threshold if request.threshold is None else request.threshold,
         halting=request.halting or config.halting,
-        top_k=request.top_k,
+        top_k=request.top_k or 0,
         decode_all=request.restore == "all",
         deadline=deadline,
         stream=stream,

@@ -11,24 +11,15 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from service.engine.types import Halting, HaltReason
 from service.errors import MAX_SHOWN_PROBLEMS, FieldProblem, InvalidArgument, shown
 from service.limits import Limits
 
 MAX_SEED = 2**63 - 1
-
-
-def or_null(schema: dict[str, Any]) -> None:
-    """What a field takes, or null, which asks for its default: as pydantic writes it of the others."""
-    kept: dict[str, Any] = {name: schema[name] for name in ("title", "description", "default") if name in schema}
-    taken = {name: value for name, value in schema.items() if name not in kept}
-    schema.clear()
-    schema["anyOf"] = [taken, {"type": "null"}]
-    schema.update(kept)
 
 
 class DenoiseRequest(BaseModel):
@@ -50,18 +41,16 @@ class DenoiseRequest(BaseModel):
         description="`gate`: decode once at the end. `settle`: tokens come back gradually, the surest first and "
         "neighbours one after the other.",
     )
-    restore: Literal["masked", "all"] = Field(
+    restore: Literal["masked", "all"] | None = Field(
         default="masked",
-        json_schema_extra=or_null,
         description="`masked` fills the masks only; `all` returns the model's reading of every token.",
     )
-    top_k: int = Field(
+    top_k: int | None = Field(
         default=0,
         ge=0,
-        json_schema_extra=or_null,
         description="How many candidates to list for each restored token, the chosen one first.",
     )
-    trace: bool = Field(default=False, json_schema_extra=or_null, description="List the level after every pass.")
+    trace: bool | None = Field(default=False, description="List the level after every pass.")
     timeout_ms: int | None = Field(
         default=None, ge=1, description="Answer within this time with what is there; 504 if not one pass was made."
     )
@@ -71,11 +60,6 @@ class DenoiseRequest(BaseModel):
     seed: int | None = Field(
         default=None, ge=0, le=MAX_SEED, description="Which tokens `mask_ratio` picks: same seed, same tokens."
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_absent(cls, fields: Mapping[str, object]) -> Mapping[str, object]:
-        return {name: value for name, value in fields.items() if value is not None or name == "text"}
 
     @field_validator("text", mode="before")  # before pydantic, which has another name for what is wrong
     @classmethod

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from importlib import import_module, metadata
 
+from training.stopping import INTERRUPTED
+
 
 def train() -> int:
     return _run("rdt-train", "training.__main__")
@@ -33,7 +35,7 @@ def _run(command: str, module: str) -> int:
     try:
         main = import_module(module).main
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     except ModuleNotFoundError as error:
         missing = str(error.name).partition(".")[0]
         print(f"{command}: {missing} is missing: pip install '.[training]' in the project's folder", file=sys.stderr)

@@ -72,8 +72,24 @@ def read_paragraphs(path: Path) -> Iterator[str]:
         yield from filter(None, map(clean, lines))
 
 
-def is_local(name: str) -> bool:
-    return any(Path(part.strip()).is_file() or part.strip().endswith(TEXT_SUFFIXES) for part in name.split(","))
+def named_files(names: str) -> list[Path]:
+    """Those of a comma-separated setting, in its order."""
+    return [Path(name.strip()) for name in names.split(",")]
+
+
+def shown_files(names: str) -> str:
+    """The same without their folders: what a checkpoint or an evaluation tells of the text it is of."""
+    return ",".join(path.name for path in named_files(names))
+
+
+def shared_files(one: str, other: str) -> list[str]:
+    """Names of the files that both settings name."""
+    first, second = ({path.resolve() for path in named_files(names)} for names in (one, other))
+    return sorted(path.name for path in first & second)
+
+
+def is_local(names: str) -> bool:
+    return any(path.is_file() or path.name.endswith(TEXT_SUFFIXES) for path in named_files(names))
 
 
 def tokenise(paragraphs: Iterable[str], tokenizer: Tokenizer) -> Corpus:
@@ -96,7 +112,7 @@ def local_corpus(names: str, tokenizer: Tokenizer, cache_dir: str | Path, named:
 
     Raises `ConfigError`, which calls the setting what it is `named`.
     """
-    paths = [Path(name.strip()) for name in names.split(",")]
+    paths = named_files(names)
     for path in paths:
         if not path.is_file():
             raise ConfigError(f"{named} is {names!r}: no file {path}")
@@ -151,13 +167,6 @@ def hub_corpus(name: str, split: str, tokenizer: Tokenizer, named: str = "data.d
         raise ConfigError(f"{named} is {name!r}: its columns are {rows.column_names}, want 'text'")
     lines = chain.from_iterable(text.splitlines() for text in rows["text"])
     return tokenise(filter(None, map(clean, lines)), tokenizer)
-
-
-def shared_files(one: str, other: str) -> list[str]:
-    """Names of the local files that both lists of names have."""
-    both = ({Path(name.strip()).resolve() for name in names.split(",") if name.strip()} for names in (one, other))
-    first, second = both
-    return sorted(path.name for path in first & second if path.is_file())
 
 
 def load_corpora(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Corpus, Corpus]:

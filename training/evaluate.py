@@ -40,7 +40,7 @@ from rdt_core.checkpoint import CheckpointError, LoadedModel
 from rdt_core.precision import PRECISIONS, prepare
 from rdt_core.tokenizer import Tokenizer
 from training.config import ConfigError
-from training.data import local_corpus
+from training.data import local_corpus, named_files, shared_files, shown_files
 from training.devices import device_named
 from training.evaluation import tallies
 from training.evaluation.causal import Scorer, load_scorer
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.output.mkdir(parents=True, exist_ok=True)  # before the work, not after
         loaded = _load(options)
         scorer = None if options.scorer is None else _scorer(options, loaded)
-        if shared := _learned_from(loaded) & {Path(name.strip()).name for name in options.text.split(",")}:
+        if shared := _learned_from(loaded) & {path.name for path in named_files(options.text)}:
             print(f"rdt-evaluate: the model has learned from {', '.join(sorted(shared))}", file=sys.stderr)
         evaluation = _evaluation(options, loaded, options.text, "--text")
         validation = None
@@ -127,8 +127,8 @@ def describe(evaluation: Evaluation, options: argparse.Namespace, scorer: Scorer
         "precision": options.precision,
         "seed": options.seed,
         "masks": masks.hexdigest()[:16],
-        "text": _names(options.text),
-        "validation": None if options.validation is None else _names(options.validation),
+        "text": shown_files(options.text),
+        "validation": None if options.validation is None else shown_files(options.validation),
         "scorer": None if scorer is None else {"name": scorer.name, "digest": scorer.digest, "text": scorer.text},
     }
 
@@ -198,20 +198,12 @@ def _plan(options: argparse.Namespace) -> Plan:
         for value in given if isinstance(given, list | tuple) else [given]:
             if value is not None and not minimum <= value < math.inf:
                 raise ConfigError(f"--{name.replace('_', '-')} is {value}: want >= {minimum:g}")
-    if options.validation is not None and _files(options.validation) & _files(options.text):
+    if options.validation is not None and shared_files(options.validation, options.text):
         raise ConfigError("--validation is --text: what is chosen must be chosen on other text")
     for ratio in options.mask_ratios:
         if not 0 < ratio <= 1:
             raise ConfigError(f"--mask-ratios has {ratio}: want above 0, up to 1")
     return Plan(**{name: getattr(options, name) for name in asdict(PLAN)})
-
-
-def _names(names: str) -> str:
-    return ",".join(Path(name.strip()).name for name in names.split(","))
-
-
-def _files(names: str) -> set[Path]:
-    return {Path(name.strip()).resolve() for name in names.split(",")}
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from rdt_core.checkpoint import CheckpointError
 from rdt_core.tokenizer import Tokenizer
 from training.config import ConfigError
-from training.data import VALIDATION_TOKENS, Corpus, load_tokenizer, local_corpus, stable_seed
+from training.data import VALIDATION_TOKENS, Corpus, load_tokenizer, local_corpus, shown_files, stable_seed
 from training.devices import device_named
 from training.evaluation.causal import CausalConfig, CausalLM, save_scorer
 from training.evaluation.restoring import cut_segments
@@ -155,7 +155,7 @@ def _run(options: argparse.Namespace) -> float:
     bits = bits_a_token(model.eval(), segments)
     if not math.isfinite(bits):
         raise ConfigError(f"--learning-rate is {options.learning_rate}: the scorer has diverged; nothing was saved")
-    names = ",".join(Path(name.strip()).name for name in options.text.split(","))
+    names = shown_files(options.text)
     training = {"text": names, "steps": options.steps, "batch_size": options.batch_size, "length": options.length,
                 "learning_rate": options.learning_rate, "seed": options.seed, "held_out_bits": bits}  # fmt: skip
     save_scorer(options.output, model, tokenizer, options.output.stem, training)

@@ -28,7 +28,7 @@ from rdt_core.model import RDT
 from rdt_core.tokenizer import Tokenizer
 from training.compiled import compile_layers
 from training.config import ConfigError, TrainConfig, differences
-from training.data import Batch, Batches, load_corpora, load_tokenizer, shared_files, stable_seed
+from training.data import Batch, Batches, is_local, load_corpora, load_tokenizer, shared_files, stable_seed
 from training.folder import RunFolder
 from training.losses import Losses, chain_losses, gate_losses, unroll_losses
 from training.mixed_precision import autocast
@@ -96,7 +96,8 @@ class Trainer:
         else:
             self.tokenizer = load_tokenizer(config.data.tokenizer_name)
         train, validation = self.processes.first_before_others(lambda: load_corpora(config, self.tokenizer))
-        if shared := shared_files(config.data.dataset_name, config.data.validation_name or ""):
+        held_out = config.data.validation_name
+        if held_out and is_local(held_out) and (shared := shared_files(config.data.dataset_name, held_out)):
             self.notes.append(f"validation is on text that is learned: {', '.join(shared)} is in both")
         self.batches = Batches(train, config, self.tokenizer, stable_seed(config.seed, TRAIN))
         # What is kept for the model to see tells the answer, and what is replaced by other words is no gap.

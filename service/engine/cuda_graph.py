@@ -108,6 +108,7 @@ class CapturedPasses:
             else:
                 self._captures = False
                 self._graphs.clear()
+                self._made.clear()
         else:
             self._graphs[bucket.n_rows] = graph
         finally:

@@ -211,9 +211,7 @@ def _settling_rows(candidates: Tensor, token_level: Tensor, waits: Tensor, packi
     n_sure = _count(candidates & ~waits & (token_level < terms.threshold[ids]), packing)
     n_taken = torch.maximum(n_due, n_sure)  # (N,)
     in_order = torch.argsort(settling_order(token_level, waits).masked_fill(~candidates, torch.inf), stable=True)
-    by_sequence = in_order[
-        torch.argsort(ids[in_order], stable=True)
-    ]  # rows of each sequence, the first to settle first
+    by_sequence = in_order[torch.argsort(ids[in_order], stable=True)]  # rows of each sequence, as they settle
     rank = torch.empty_like(ids).scatter_(0, by_sequence, packing.positions)  # (T,) place among its own
     return candidates & (rank < n_taken[ids])
 

@@ -59,7 +59,6 @@ class RpcServer:
         self._server = self._made()
         self._keeping: asyncio.Task[None] | None = None
         self._retired: dict[grpc.aio.Server, asyncio.Task[None]] = {}  # they may still have calls
-        self._stopping = False
 
     async def start(self, host: str, port: int) -> None:
         """Raises `OSError` if the address cannot be had."""
@@ -68,9 +67,8 @@ class RpcServer:
 
     async def stop(self, grace_seconds: float) -> None:
         """Take no more calls; those under way get the grace period to be answered."""
-        self._stopping = True
         if self._keeping is not None:
-            self._keeping.cancel()
+            self._keeping.cancel()  # first: it would take the end for one that nobody asked for
         servers = self._server, *self._retired
         await asyncio.gather(*(server.stop(grace_seconds) for server in servers), return_exceptions=True)
 
@@ -108,8 +106,6 @@ class RpcServer:
         while True:
             while await self._goes_on():
                 pass
-            if self._stopping:
-                return
             log.error("the gRPC server has ended by itself: it begins anew")
             self._retired[self._server] = asyncio.create_task(self._retire(self._server))
             self._server = self._made()

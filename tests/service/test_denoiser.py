@@ -286,8 +286,10 @@ async def test_an_answer_that_comes_too_late_for_the_transport_is_none(service: 
 
 
 async def test_null_is_what_is_not_given(service: Service) -> None:
-    options = dict.fromkeys(OPTIONS)
-    assert service.denoiser.read({"text": "a", **options}) == service.denoiser.read({"text": "a"})
+    """The same job, and the same answer: nothing of it asked for."""
+    given, nulls = await ask(service, "a [MASK]"), await ask(service, "a [MASK]", **dict.fromkeys(OPTIONS))
+    assert service.engine.jobs[0] == service.engine.jobs[1]
+    assert (nulls.text, nulls.trace, nulls.corrupted_text) == (given.text, None, None)
 
 
 async def test_items_of_a_batch_that_were_never_begun_are_counted(service: Service) -> None:

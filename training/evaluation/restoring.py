@@ -159,10 +159,8 @@ class Evaluation:
                 state = self.model(state, batch.packing)
                 open_rows = state.masked.nonzero().squeeze(1)
                 token_level = self.model.token_level(state.hidden, batch.packing, open_rows).cpu()
-                places, owners = (
-                    open_rows.cpu(),
-                    batch.packing.sequence_ids[open_rows].cpu(),
-                )  # in order, so the parts are, too
+                owners = batch.packing.sequence_ids[open_rows].cpu()  # in order, so the parts are, too
+                places = open_rows.cpu()
                 parts_settling = [
                     sequence.settle(token_level[own], places[own], step, n_passes=n_passes, threshold=threshold)
                     for own, sequence in zip(owners == torch.arange(len(sequences))[:, None], sequences, strict=True)

@@ -130,8 +130,7 @@ class Host:
 
     async def drain(self, grace_seconds: float) -> None:
         """Turn new requests away, and give those accepted the grace period to finish, on whichever model they are."""
-        retiring = [] if self._retiring is None else [self._retiring.drain(grace_seconds)]
-        await asyncio.gather(self._lifecycle.drain(grace_seconds), *retiring)
+        await self._lifecycle.drain(grace_seconds, *self._engines)
 
     async def stop(self) -> None:
         """End the engines and their threads; whatever they still had fails."""
@@ -174,13 +173,13 @@ class Host:
             log.error("%s stays: the checkpoint cannot be served: %s", serving.label, why, exc_info=defect)
             return why
         try:
-            before = self._lifecycle.denoiser
+            self._lifecycle.check()
         except Unavailable:  # asked to end meanwhile, or a tick of the old model broke
             await engine.stop()
             raise
         self._retiring = self._engine
         card = self._open(loaded, engine)
-        self._finishing = asyncio.create_task(self._retire(before))
+        self._finishing = asyncio.create_task(self._retire())
         log.info("%s takes the place of %s", card.label, serving.label)
         return Reload("swapped", serving.label, card.label)
 
@@ -197,9 +196,8 @@ class Host:
         garbage.settle()
         return card
 
-    async def _retire(self, before: Denoiser) -> None:
+    async def _retire(self) -> None:
         assert self._retiring is not None
-        await before.handed_in()
         await self._lifecycle.handed_over()
         await self._retiring.retire()
         self._retiring = None

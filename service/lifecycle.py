@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import suppress
-from typing import Literal
+from typing import Literal, Protocol
 
 from service.denoiser import Denoiser
 from service.errors import RefusalReason, Unavailable
@@ -23,9 +23,17 @@ REFUSALS: dict[State, tuple[str, RefusalReason]] = {
 }
 
 
+class Drains(Protocol):
+    """An engine, or the way to one."""
+
+    async def drain(self, grace_seconds: float) -> None:
+        """Refuse new work, finish what there is, and fail what is left after the grace period."""
+
+
 class Lifecycle:
     def __init__(self) -> None:
         self._denoiser: Denoiser | None = None
+        self._leaving: list[Denoiser] = []  # some texts may still be on their way from these to their engines
         self._draining = False
 
     @property
@@ -48,21 +56,25 @@ class Lifecycle:
         """Raises `Unavailable` unless ready."""
         _ = self.denoiser
 
-    def open(self, denoiser: Denoiser) -> Denoiser | None:
-        """Loaded and warmed: take requests, from now on with this one. Returns the one before."""
-        before, self._denoiser = self._denoiser, denoiser
-        return before
+    def open(self, denoiser: Denoiser) -> None:
+        """Loaded and warmed: take requests, from now on with this one."""
+        if self._denoiser is not None:
+            self._leaving.append(self._denoiser)
+        self._denoiser = denoiser
 
     async def handed_over(self) -> None:
-        """Returns once nobody takes the denoiser before this one any more. Here all callers are on one event loop."""
+        """Returns once nothing comes any more to the engines of the denoisers before this one."""
+        for denoiser in tuple(self._leaving):
+            await denoiser.handed_in()
+            self._leaving.remove(denoiser)
 
-    async def drain(self, grace_seconds: float) -> None:
-        """Turn new requests away, and give those accepted the grace period to finish."""
+    async def drain(self, grace_seconds: float, *engines: Drains) -> None:
+        """Turn new requests away, and give these engines the grace period to finish those accepted."""
         self._draining = True
-        if self._denoiser is None:
-            return
         ends_at = time.monotonic() + grace_seconds
         with suppress(TimeoutError):
-            async with asyncio.timeout(grace_seconds):
-                await self._denoiser.handed_in()  # the engine knows nothing yet of texts that are being tokenised
-        await self._denoiser.engine.drain(max(0.0, ends_at - time.monotonic()))
+            async with asyncio.timeout(grace_seconds):  # an engine knows nothing of texts that are being tokenised
+                for denoiser in filter(None, (*self._leaving, self._denoiser)):
+                    await denoiser.handed_in()
+        left = max(0.0, ends_at - time.monotonic())
+        await asyncio.gather(*(engine.drain(left) for engine in engines))

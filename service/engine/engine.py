@@ -82,9 +82,6 @@ class Engine(Protocol):
         the engine stops first, `Internal` when the computation failed.
         """
 
-    async def drain(self, grace_seconds: float) -> None:
-        """Refuse new work, finish what there is, and fail what is left after the grace period."""
-
 
 class _Caller:
     """Who waits for a ticket."""
@@ -213,6 +210,7 @@ class BatchingEngine:
                 self._wake()
 
     async def drain(self, grace_seconds: float) -> None:
+        """Refuse new work, finish what there is, and fail what is left after the grace period."""
         self._accepting = False
         try:
             async with asyncio.timeout(grace_seconds):

@@ -38,8 +38,8 @@ class Models(Lifecycle):
         self._engines: dict[str, Engine] = {}  # by the digest of their model
         self.serving: Serving | None = None
 
-    def open(self, denoiser: Denoiser) -> Denoiser | None:
-        before = super().open(denoiser)
+    def open(self, denoiser: Denoiser) -> None:
+        super().open(denoiser)
         limits = denoiser.limits
         self._engines[denoiser.card.digest] = denoiser.engine
         self.serving = Serving(
@@ -51,7 +51,6 @@ class Models(Lifecycle):
             limits.max_batch_items,
         )
         self._opened(self.serving)
-        return before
 
     def engine(self, digest: str) -> Engine:
         """That of the model which a job was made for. Raises `Unavailable`."""
@@ -62,6 +61,7 @@ class Models(Lifecycle):
 
     async def handed_over(self) -> None:
         """Returns once every worker has said that it sends no more jobs for the model before."""
+        await super().handed_over()
         await self.adoption()
         if self.serving is not None:
             self._engines = {self.serving.digest: self._engines[self.serving.digest]}

@@ -240,9 +240,6 @@ class RemoteEngine:
             raise Internal("the engine answered something else")
         return answer.result
 
-    async def drain(self, grace_seconds: float) -> None:
-        await self._link.drain(grace_seconds)
-
     def _check_ready(self) -> None:
         if self._link.draining:
             raise Unavailable("the server is shutting down and takes no new work", "draining")

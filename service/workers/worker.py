@@ -66,7 +66,7 @@ class Worker:
         return answer
 
     async def drain(self, grace_seconds: float) -> None:
-        await self.lifecycle.drain(grace_seconds)
+        await self.lifecycle.drain(grace_seconds, self.link)
 
     async def stop(self) -> None:
         """Leave the engine, with the last of the counters."""
@@ -92,10 +92,9 @@ class Worker:
                 self._tokenizer = await asyncio.to_thread(Tokenizer, serving.tokenizer)
             engine = RemoteEngine(self.link, wire, serving, self._queue)
             denoiser = build_denoiser(serving, self._tokenizer, engine, self.metrics, self._tracer)
-            before = self.lifecycle.open(denoiser)
+            self.lifecycle.open(denoiser)
             garbage.settle()
-            if before is not None:
-                await before.handed_in()
+            await self.lifecycle.handed_over()
             wire.send(Adopted(serving.digest))
             self._adopted.set()
 

@@ -120,7 +120,7 @@ async def test_health_follows_the_lifecycle(tiny_tokenizer: Tokenizer, tiny_conf
         service.engine.ready = False
         assert await ready() == (503, "failed")
         service.engine.ready = True
-        await service.lifecycle.drain(7.0)
+        await service.lifecycle.drain(7.0, service.engine)
         assert await ready() == (503, "draining")
         assert service.engine.grace_seconds == pytest.approx(7.0, abs=1.0)
         problem_of(await client.post("/denoise", json={"text": "a"}), 503)

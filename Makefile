@@ -2,13 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip --disable-pip-version-check install -q -c constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 CHECKPOINT ?= models/rdt-small/best_model.pt
 DATA ?= wikitext-2
 
-# An environment that cannot run, moved or half made: its scripts name an interpreter that is not there. Made anew.
+# An environment that cannot run, moved, copied or half made: its scripts name an interpreter that is elsewhere. Made anew.
 ifneq ($(wildcard $(BIN)),)
-ifneq ($(shell $(BIN)/python -c 1 2>&1 && test -x "$$(sed -n '1s/^#!//p' $(BIN)/pip)" && echo runs),runs)
+ifneq ($(shell $(BIN)/python -c 1 2>&1 && grep -qF "$(CURDIR)/$(BIN)/" $(BIN)/pip && echo runs),runs)
 $(info $(VENV) cannot run: making it anew)
 $(shell rm -rf $(VENV))
 endif

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import ipaddress
 import logging
 import os
 import sys
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 EXIT_BAD_INPUT = 2
 
+log = logging.getLogger(__name__)
+
 
 def serve(arguments: Sequence[str] | None = None) -> int:
     """Serve a checkpoint until SIGTERM. 0: ended as asked; 1: could not start; 2: bad settings."""
@@ -31,7 +34,9 @@ def serve(arguments: Sequence[str] | None = None) -> int:
         return _complain("rdt-serve", error, EXIT_BAD_INPUT)
     logs.configure(settings.log_level, settings.log_format)
     for name in unknown_variables(os.environ):
-        logging.getLogger(__name__).warning("%s is set but is no setting", name)
+        log.warning("%s is set but is no setting", name)
+    if settings.api_key is None and not is_loopback(settings.host):
+        log.warning("listening on %s without RDT_API_KEY: whoever reaches the ports is served", settings.host)
 
     try:
         with hangup_held():
@@ -40,6 +45,14 @@ def serve(arguments: Sequence[str] | None = None) -> int:
         return _complain("rdt-serve", error, EXIT_BAD_INPUT)
     except OSError as error:
         return _complain("rdt-serve", error, 1)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from this machine only. A name is taken for one that is not."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _serve(settings: Settings) -> int:

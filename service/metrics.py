@@ -112,6 +112,7 @@ class Metrics:
         self.decode_seconds = self._counter("decode_seconds", "Seconds of ticks spent in the vocabulary projection.")
         self.broken_ticks = self._counter("broken_ticks", "Ticks that failed, and with them their live requests.")
         self.out_of_memory = self._counter("out_of_memory", "Ticks without enough memory, tried again with less.")
+        self.workers_lost = self._counter("workers_lost", "API processes whose connection to the engine ended.")
         self.reloads = self._counter("model_reloads", "Attempts to take in the checkpoint file again.", outcome=RELOADS)
         self.ready = self._gauge("ready", "1 while requests are taken, else 0.")
         self.live_requests = self._gauge("live_requests", "Requests being computed now.")

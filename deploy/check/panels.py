@@ -11,7 +11,7 @@ import httpx
 from place import PROMETHEUS, eventually, fail, query
 
 DASHBOARDS = Path(__file__).parents[1] / "grafana" / "dashboards"
-VARIABLES = {"$__rate_interval": "1m", "$job": ".+", "$instance": ".+"}
+VARIABLES = {"$__rate_interval": "1m", "$job": "rdt", "$namespace": ".*", "$instance": ".+"}
 
 
 def main() -> None:

@@ -84,6 +84,7 @@ class Ledger:
 
     def depart(self, worker: str) -> None:
         """What it has counted stays."""
+        self._metrics.workers_lost.inc()
         report = self._reports.pop(worker, None)
         if report is not None:
             self._departed[worker] = report.counters

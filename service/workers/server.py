@@ -114,7 +114,8 @@ class EngineServer:
         peer = self._peers.pop(wire)
         for task in peer.tasks.values():
             task.cancel()
-        self._ledger.depart(peer.name)
+        if peer.name:
+            self._ledger.depart(peer.name)
         if not self._peers:
             self._empty.set()
 

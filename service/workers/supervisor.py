@@ -7,6 +7,7 @@ ends. The end begins with the workers, who finish what they have accepted; then 
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import signal
 import socket
@@ -30,14 +31,17 @@ BIRTHS = 20
 """So often a child is tried to be started when the machine has no room for a process."""
 PAUSE_SECONDS = 0.5
 """Before a worker is replaced."""
+LINGERING_SECONDS = 60.0
+"""How long the system keeps the ends of connections that a server before this one has closed."""
+LOOK_SECONDS = 0.2
 MARGIN_SECONDS = 10.0
 """What a child gets to end, beside the grace period of its requests."""
 
 
 async def supervise(settings: Settings) -> int:
     """Run until a signal comes. Returns the exit status; raises `OSError` if the addresses cannot be had."""
-    stopped = asked_to_end()
     with reserved(settings) as chosen, tempfile.TemporaryDirectory(prefix="rdt-") as folder:
+        stopped = asked_to_end()
         crew = Crew(chosen, Path(folder) / "engine")
         on_hangup(crew.reload, stopped)
         try:
@@ -153,9 +157,24 @@ def _holder(host: str, port: int) -> socket.socket:
     try:
         with _bound(host, port, share=False) as alone:
             port = alone.getsockname()[1]
-        return _bound(host, port, share=True)
+        return _bound_once_free(host, port)
     except OSError as error:
         raise OSError(f"cannot listen on {host}:{port}: {error}") from error
+
+
+def _bound_once_free(host: str, port: int) -> socket.socket:
+    """Shared. What a server that did not share the port has left of its connections is in the way for a while."""
+    ends_at = None
+    while True:
+        try:
+            return _bound(host, port, share=True)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or (ends_at is not None and time.monotonic() > ends_at):
+                raise
+        if ends_at is None:
+            ends_at = time.monotonic() + LINGERING_SECONDS
+            log.warning("waiting for what a server before this one has left of its connections at %s:%d", host, port)
+        time.sleep(LOOK_SECONDS)
 
 
 def _bound(host: str, port: int, *, share: bool) -> socket.socket:

@@ -93,6 +93,13 @@ def test_panels_are_told_apart_and_explain_themselves() -> None:
         assert len(letters) == len(set(letters))
 
 
+def test_figures_are_those_of_now() -> None:
+    """The last sample of half an hour would show a server as ready long after it is gone."""
+    for panel in PANELS:
+        for target in panel["targets"]:
+            assert (target["instant"], target["range"]) == ((True, False) if panel["type"] == "stat" else (False, True))
+
+
 def test_panels_lie_side_by_side() -> None:
     taken: dict[tuple[int, int], str] = {}
     for panel in DASHBOARD["panels"]:

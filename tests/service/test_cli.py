@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from service import cli, logs
 from service.cli import denoise, serve
 
 OUTPUT = re.compile(r"Input: (.*)\nOutput: (.*)\nSteps: (\d+)/(\d+)\n")
@@ -131,3 +132,26 @@ def test_a_file_that_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_serve_names_bad_settings_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert serve(["--http_port", "-5"]) == 2
     assert re.fullmatch(r"rdt-serve: http_port [^\n]+\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("host", "key", "warns"),
+    [
+        ("127.0.0.1", None, False),
+        ("::1", None, False),
+        ("localhost", None, False),
+        ("0.0.0.0", None, True),
+        ("a.host", None, True),
+        ("0.0.0.0", "s3cret", False),
+    ],
+)
+def test_serve_warns_whoever_listens_beyond_loopback_without_a_key(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, host: str, key: str | None, warns: bool
+) -> None:
+    monkeypatch.setattr(cli, "_serve", lambda _: 0)
+    monkeypatch.setattr(logs, "configure", lambda *_: None)
+    monkeypatch.delenv("RDT_API_KEY", raising=False)
+    if key is not None:
+        monkeypatch.setenv("RDT_API_KEY", key)
+    assert serve(["--host", host]) == 0
+    assert ("without RDT_API_KEY" in caplog.text) is warns

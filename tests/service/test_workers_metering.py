@@ -118,7 +118,9 @@ async def test_many_dead_workers_are_remembered_as_one(fleet: Fleet, monkeypatch
         await worker.stop()
     await until(lambda: not fleet.server._peers)
     assert len(fleet.server._ledger._departed) == 1
-    assert (await scrape(await fleet.worker()))[OK] == 4
+    shown = await scrape(await fleet.worker())
+    assert shown[OK] == 4
+    assert shown["rdt_workers_lost_total"] == 4
 
 
 async def test_a_new_engine_shows_no_less_than_the_last(

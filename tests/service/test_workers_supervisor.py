@@ -6,8 +6,10 @@ import asyncio
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -186,6 +188,22 @@ def test_an_address_that_another_server_shares_is_not_taken() -> None:
         reserved(Settings(http_port=first.http_port, grpc_port=0)),
     ):
         pass
+
+
+def test_what_a_server_before_has_left_of_its_connections_is_waited_for(caplog: pytest.LogCaptureFixture) -> None:
+    """It did not share its port, and so is in the way of one that does."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # as an address to be used again
+        port = listener.getsockname()[1]
+        caller = socket.create_connection(("127.0.0.1", port))
+        served, _ = listener.accept()
+    served.close()  # the end of the server comes first: it keeps the connection's
+    caller.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing it forgets it
+    closing = threading.Timer(0.3, caller.close)
+    closing.start()
+    with reserved(Settings(http_port=port, grpc_port=0)) as chosen:
+        assert chosen.http_port == port
+        assert not closing.is_alive()
+    assert caplog.text.count("waiting for what a server before") == 1
 
 
 def test_orders_carry_all_settings_and_keys_only_through_the_pipe() -> None:

@@ -11,6 +11,9 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 HaltReason = Literal["gate", "max_steps", "deadline"]
 
 
@@ -33,3 +36,49 @@ def halt_reason(
 def due(n_masked: int, step: int, max_steps: int) -> int:
     """How many of `n_masked` rows must be settled after `step` of `max_steps` passes: `ceil(n x step / max)`."""
     return -(-n_masked * step // max_steps)
+
+
+def which_settle(token_level: Tensor, rows: Tensor, n_due: int, threshold: float) -> Tensor:
+    """Of open rows `(M,)` with these token levels `(M,)`, which settle now: `(M,)` bool.
+
+    Those below the threshold, but of neighbours the surer first; and if these are fewer than `n_due`, the surest
+    others, those beside a surer one last.
+    """
+    waits = ~surest_apart(token_level, rows.diff() == 1)
+    n_sure = int(((token_level.double() < threshold) & ~waits).sum())
+    order = torch.argsort(settling_order(token_level, waits), stable=True)  # ties: the leftmost first
+    settles = torch.zeros_like(waits)
+    return settles.index_fill(0, order[: max(n_sure, n_due)], True)
+
+
+def surest_apart(token_level: Tensor, beside: Tensor) -> Tensor:
+    """Rows no two of which are neighbours: the surest first, each unless a neighbour has been chosen. `(M,)` bool.
+
+    `beside` `(M - 1,)` bool: row `i + 1` is the neighbour of row `i`. What is written in one pass cannot take account
+    of each other, which matters most between neighbours. Ties: the left one first.
+    """
+    left_wins = token_level[:-1] <= token_level[1:]  # of each pair of rows
+    undecided = torch.ones_like(token_level, dtype=torch.bool)
+    chosen = torch.zeros_like(undecided)
+    while undecided.any():  # mostly twice, at most half as often as the longest stretch has rows
+        rivals = beside & undecided[:-1] & undecided[1:]
+        first = undecided.clone()
+        first[1:] &= ~(rivals & left_wins)
+        first[:-1] &= ~(rivals & ~left_wins)
+        chosen |= first
+        undecided &= ~first
+        undecided[1:] &= ~(beside & first[:-1])
+        undecided[:-1] &= ~(beside & first[1:])
+    return chosen
+
+
+def settling_order(token_level: Tensor, waits: Tensor) -> Tensor:
+    """Keys `(M,)` to sort rows by: the surest first, those that wait behind all that do not."""
+    return token_level.double() + waits
+
+
+def settled_level(left_open: Tensor, n_masked: int, levels: list[float]) -> float:
+    """Share of the masked rows that stay open, weighted by their token levels `left_open`; it never rises."""
+    if n_masked == 0:
+        return 0.0
+    return min([float(left_open.sum() / n_masked), *levels[-1:]])  # in float32, as the engine has it

@@ -7,7 +7,6 @@ L: tokens of the sequence   M: its masked rows   V: vocabulary
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor
 
 from rdt_core.config import HALTINGS, Halting, is_finite
-from rdt_core.halting import HaltReason, due, halt_reason
+from rdt_core.decoding import read_logits
+from rdt_core.halting import HaltReason, due, halt_reason, settled_level, which_settle
 from rdt_core.model import RDT, State
 from rdt_core.packing import Packing
 
@@ -33,9 +33,6 @@ class Restoration:
     levels: list[float]  # (steps,) the level after each pass
     reason: HaltReason
 
-
-LEAST_TOP = 32
-"""Candidates that are looked for at the least, however few are asked for: see `top_first`."""
 
 Observer = Callable[[int, float, State], None]
 Choice = tuple[int, float, int, list[tuple[int, float]]]  # token, probability, pass, candidates
@@ -55,7 +52,7 @@ def restore(
     observe: Observer | None = None,
     out_of_time: Callable[[], bool] | None = None,
 ) -> Restoration:
-    """Apply the encoder until the gate is satisfied. tokens `(L,)`, masked `(L,)` bool.
+    """Apply the encoder until the sequence halts. tokens `(L,)`, masked `(L,)` bool.
 
     Options default to the model's own. `observe(step, level, state)` is called after every pass.
     `decode_all` reads every row at the end, not only the masked ones. Once `out_of_time()` is true, what
@@ -110,79 +107,16 @@ def restore(
     return _assemble(tokens, chosen, levels, reason)
 
 
-def which_settle(token_level: Tensor, rows: Tensor, n_due: int, threshold: float) -> Tensor:
-    """Of open rows `(M,)` with these token levels `(M,)`, which settle now: `(M,)` bool.
-
-    Those below the threshold, but of neighbours the surer first; and if these are fewer than `n_due`, the surest
-    others, those beside a surer one last.
-    """
-    waits = ~surest_apart(token_level, rows.diff() == 1)
-    n_sure = int(((token_level.double() < threshold) & ~waits).sum())
-    order = torch.argsort(settling_order(token_level, waits), stable=True)  # ties: the leftmost first
-    settles = torch.zeros_like(waits)
-    return settles.index_fill(0, order[: max(n_sure, n_due)], True)
-
-
-def surest_apart(token_level: Tensor, beside: Tensor) -> Tensor:
-    """Rows no two of which are neighbours: the surest first, each unless a neighbour has been chosen. `(M,)` bool.
-
-    `beside` `(M - 1,)` bool: row `i + 1` is the neighbour of row `i`. What is written in one pass cannot take account
-    of each other, which matters most between neighbours. Ties: the left one first.
-    """
-    left_wins = token_level[:-1] <= token_level[1:]  # of each pair of rows
-    undecided = torch.ones_like(token_level, dtype=torch.bool)
-    chosen = torch.zeros_like(undecided)
-    while undecided.any():  # mostly twice, at most half as often as the longest stretch has rows
-        rivals = beside & undecided[:-1] & undecided[1:]
-        first = undecided.clone()
-        first[1:] &= ~(rivals & left_wins)
-        first[:-1] &= ~(rivals & ~left_wins)
-        chosen |= first
-        undecided &= ~first
-        undecided[1:] &= ~(beside & first[:-1])
-        undecided[:-1] &= ~(beside & first[1:])
-    return chosen
-
-
-def settling_order(token_level: Tensor, waits: Tensor) -> Tensor:
-    """Keys `(M,)` to sort rows by: the surest first, those that wait behind all that do not."""
-    return token_level.double() + waits
-
-
-def settled_level(left_open: Tensor, n_masked: int, levels: list[float]) -> float:
-    """Share of the masked rows that stay open, weighted by their token levels `left_open`; it never rises."""
-    if n_masked == 0:
-        return 0.0
-    return min([float(left_open.sum()) / n_masked, *levels[-1:]])
-
-
 def _decode(model: RDT, state: State, packing: Packing, rows: Tensor, *, step: int, top_k: int) -> dict[int, Choice]:
     if len(rows) == 0:
         return {}
-    probabilities = model.decode(state.hidden, packing, rows).float().softmax(-1)  # (M, V)
-    best, tokens = probabilities.max(-1)
-    values, indices = top_first(probabilities, tokens, top_k)
+    read = read_logits(model.decode(state.hidden, packing, rows), top_k)
     candidates = [
-        list(zip(ids, shares, strict=True)) for ids, shares in zip(indices.tolist(), values.tolist(), strict=True)
+        list(zip(ids, shares, strict=True))
+        for ids, shares in zip(read.top_tokens.tolist(), read.top_probabilities.tolist(), strict=True)
     ]
-    found = zip(rows.tolist(), tokens.tolist(), best.tolist(), candidates, strict=True)
+    found = zip(rows.tolist(), read.tokens.tolist(), read.probabilities.tolist(), candidates, strict=True)
     return {row: (token, probability, step, others) for row, token, probability, others in found}
-
-
-def top_first(scores: Tensor, best: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The `k` highest of each row `(M, V)`, `best` `(M,)` before any that equal it: `(M, k)` values, `(M, k)` indices.
-
-    `max` and `topk` choose differently among equals, and `topk` by its `k`, which in a batch is whoever asks for most:
-    so it is asked for at least `LEAST_TOP`. Uses up `scores`: copies of whole vocabularies are dear.
-    """
-    if k == 0:
-        return scores.new_zeros(len(scores), 0), best.new_zeros(len(scores), 0)
-    at = best[:, None]
-    highest = scores.gather(1, at)  # (M, 1)
-    scores.scatter_(1, at, math.inf)  # not by index: assigning a number so waits for the device
-    values, indices = scores.topk(min(max(k, LEAST_TOP), scores.shape[1]), dim=-1)
-    values[:, :1] = highest
-    return values[:, :k], indices[:, :k]
 
 
 def _assemble(

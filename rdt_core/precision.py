@@ -49,8 +49,9 @@ def prepare(model: RDT, precision: Precision = "fp32") -> RDT:
         raise ValueError(f"precision is int8: want a CPU with oneDNN, not {model.device}")
     if precision in ("tf32", "fp16") and model.device.type != "cuda":
         raise ValueError(f"precision is {precision}: want a CUDA device, not {model.device}")
-    if model.projection is not None:
+    if model.fixed_shortlist is not None:
         raise ValueError(f"the model has been prepared already, for {model.precision}: load it again")
+    model.requires_grad_(False).eval()
     model.precision = precision
     model.fixed_shortlist = model.shortlist
     if model.device.type == "cuda":

@@ -19,8 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rdt_core.halting import due
-from rdt_core.inference import which_settle
+from rdt_core.halting import due, which_settle
 from rdt_core.model import RDT, State
 from rdt_core.packing import Packing
 from training.config import TrainingSection
@@ -99,7 +98,7 @@ def deep_run(model: RDT, batch: Batch, packing: Packing, n_passes: int, settle: 
 
 
 def surest(model: RDT, state: State, rows: Tensor, packing: Packing, *, step: int, n_passes: int) -> Tensor:
-    """Which of `rows` settle now, at an even pace: `rdt_core.inference.which_settle` for each sequence. `(M,)` bool."""
+    """Which of `rows` settle now, at an even pace: `rdt_core.halting.which_settle` for each sequence. `(M,)` bool."""
     token_level = model.token_level(state.hidden, packing, rows)
     sequences = packing.sequence_ids[rows]
     settled = torch.zeros_like(rows, dtype=torch.bool)

@@ -36,13 +36,13 @@ class TickBudget:
         if alone:
             self._full = self.tokens
 
-    def shrink(self, n_tokens: int, now: float) -> None:
-        """There was no memory for a tick of `n_tokens`."""
+    def shrink(self, n_tokens: int, now: float, again: bool = False) -> None:
+        """There was no memory for a tick of `n_tokens`; `again`: nor was there for something in it before."""
         if n_tokens > self._largest:
             self.tokens = min(self.tokens, n_tokens) // 2
             if self._warm:
                 self._full = self.tokens
-        elif self.short:
+        elif self.short or again:
             self.tokens //= 2
         self.short, self._short_at = True, now
 

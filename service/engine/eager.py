@@ -19,8 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rdt_core.decoding import read_logits
 from rdt_core.gate import GateState
-from rdt_core.inference import settling_order, surest_apart, top_first
+from rdt_core.halting import settling_order, surest_apart
 from rdt_core.model import RDT, State
 from rdt_core.packing import Packing, rows_of
 from service.engine.backend import OutOfMemory
@@ -183,17 +184,13 @@ class Decoded(NamedTuple):
         if len(rows) == 0:
             none = torch.zeros(0, top_k, device=rows.device)
             return cls(rows, rows, none.sum(1), none.long(), none)
-        logits = model.decode(hidden, packing, rows).float()  # (R, V)
-        total = logits.logsumexp(-1)  # (R,)
-        best, tokens = logits.max(-1)
-        values, indices = top_first(logits, tokens, top_k)
-        return cls(rows, tokens, (best - total).exp(), indices, (values - total[:, None]).exp())
+        return cls(rows, *read_logits(model.decode(hidden, packing, rows), top_k))
 
     def choices(self, rows: Iterable[int], top_k: Iterable[int]) -> list[Choice]:
         """As plain values: of each, which row of its own sequence it is, and how many candidates were asked for."""
         columns = (self.tokens, self.probabilities, self.top_tokens, self.top_probabilities)
         return [
-            Choice(row, token, probability, list(zip(others, shares, strict=True))[:k])
+            Choice(row, token, probability, list(zip(others[:k], shares[:k], strict=True)) if k else [])
             for row, k, token, probability, others, shares in zip(
                 rows, top_k, *(column.tolist() for column in columns), strict=True
             )
@@ -202,7 +199,7 @@ class Decoded(NamedTuple):
 
 def _settling_rows(candidates: Tensor, token_level: Tensor, waits: Tensor, packing: Packing, terms: Terms) -> Tensor:
     """Rows `(T,)` that become text now: of each settling sequence those below its threshold that need not wait, and
-    the surest others as far as the pace to its ceiling asks. See `rdt_core.inference.which_settle`.
+    the surest others as far as the pace to its ceiling asks. See `rdt_core.halting.which_settle`.
     """
     ids = packing.sequence_ids
     n_open = _count(candidates, packing)  # (N,)
@@ -210,8 +207,9 @@ def _settling_rows(candidates: Tensor, token_level: Tensor, waits: Tensor, packi
     n_due = due - (terms.n_masked - n_open)
     n_sure = _count(candidates & ~waits & (token_level < terms.threshold[ids]), packing)
     n_taken = torch.maximum(n_due, n_sure)  # (N,)
-    in_order = torch.argsort(settling_order(token_level, waits).masked_fill(~candidates, torch.inf), stable=True)
-    by_sequence = in_order[torch.argsort(ids[in_order], stable=True)]  # rows of each sequence, as they settle
+    in_order = torch.argsort(settling_order(token_level, waits), stable=True)
+    groups = 2 * ids + ~candidates  # each sequence's candidates, then its other rows
+    by_sequence = in_order[torch.argsort(groups[in_order], stable=True)]  # rows of each sequence, as they settle
     rank = torch.empty_like(ids).scatter_(0, by_sequence, packing.positions)  # (T,) place among its own
     return candidates & (rank < n_taken[ids])
 

@@ -78,8 +78,8 @@ class Engine(Protocol):
         """Wait for the job to be computed; `on_reading` sees every pass. Cancelling the wait takes the job out.
 
         Raises `ResourceExhausted` when its tokens do not fit in the queue, `DeadlineExceeded` when the
-        deadline came before the first pass (after it, what is there is the result), `Unavailable` when
-        the engine stops first, `Internal` when the computation failed.
+        deadline came before the first pass (after it, what is there is the result; but a shortage of memory may
+        have thrown passes away), `Unavailable` when the engine stops first, `Internal` when the computation failed.
         """
 
 
@@ -93,9 +93,14 @@ class _Caller:
 
     def show(self, reading: Reading, step: int) -> None:
         """A job that had to begin anew reads the same again, which nobody needs to see twice."""
-        if self._on_reading is not None and step > self._shown:
-            self._shown = step
+        if self._on_reading is None or step <= self._shown:
+            return
+        self._shown = step
+        try:
             self._on_reading(reading)
+        except Exception:  # nobody else's loss
+            log.exception("an observer of passes failed")
+            self.fail(Internal("the server has logged what went wrong"))
 
     def fail(self, error: ServiceError) -> None:
         if not self.answer.done():  # a caller who left has cancelled it
@@ -270,9 +275,10 @@ class BatchingEngine:
     def _share(self) -> float:
         """Packed tokens of each replica if all there are were spread evenly, over those that could take any."""
         schedulers = [replica.scheduler for replica in self._replicas]
+        schedulers = [one for one in schedulers if one.n_live < self._limits.max_live] or schedulers
         if len({scheduler.budget.tokens for scheduler in schedulers}) > 1:  # some are short of memory
             shortest = min((entry.n_tokens for entry in self._line), default=0)
-            schedulers = [scheduler for scheduler in schedulers if scheduler.budget.tokens >= shortest] or schedulers
+            schedulers = [one for one in schedulers if one.budget.tokens >= shortest] or schedulers
         live = sum(scheduler.live_tokens for scheduler in schedulers)
         return (live + self._line.n_tokens) / len(schedulers)
 
@@ -288,8 +294,9 @@ class BatchingEngine:
         """Fewer tokens, or another try. Nobody fails but those whose text alone is too large for any replica."""
         if self._watcher is not None:
             self._watcher.memory_ran_out()
-        again = replica.scheduler.budget.short
-        self._shrink(replica, plan.n_tokens, error)
+        # Passes may find memory where what comes after the last of them does not: then it is the same jobs again.
+        again = replica.scheduler.budget.short or replica.scheduler.has_begun_anew
+        self._shrink(replica, plan.n_tokens, error, again)
         await replica.reset()
         if again:
             await asyncio.sleep(SHORTAGE_SECONDS)
@@ -303,9 +310,9 @@ class BatchingEngine:
             self._give_up()
         self._wake()
 
-    def _shrink(self, replica: Replica, n_tokens: int, error: OutOfMemory) -> None:
+    def _shrink(self, replica: Replica, n_tokens: int, error: OutOfMemory, again: bool = False) -> None:
         budget = replica.scheduler.budget
-        budget.shrink(n_tokens, self._clock())
+        budget.shrink(n_tokens, self._clock(), again)
         replica.scheduler.start_over()
         said = str(error)  # and not the error, which holds the tick's tensors
         log.warning("no memory for a tick of %d tokens, %d at the most from now on: %s", n_tokens, budget.tokens, said)

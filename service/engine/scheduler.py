@@ -41,6 +41,7 @@ class Entry:
     admitted: float = 0.0
     ceiling: int = 0  # passes at the most: the job's, or fewer when shedding
     bypassed: int = 0
+    begun_anew: bool = False  # after a shortage of memory
     levels: list[float] = field(default_factory=list)  # after each pass
     chosen: dict[int, tuple[int, Choice]] = field(default_factory=dict)  # row -> pass, choice
     decode_seconds: float = 0.0
@@ -92,6 +93,11 @@ class Scheduler:
     def depth(self, ticket: Ticket) -> int:
         """Passes that a live sequence has made; 0 for any other."""
         return len(self._live[ticket].levels) if ticket in self._live else 0
+
+    @property
+    def has_begun_anew(self) -> bool:
+        """Something live lost its passes to a shortage of memory before."""
+        return any(entry.begun_anew for entry in self._live.values())
 
     @property
     def live_tokens(self) -> int:
@@ -177,6 +183,7 @@ class Scheduler:
         again = [entry for ticket, entry in self._live.items() if ticket not in self._left]
         for entry in again:
             entry.levels, entry.chosen, entry.decode_seconds = [], {}, 0.0
+            entry.begun_anew = True
         self._line.put_back(again)
         self._live.clear()
         self._left.clear()

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 import re
 from typing import Any
 
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from rdt_core import RDT, Packing, Restoration, State, restore
 from rdt_core.halting import due
-from rdt_core.inference import settled_level, surest_apart, top_first, which_settle
 from tests.rdt_core.conftest import Build
 from tests.rdt_core.sequences import random_sequences
 
@@ -113,76 +111,6 @@ def test_neighbours_settle_one_after_the_other_while_there_is_a_choice(build: Bu
     found = restore(opinionated(build(seed)), sequence()[0], masked, halting="settle", threshold=0, max_steps=9)
     at = dict(zip(found.rows, found.fixed_at, strict=True))
     assert all(at[row] != at[row + 1] for row in at if row + 1 in at)
-
-
-@pytest.mark.parametrize(
-    ("n_due", "threshold", "rows"),
-    [
-        (0, 0.2, [2, 6]),
-        (1, 0.2, [2, 6]),
-        (3, 0.2, [2, 4, 6]),
-        (1, 0.0, [2]),
-        (-2, 0.0, []),
-        (0, 0.1, []),
-        (9, 0.0, [0, 2, 4, 6, 8]),
-    ],
-)
-def test_sure_rows_settle_and_the_surest_others_keep_the_pace(n_due: int, threshold: float, rows: list[int]) -> None:
-    apart = torch.tensor([0, 2, 4, 6, 8])
-    token_level = torch.tensor([0.9, 0.1, 0.5, 0.1, 0.7])
-    assert apart[which_settle(token_level, apart, n_due, threshold)].tolist() == rows
-
-
-@pytest.mark.parametrize(
-    ("n_due", "threshold", "rows"),
-    [
-        (1, 0.0, [1]),
-        (2, 0.0, [1, 3]),
-        (3, 0.0, [1, 3, 7]),  # surer than 7, but beside a surer one: 2 and 4
-        (4, 0.0, [1, 2, 3, 7]),  # and when nobody else is left, the surest of those that wait
-        (0, 0.35, [1, 3]),
-        (0, 1.0, [1, 3, 7]),
-        (6, 1.0, [0, 1, 2, 3, 4, 7]),
-    ],
-)
-def test_of_neighbours_the_surer_settles_first(n_due: int, threshold: float, rows: list[int]) -> None:
-    places = torch.tensor([0, 1, 2, 3, 4, 7])
-    token_level = torch.tensor([0.8, 0.1, 0.3, 0.2, 0.4, 0.9])
-    assert places[which_settle(token_level, places, n_due, threshold)].tolist() == rows
-
-
-def test_of_neighbours_as_sure_as_each_other_the_left_one_settles_first() -> None:
-    places = torch.arange(4)
-    assert which_settle(torch.full((4,), 0.5), places, 0, 1.0).tolist() == [True, False, True, False]
-
-
-@given(st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.2, 0.5, 1.0]), st.booleans()), max_size=24))
-def test_the_surest_apart_are_those_of_one_choice_after_the_other(rows: list[tuple[float, bool]]) -> None:
-    levels, beside = [level for level, _ in rows], [joined for _, joined in rows[1:]]
-    chosen: set[int] = set()
-    for row in sorted(range(len(rows)), key=lambda row: levels[row]):
-        left, right = row > 0 and beside[row - 1], row < len(rows) - 1 and beside[row]
-        if not (left and row - 1 in chosen) and not (right and row + 1 in chosen):
-            chosen.add(row)
-    found = surest_apart(torch.tensor(levels), torch.tensor(beside, dtype=torch.bool))
-    assert found.tolist() == [row in chosen for row in range(len(rows))]
-
-
-def test_choosing_among_levels_that_are_no_numbers_ends() -> None:
-    assert surest_apart(torch.full((5,), math.nan), torch.ones(4, dtype=torch.bool)).any()
-
-
-@pytest.mark.parametrize("n_rows", [0, 1])
-def test_no_row_and_one_row_have_no_neighbours(n_rows: int) -> None:
-    places = torch.arange(n_rows)
-    assert which_settle(torch.full((n_rows,), 0.5), places, 1, 0.0).tolist() == [True] * n_rows
-
-
-def test_the_level_of_a_settling_sequence_is_what_stays_open() -> None:
-    left_open = torch.tensor([0.9, 0.5, 0.7])
-    assert settled_level(left_open, 5, []) == pytest.approx((0.9 + 0.5 + 0.7) / 5)
-    assert settled_level(left_open, 5, [1.0, 0.3]) == 0.3
-    assert settled_level(left_open[:0], 0, []) == 0.0
 
 
 def test_threshold_zero_with_gate_runs_to_max_steps(build: Build) -> None:
@@ -298,22 +226,6 @@ def test_a_sequence_must_fit_the_model(tiny_model: RDT, length: int) -> None:
 def test_a_model_restores_by_itself(tiny_model: RDT) -> None:
     options: dict[str, Any] = {"max_steps": 3, "threshold": 0.0, "halting": "settle", "top_k": 2}
     assert tiny_model.inference(*sequence(), **options) == restore(tiny_model, *sequence(), **options)
-
-
-def test_the_chosen_token_comes_first_among_equals() -> None:
-    scores = torch.zeros(50, 300)
-    best = torch.arange(50)
-    for k in (1, 3, 300):
-        values, indices = top_first(scores.clone(), best, k)
-        assert torch.equal(indices[:, 0], best)
-        assert values.shape == indices.shape == (50, k)
-        assert not values.any()
-        assert all(len(set(row)) == k for row in indices.tolist())
-    assert (scores.topk(3, dim=-1).indices[:, 0] != best).any(), "which it would not by itself"
-    few, many = (top_first(scores.clone(), best, k)[1] for k in (3, 20))
-    assert torch.equal(few, many[:, :3]), "whoever asks for more beside it"
-    assert not torch.equal(scores.topk(3, dim=-1).indices, scores.topk(20, dim=-1).indices[:, :3])
-    assert top_first(scores, best, 0)[0].shape == (50, 0)
 
 
 @pytest.mark.parametrize(

@@ -183,6 +183,12 @@ def test_what_is_left_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert prepare(RDT(CONFIGS["plain"]), "bf16").precision == "bf16"
 
 
-def test_a_model_is_prepared_once(model: RDT) -> None:
+@pytest.mark.parametrize("packs", [True, False])
+def test_a_model_is_prepared_once_and_for_inference(model: RDT, monkeypatch: pytest.MonkeyPatch, packs: bool) -> None:
+    """Also where a format needs no preparation."""
+    monkeypatch.setattr(precision_module, "_has_onednn", lambda: packs)
+    prepared = prepare(model.train().requires_grad_(True))
+    assert not prepared.training
+    assert not any(parameter.requires_grad for parameter in prepared.parameters())
     with pytest.raises(ValueError, match="prepared already, for fp32: load it again"):
-        prepare(prepare(model))
+        prepare(prepared)

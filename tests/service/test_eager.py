@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 
 import pytest
@@ -158,3 +159,24 @@ def test_after_a_reset_nothing_is_left(tiny_model: RDT) -> None:
     backend.run(plan_of(masked_job(3, 9)))
     backend.reset()
     assert len(backend.run(plan_of(masked_job(2, 9))).readings) == 1
+
+
+@pytest.mark.parametrize("tenths", range(1, 11))
+def test_a_level_that_equals_the_threshold_is_not_below_it(tiny_model: RDT, tenths: int) -> None:
+    """Of sure rows and of unsure ones alike: the level is then the share of rows still open, to the last bit."""
+    model = copy.deepcopy(tiny_model)
+    model.gate.token.bias.data.fill_(100.0)
+    job = Job([4] * 10, [True] * 10, max_steps=10, threshold=tenths / 10, halting="settle")
+    (result,) = run_all(EagerBackend(model), [job], random.Random(0))
+    alone = run_reference(model, job)
+    assert (result.steps, result.reason, result.levels) == (alone.steps, alone.reason, alone.levels)
+
+
+def test_token_levels_that_are_no_numbers_keep_the_pace(tiny_model: RDT) -> None:
+    model = copy.deepcopy(tiny_model)
+    model.gate.token.weight.data.fill_(math.nan)
+    masked = [False, True, True, False, True, True]
+    job = Job([4] * 6, masked, max_steps=4, threshold=0.0, halting="settle")
+    (result,) = run_all(EagerBackend(model), [job], random.Random(0))
+    assert sorted(result.fixed_at) == [1, 2, 3, 4]
+    assert result.fixed_at == run_reference(model, job).fixed_at

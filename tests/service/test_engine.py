@@ -213,6 +213,24 @@ async def test_a_broken_tick_fails_its_jobs_and_no_others(
     assert not engine.failed.is_set()
 
 
+async def test_an_observer_that_fails_fails_alone(engine: BatchingEngine, held: HeldBackend) -> None:
+    def fails(reading: Reading) -> None:
+        raise KeyError(reading)
+
+    async def observed() -> Result:
+        with engine.reserve() as place:
+            return await engine.submit(scripted_job(4, depth=3), place, fails)
+
+    other = await submitted(engine, scripted_job(4, depth=3))
+    observing = asyncio.create_task(observed())
+    held.let_go(5)
+    with pytest.raises(Internal, match="logged"):
+        await observing
+    assert (await other).steps == 3
+    assert engine.ready
+    assert (held.resets, engine.live) == (0, 0)
+
+
 async def test_an_outcome_that_does_not_fit_the_plan_fails_its_jobs(engine: BatchingEngine, held: HeldBackend) -> None:
     held.run = lambda plan: Outcome([], n_decoded=len(plan.live))  # type: ignore[method-assign]
     with pytest.raises(Internal):

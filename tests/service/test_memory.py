@@ -10,8 +10,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
-from rdt_core import RDT
+from rdt_core import RDT, Packing
 from rdt_core.model import State
 from service.engine.backend import Backend, OutOfMemory
 from service.engine.eager import EagerBackend
@@ -284,3 +285,35 @@ async def test_what_another_model_left_no_room_for_is_tried_once_it_may_be_gone(
         await asyncio.gather(*(submit(engine, scripted_job(8, 1)) for _ in range(tokens // 8)))
         assert engine.largest_tick == largest
     await engine.stop()
+
+
+@pytest.mark.parametrize("kind", [EagerBackend, LookaheadBackend])
+@pytest.mark.parametrize("steps", [1, 3])
+async def test_a_vocabulary_that_finds_no_memory_makes_ticks_smaller(
+    tiny_model: RDT, monkeypatch: pytest.MonkeyPatch, kind: type[EagerBackend | LookaheadBackend], steps: int
+) -> None:
+    """Passes find some all the time: without an end, the same jobs would begin anew for ever."""
+    decode, room = RDT.decode, 1000
+
+    def scarce(model: RDT, hidden: Tensor, packing: Packing, rows: Tensor) -> Tensor:
+        if len(rows) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(model, hidden, packing, rows)
+
+    monkeypatch.setattr(RDT, "decode", scarce)
+    backend = EagerBackend(tiny_model) if kind is EagerBackend else LookaheadBackend(tiny_model, 32, 8)
+    engine = BatchingEngine([backend], LIMITS)
+    await engine.warm([[Job([5] * 8, [True] * 8, 1, 0.0, "gate")] * 4])
+    await engine.start()
+    room = 10
+    jobs = [Job([5 + i] * 8, [True] * 8, steps, 0.0, "gate") for i in range(4)]
+    long = Job([5] * 12, [True] * 12, steps, 0.0, "gate")
+    async with asyncio.timeout(20):
+        *results, refused = await asyncio.gather(
+            *(submit(engine, job) for job in (*jobs, long)), return_exceptions=True
+        )
+    await engine.stop()
+    assert isinstance(refused, ResourceExhausted)
+    for job, result in zip(jobs, results, strict=True):
+        assert isinstance(result, Result)
+        assert result.tokens == run_reference(tiny_model, job).tokens

@@ -60,6 +60,20 @@ async def test_requests_are_spread_before_they_are_batched(engine: BatchingEngin
     assert [len(backend.ticks[0].live) for backend in held] == [2, 2]
 
 
+async def test_a_replica_with_all_the_sequences_it_may_have_is_no_reason_to_wait(
+    engine: BatchingEngine, held: list[HeldBackend]
+) -> None:
+    """An even share of tokens would be less than the other has, but this one can take no more."""
+    tasks = await start(engine, held, scripted_job(26, depth=9), *(scripted_job(1, depth=9) for _ in range(4)))
+    assert engine.live == 5
+    newcomer = asyncio.create_task(submit(engine, scripted_job(1, depth=1)))
+    held[0].let_go(2)
+    assert (await asyncio.wait_for(newcomer, 3)).steps == 1
+    assert held[1].ticks == [], "the other stands still in its first"
+    for task in tasks:
+        task.cancel()
+
+
 async def test_who_leaves_is_dropped_wherever_it_is_live(engine: BatchingEngine, held: list[HeldBackend]) -> None:
     tasks = await start(engine, held, scripted_job(4, depth=50), scripted_job(4, depth=50))
     for task in tasks:

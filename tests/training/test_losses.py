@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from rdt_core import RDT, ModelConfig, Packing
-from rdt_core.halting import due
-from rdt_core.inference import which_settle
+from rdt_core.halting import due, which_settle
 from training.config import TrainingSection
 from training.data import Batch
 from training.losses import chain_losses, deep_run, gate_losses, passes_left, reconstruction, surest, unroll_losses

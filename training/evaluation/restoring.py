@@ -16,8 +16,7 @@ from torch import Tensor
 
 from rdt_core import flops, masking
 from rdt_core.config import ModelConfig
-from rdt_core.halting import due, halt_reason
-from rdt_core.inference import settled_level, which_settle
+from rdt_core.halting import due, halt_reason, settled_level, which_settle
 from rdt_core.model import RDT
 from rdt_core.packing import Packing
 from rdt_core.tokenizer import Tokenizer

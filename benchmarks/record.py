@@ -36,7 +36,8 @@ def finish(benchmark: str, options: argparse.Namespace, **figures: Any) -> None:
 
 def files(options: argparse.Namespace) -> dict[str, str]:
     """Of every file among the options, weights and texts, the beginning of its SHA-256."""
-    named = [Path(v) for v in vars(options).values() if isinstance(v, str | Path) and v and Path(v).is_file()]
+    values = [one for value in vars(options).values() for one in (value if isinstance(value, list) else [value])]
+    named = [Path(one) for one in values if isinstance(one, str | Path) and one and Path(one).is_file()]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in named}
 
 

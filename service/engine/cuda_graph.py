@@ -106,6 +106,7 @@ class CapturedPasses:
             if shortage(error):
                 self._plain.add(bucket.n_rows)
             else:
+                # Where capturing fails for another reason, torch may give no memory back to the device until a restart.
                 self._captures = False
                 self._graphs.clear()
                 self._made.clear()

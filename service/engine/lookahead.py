@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -59,7 +60,7 @@ class Sequence:
         """Of the bucket."""
         return range(self.first_row, self.first_row + len(self.job.tokens))
 
-    @property
+    @cached_property
     def due_rows(self) -> list[int]:
         """Rows of its own that are decoded when it halts."""
         return [row for row, masked in enumerate(self.job.masked) if masked or self.job.decode_all]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import NamedTuple, Protocol
 
 import torch
@@ -191,7 +190,10 @@ def close_up(buffers: Buffers, kept: Sequence[tuple[int, range]]) -> None:
     """Move kept places, each with its rows, to the front in this order."""
     device = buffers.hidden.device
     places = to_device(torch.tensor([place for place, _ in kept]), device)
-    rows = to_device(torch.tensor(list(chain.from_iterable(rows for _, rows in kept))), device)
+    lengths = torch.tensor([len(rows) for _, rows in kept])
+    moved = torch.tensor([rows.start for _, rows in kept]) - (lengths.cumsum(0) - lengths)  # each by so many rows
+    n_rows = sum(len(rows) for _, rows in kept)
+    rows = to_device(torch.arange(n_rows) + moved.repeat_interleave(lengths, output_size=n_rows), device)
     for names, chosen in ((ROW_BUFFERS, rows), (PLACE_BUFFERS, places)):
         for name in names:
             buffer: Tensor = getattr(buffers, name)

@@ -55,3 +55,11 @@ def test_a_part_that_fails_leaves_the_others_their_figures(tmp_path: Path) -> No
     assert all(said[name].endswith("--rounds 1\n") for name in said if name.startswith(("agreement", "ladder")))
     assert {"machine", "tests", "agreement", "ladder-rdt-small", "ladder-large", "training"} < set(said)
     assert len(said) <= 8
+
+
+def test_without_a_card_nothing_is_measured(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    script = ["bash", str(ROOT / "benchmarks" / "gpu.sh")]
+    found = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["machine.log"]

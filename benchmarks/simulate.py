@@ -79,7 +79,7 @@ def traffic(cost: TickCost, settings: Settings, options: argparse.Namespace) -> 
     else:
         times = steady(options.rate, options.seconds or HOUR_SECONDS, options.seed)
     arrivals = draw(options.workload, times, options.seed)
-    report = simulate(arrivals, cost, settings.scheduler_limits, options.servers, options.routing)
+    report = simulate(arrivals, cost, settings.limits_on("cpu"), options.servers, options.routing)
     show(report.figures())
     return {"report": report.figures()}
 
@@ -112,7 +112,7 @@ def plan(cost: TickCost, settings: Settings, options: argparse.Namespace) -> Fig
         times = steady(options.plan, options.seconds or PLAN_SECONDS, options.seed)
         return draw(options.workload, times, options.seed)
 
-    replicas, report = sizing.plan_fleet(arrivals, options.p99, cost, settings.scheduler_limits, options.routing)
+    replicas, report = sizing.plan_fleet(arrivals, options.p99, cost, settings.limits_on("cpu"), options.routing)
     print(f"{replicas} servers answer {options.plan:g} requests/s, 99 of 100 within {options.p99:g} s")
     show(report.figures())
     return {"servers": replicas, "report": report.figures()}
@@ -121,7 +121,7 @@ def plan(cost: TickCost, settings: Settings, options: argparse.Namespace) -> Fig
 def check(cost: TickCost, settings: Settings, options: argparse.Namespace) -> Figures:
     """Measured beside simulated."""
     result = json.loads(options.check.read_text(encoding="utf-8"))
-    again = Replay.of(result, settings.scheduler_limits, load(options.model, settings).tokenizer.vocab_size)
+    again = Replay.of(result, settings.limits_on("cpu"), load(options.model, settings).tokenizer.vocab_size)
     comparisons = list(again.compare(cost))
     for each in comparisons:
         mark = "" if each.good else f"  more than {TOLERANCE:.0%} off"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import ipaddress
+import io
 import logging
 import os
 import sys
@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from service import logs, loop
+from service.addresses import is_loopback
 from service.errors import ServiceError
 from service.settings import Settings, SettingsError, read_settings, unknown_variables
 from service.signals import hangup_held
-from service.tracing import NotInstalledError
+from service.tracing import TracingError
 
 if TYPE_CHECKING:
     from service.local import Reading
@@ -41,18 +42,10 @@ def serve(arguments: Sequence[str] | None = None) -> int:
     try:
         with hangup_held():
             return _serve(settings)
-    except NotInstalledError as error:
+    except TracingError as error:
         return _complain("rdt-serve", error, EXIT_BAD_INPUT)
     except OSError as error:
         return _complain("rdt-serve", error, 1)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address is reached from this machine only. A name is taken for one that is not."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _serve(settings: Settings) -> int:
@@ -130,6 +123,8 @@ def _lines(file: Path) -> Iterator[tuple[str, str]]:
 
 
 def _typed_lines() -> Iterator[str]:
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # as in a file: a bad line is refused, and no other
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "")

@@ -6,7 +6,7 @@ with Client("http://127.0.0.1:8000") as client:
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -17,6 +17,8 @@ from service.rest.problem import BatchAnswer, BatchResult, Problem
 from service.schema import DenoiseAnswer, DenoisePass, ModelCard
 
 TIMEOUT_SECONDS = 60.0
+MARGIN_SECONDS = 5.0
+"""For an answer to arrive whose `timeout_ms` is over."""
 
 Item = str | Mapping[str, Any]
 Body = TypeVar("Body", bound=BaseModel)
@@ -30,7 +32,17 @@ class ProblemError(Exception):
         self.problem = problem
 
 
-class Client:
+class _Patient:
+    """Waits as long as a caller has allowed the server to take, if that is longer than its own time."""
+
+    _seconds: float
+
+    def _patience(self, options: Mapping[str, Any]) -> float:
+        allowed = options.get("timeout_ms")
+        return max(self._seconds, allowed / 1e3 + MARGIN_SECONDS) if isinstance(allowed, int | float) else self._seconds
+
+
+class Client(_Patient):
     """Raises `ProblemError` for every status that is an error (of type `about:blank` if what comes is no problem
     document but, say, a proxy's page) and `httpx.HTTPError` for errors of the wire. A success that is no answer, or a
     stream without an end, is one of those (`httpx.RemoteProtocolError`).
@@ -43,13 +55,14 @@ class Client:
         timeout_seconds: float = TIMEOUT_SECONDS,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
+        self._seconds = timeout_seconds
         self._http = httpx.Client(
             base_url=base_url, headers=_headers(api_key), timeout=timeout_seconds, transport=transport
         )
 
     def denoise(self, text: str, **options: Any) -> DenoiseAnswer:
         """Restore one text; options are the fields of `DenoiseRequest`."""
-        answer = self._http.post("/denoise", json={"text": text, **options})
+        answer = self._http.post("/denoise", json={"text": text, **options}, timeout=self._patience(options))
         return _parsed(DenoiseAnswer, _checked(answer))
 
     def denoise_batch(self, items: Iterable[Item], **options: Any) -> list[BatchResult]:
@@ -57,12 +70,15 @@ class Client:
 
         An item that failed is a result with a `problem`; only what is wrong with the whole is raised.
         """
-        answer = self._http.post("/denoise/batch", json=_batch(items, options))
+        answer = self._http.post("/denoise/batch", json=_batch(items, options), timeout=self._patience(options))
         return _parsed(BatchAnswer, _checked(answer)).results
 
-    def denoise_stream(self, text: str, **options: Any) -> Iterator[DenoisePass | DenoiseAnswer]:
-        """Restore one text and see it after every pass; the answer comes last."""
-        with self._http.stream("POST", "/denoise/stream", json={"text": text, **options}) as response:
+    def denoise_stream(self, text: str, **options: Any) -> Generator[DenoisePass | DenoiseAnswer, None, None]:
+        """Restore one text and see it after every pass; the answer comes last. Exhaust or close it: until then the
+        server computes, and the connection is taken.
+        """
+        request, patience = {"text": text, **options}, self._patience(options)
+        with self._http.stream("POST", "/denoise/stream", json=request, timeout=patience) as response:
             if not response.is_success:
                 response.read()
                 _checked(response)
@@ -72,9 +88,11 @@ class Client:
             events.check_end()
 
     def model(self) -> ModelCard:
+        """What is served: name, digest, configuration, limits, device."""
         return _parsed(ModelCard, _checked(self._http.get("/model")))
 
     def ready(self) -> bool:
+        """Whether the server takes requests; raises `httpx.ConnectError` where nobody listens."""
         return self._http.get("/health/ready").status_code == httpx.codes.OK
 
     def close(self) -> None:
@@ -89,7 +107,7 @@ class Client:
         self.close()
 
 
-class AsyncClient:
+class AsyncClient(_Patient):
     """`Client` for asyncio."""
 
     def __init__(
@@ -99,23 +117,25 @@ class AsyncClient:
         timeout_seconds: float = TIMEOUT_SECONDS,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
+        self._seconds = timeout_seconds
         self._http = httpx.AsyncClient(
             base_url=base_url, headers=_headers(api_key), timeout=timeout_seconds, transport=transport
         )
 
     async def denoise(self, text: str, **options: Any) -> DenoiseAnswer:
         """Restore one text; options are the fields of `DenoiseRequest`."""
-        answer = await self._http.post("/denoise", json={"text": text, **options})
+        answer = await self._http.post("/denoise", json={"text": text, **options}, timeout=self._patience(options))
         return _parsed(DenoiseAnswer, _checked(answer))
 
     async def denoise_batch(self, items: Iterable[Item], **options: Any) -> list[BatchResult]:
         """See `Client.denoise_batch`."""
-        answer = await self._http.post("/denoise/batch", json=_batch(items, options))
+        answer = await self._http.post("/denoise/batch", json=_batch(items, options), timeout=self._patience(options))
         return _parsed(BatchAnswer, _checked(answer)).results
 
-    async def denoise_stream(self, text: str, **options: Any) -> AsyncIterator[DenoisePass | DenoiseAnswer]:
+    async def denoise_stream(self, text: str, **options: Any) -> AsyncGenerator[DenoisePass | DenoiseAnswer, None]:
         """See `Client.denoise_stream`."""
-        async with self._http.stream("POST", "/denoise/stream", json={"text": text, **options}) as response:
+        request, patience = {"text": text, **options}, self._patience(options)
+        async with self._http.stream("POST", "/denoise/stream", json=request, timeout=patience) as response:
             if not response.is_success:
                 await response.aread()
                 _checked(response)
@@ -126,9 +146,11 @@ class AsyncClient:
             events.check_end()
 
     async def model(self) -> ModelCard:
+        """See `Client.model`."""
         return _parsed(ModelCard, _checked(await self._http.get("/model")))
 
     async def ready(self) -> bool:
+        """See `Client.ready`."""
         return (await self._http.get("/health/ready")).status_code == httpx.codes.OK
 
     async def close(self) -> None:
@@ -162,15 +184,17 @@ class _Events:
                 yield event
 
     def _event(self, line: str) -> DenoisePass | DenoiseAnswer | None:
-        field, _, value = line.partition(": ")
+        field, _, value = line.rstrip("\r").partition(": ")
         if field == "event":
             self._name = value
         if field != "data":
             return None
         if self._name == "problem":
             raise ProblemError(_parsed(Problem, value))
-        self._answered = self._name == "answer"
-        return _parsed(DenoiseAnswer, value) if self._answered else _parsed(DenoisePass, value)
+        if self._name == "answer":
+            self._answered = True
+            return _parsed(DenoiseAnswer, value)
+        return _parsed(DenoisePass, value) if self._name == "pass" else None  # others are a later server's
 
     def check_end(self) -> None:
         """Raises `httpx.RemoteProtocolError` if the stream was cut: the answer comes last."""

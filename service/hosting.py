@@ -221,8 +221,7 @@ def is_file_of(digest: str, path: Path) -> bool:
 
 def read_models(settings: Settings) -> list[LoadedModel]:
     """The checkpoint on every device, in memory once for each."""
-    devices = [f"cuda:{number}" for number in settings.devices.split(",") if number] or [settings.device]
-    models = [load_model(settings.checkpoint, device, settings.precision) for device in devices]
+    models = [load_model(settings.checkpoint, device, settings.precision) for device in settings.device_names]
     if len({one.digest for one in models}) > 1:
         raise CheckpointError(settings.checkpoint, "was replaced while it was being read: try again")
     return models
@@ -256,7 +255,7 @@ def build_denoiser(
     card = ModelCard(
         name=loaded.name,
         digest=loaded.digest,
-        device=",".join(f"cuda:{n}" for n in settings.devices.split(",") if n) or str(loaded.model.device),
+        device=",".join(settings.device_names) if settings.devices else str(loaded.model.device),
         precision=loaded.model.precision,
         n_parameters=loaded.model.n_parameters,
         configuration=config.to_mapping(),

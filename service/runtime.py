@@ -18,6 +18,7 @@ import uvicorn
 from pydantic import SecretStr
 
 from service import logs
+from service.addresses import address
 from service.errors import ServiceError
 from service.hosting import Host
 from service.lifecycle import Lifecycle
@@ -106,11 +107,6 @@ async def serve(settings: Settings) -> int:
         await runtime.host.stop()
     await asyncio.to_thread(runtime.tracer.close)
     return status
-
-
-def address(host: str, port: int) -> str:
-    """As URLs write it."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def listen(host: str, port: int, *, share: bool = False) -> socket.socket:

@@ -90,7 +90,7 @@ class Settings(BaseSettings):
         0,
         ge=0,
         le=1024,
-        description="Batches computed side by side; 0: cores divided by threads, on CUDA one for each device.",
+        description="Batches computed side by side on each device; 0: on a CPU cores divided by threads, on CUDA one.",
     )
     stuck_seconds: float = Field(
         60.0,
@@ -112,9 +112,9 @@ class Settings(BaseSettings):
     )
 
     @property
-    def scheduler_limits(self) -> SchedulerLimits:
-        """Those of a CPU."""
-        return self.limits_on("cpu")
+    def device_names(self) -> list[str]:
+        """`cuda:N` for each of `devices`, else `device` alone."""
+        return [f"cuda:{number}" for number in self.devices.split(",") if number] or [self.device]
 
     def limits_on(self, device_type: str) -> SchedulerLimits:
         """What is left to us, chosen for the device. A budget that CUDA has no memory for shrinks while warming."""

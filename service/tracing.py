@@ -84,14 +84,14 @@ class NoTracer:
 NO_TRACER: Tracer = NoTracer()
 
 
-class NotInstalledError(ImportError):
-    """Traces are wanted, and the extra for them is not installed."""
+class TracingError(Exception):
+    """Traces are wanted and cannot be had: the extra is not installed, or one of OpenTelemetry's variables is wrong."""
 
 
 def open_tracer(endpoint: str | None) -> Tracer:
     """Sends spans to this OTLP collector; without one there is no tracing, and no library is loaded for it.
 
-    Raises `NotInstalledError` if the library is not there.
+    Raises `TracingError`.
     """
     if endpoint is None:
         return NO_TRACER
@@ -100,8 +100,11 @@ def open_tracer(endpoint: str | None) -> Tracer:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "opentelemetry":
             raise
-        raise NotInstalledError(
+        raise TracingError(
             "otel_endpoint (RDT_OTEL_ENDPOINT) is set, and OpenTelemetry is not installed: "
             "pip install '.[otel]' in the project's folder"
         ) from None
-    return OtelTracer(exporter_to(endpoint))
+    try:
+        return OtelTracer(exporter_to(endpoint))
+    except Exception as error:  # of whatever kind: it is the library that reads its variables
+        raise TracingError(f"traces cannot be sent, look at the OTEL_* variables: {error!r}") from error

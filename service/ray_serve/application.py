@@ -8,7 +8,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig
 
 from service.errors import RETRY_SECONDS
-from service.ray_serve.options import Fleet
+from service.ray_serve.options import Fleet, n_batches
 from service.ray_serve.replica import Replica
 from service.ray_serve.scaling import WaitingPolicy
 from service.settings import Settings
@@ -53,5 +53,5 @@ def max_ongoing(settings: Settings, fleet: Fleet) -> int:
     words, before Serve keeps callers waiting in front of it.
     """
     max_live = settings.limits_on("cuda" if fleet.num_gpus else "cpu").max_live
-    holds = settings.max_waiting + max_live * max(1, settings.replicas)
+    holds = settings.max_waiting + max_live * n_batches(settings)
     return holds + max(16, holds // 4)

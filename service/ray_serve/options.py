@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -18,6 +19,9 @@ NOT_HERE = {
 """Settings that Serve has in its own hands, and where."""
 
 
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
 class Fleet(BaseModel):
     """How many replicas, of what size, and what asks for more."""
 
@@ -25,13 +29,13 @@ class Fleet(BaseModel):
 
     min_replicas: int = Field(1, ge=1, description="Replicas at the least; from none, a first caller would wait long.")
     max_replicas: int = Field(4, ge=1, description="Replicas at the most.")
-    num_cpus: float = Field(1, ge=0, description="Cores that Ray sets aside for a replica.")
-    num_gpus: float = Field(0, ge=0, description="GPUs that Ray sets aside for a replica.")
-    target_waiting: float = Field(8, gt=0, description="Waiting requests for each replica; more ask for more replicas.")
-    target_fill: float = Field(0.7, gt=0, le=1, description="How full ticks may be for fewer replicas to do.")
-    window_seconds: float = Field(20, gt=0, description="What the two are averaged over.")
-    upscale_seconds: float = Field(10, ge=0, description="How long more must be wanted.")
-    downscale_seconds: float = Field(120, ge=0, description="How long fewer must be wanted.")
+    num_cpus: Finite = Field(1, ge=0, description="Cores that Ray sets aside for a replica.")
+    num_gpus: Finite = Field(0, ge=0, description="GPUs that Ray sets aside for a replica.")
+    target_waiting: Finite = Field(8, gt=0, description="Waiting requests for each replica; more want more replicas.")
+    target_fill: Finite = Field(0.7, gt=0, le=1, description="How full ticks may be for fewer replicas to do.")
+    window_seconds: Finite = Field(20, gt=0, description="What the two are averaged over.")
+    upscale_seconds: Finite = Field(10, ge=0, description="How long more must be wanted.")
+    downscale_seconds: Finite = Field(120, ge=0, description="How long fewer must be wanted.")
 
     @model_validator(mode="after")
     def _is_a_range(self) -> Fleet:
@@ -65,6 +69,11 @@ def _read_fleet(arguments: Mapping[str, object]) -> Fleet:
     except ValidationError as error:
         faults = (": ".join([*map(str, fault["loc"]), fault["msg"]]) for fault in error.errors())
         raise SettingsError("; ".join(faults)) from None
+
+
+def n_batches(settings: Settings) -> int:
+    """Batches of one replica, on all of its devices."""
+    return max(1, settings.replicas) * len(settings.device_names)
 
 
 def _batches(settings: Settings, fleet: Fleet) -> int:

@@ -20,6 +20,7 @@ from service.hosting import Host
 from service.lifecycle import Lifecycle
 from service.ray_serve.edge import Edge
 from service.ray_serve.metering import RayBoard, ReplicaMetrics
+from service.ray_serve.options import n_batches
 from service.ray_serve.rpc import Encoded, ServeCalls, ServeContext
 from service.ray_serve.scaling import FILL, WAITING
 from service.rest.app import create_app
@@ -89,7 +90,7 @@ class Replica:
             raise EngineFailed("the engine has failed twice in a minute")
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        return {WAITING: self._host.waiting, FILL: self._metrics.fill(max(1, self._settings.replicas))}
+        return {WAITING: self._host.waiting, FILL: self._metrics.fill(n_batches(self._settings))}
 
     async def __del__(self) -> None:
         """What is left when Serve's grace period is over is refused in words instead of cut off."""

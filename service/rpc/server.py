@@ -13,6 +13,7 @@ from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 from grpc_reflection.v1alpha import reflection
 
 from service.access import ApiKey
+from service.addresses import address
 from service.lifecycle import Lifecycle
 from service.metrics import Metrics
 from service.rpc.access import Door
@@ -93,9 +94,9 @@ class RpcServer:
         try:
             if not self._shares_port:
                 _try_out(host, port)
-            self.port = self._server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+            self.port = self._server.add_insecure_port(address(host, port))
         except (OSError, RuntimeError) as error:
-            raise OSError(f"cannot listen on {host}:{port}: {error}") from None
+            raise OSError(f"cannot listen on {address(host, port)}: {error}") from None
         await self._server.start()
 
     async def _keep(self, host: str) -> None:

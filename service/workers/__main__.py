@@ -12,7 +12,7 @@ from pathlib import Path
 from service import logs, loop
 from service.settings import Settings
 from service.signals import asked_to_end
-from service.tracing import NotInstalledError
+from service.tracing import TracingError
 from service.workers.children import BAD_INPUT, CANNOT_START, CRASHED, Orders, end_with_parent
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ def main() -> int:
     logs.configure(settings.log_level, settings.log_format)
     try:
         return loop.run(run(orders, settings))
-    except NotInstalledError as error:
+    except TracingError as error:
         return complain(error, BAD_INPUT)
     except OSError as error:
         return complain(error, CANNOT_START)

@@ -43,8 +43,9 @@ class WorkerMetrics(Metrics):
         self._link = link
         self._asked = 0
 
-    def report(self, asked: int = 0) -> Report:
-        self._asked = max(asked, self._asked)
+    def report(self, asked: int | None = None) -> Report:
+        if asked is not None:  # a new engine counts from the start
+            self._asked = asked
         families = list(self.registry.collect())
         return Report(self._asked, _samples(families, _counts), _samples(families, _adds_up))
 

@@ -18,15 +18,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from service.addresses import address
 from service.engine.engine import FATAL_WINDOW_SECONDS
 from service.settings import Settings
 from service.signals import asked_to_end, on_hangup
-from service.workers.children import BAD_INPUT, CANNOT_START, Child, Orders, Role
+from service.workers.children import BAD_INPUT, CANNOT_START, CRASHED, Child, Orders, Role
 
 log = logging.getLogger(__name__)
 
 MAX_WORKER_DEATHS = 10
 """More in a minute end the server: whatever is wrong, births do not cure it."""
+MAX_CRASHES = 3
+"""So many times in a row the same worker has crashed soon after its birth: a defect, which ends the server."""
 BIRTHS = 20
 """So often a child is tried to be started when the machine has no room for a process."""
 PAUSE_SECONDS = 0.5
@@ -110,13 +113,18 @@ class Crew:
             died = now
 
     async def _keep(self, slot: int) -> int:
-        n_before = 0
+        n_before = n_crashes = 0
         while True:
+            born = time.monotonic()
             self._workers[slot] = worker = await self._start("worker", f"{slot}.{n_before}")
             status = await worker.wait()
             if status in (CANNOT_START, BAD_INPUT):
                 return status
             now = time.monotonic()
+            n_crashes = n_crashes + 1 if status == CRASHED and now - born < FATAL_WINDOW_SECONDS else 0
+            if n_crashes == MAX_CRASHES:
+                log.critical("%s has crashed %d times in a row: ending the server", worker.name, n_crashes)
+                return 1
             if len(self._deaths) == MAX_WORKER_DEATHS and now - self._deaths[0] < FATAL_WINDOW_SECONDS:
                 log.critical("more than %d workers have ended in a minute: ending the server", MAX_WORKER_DEATHS)
                 return 1
@@ -159,7 +167,7 @@ def _holder(host: str, port: int) -> socket.socket:
             port = alone.getsockname()[1]
         return _bound_once_free(host, port)
     except OSError as error:
-        raise OSError(f"cannot listen on {host}:{port}: {error}") from error
+        raise OSError(f"cannot listen on {address(host, port)}: {error}") from error
 
 
 def _bound_once_free(host: str, port: int) -> socket.socket:

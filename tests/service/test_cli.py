@@ -90,6 +90,17 @@ def test_interactive_reads_until_it_is_told_to_end(
     assert printed.err.count("\n") == 1, "the bad line is named, and the session goes on"
 
 
+def test_a_typed_line_that_is_no_text_is_left_out(
+    checkpoint: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = io.BytesIO(b"the [MASK]\nbad \xff\nfox [MASK]\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(typed, encoding="utf-8", errors="strict"))
+    assert denoise([*checkpoint, "--interactive"]) == 0
+    printed = capsys.readouterr()
+    assert [found[0] for found in OUTPUT.findall(printed.out)] == ["the [MASK]", "fox [MASK]"]
+    assert printed.err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

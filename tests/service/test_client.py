@@ -8,6 +8,7 @@ import pytest
 
 from service.client import AsyncClient, Client, ProblemError
 from service.errors import Internal
+from service.schema import DenoiseAnswer, TimingMs
 from tests.fakes import Service
 
 
@@ -114,3 +115,36 @@ async def test_an_answer_that_is_none_is_the_wires_fault() -> None:
 def test_one_text_is_no_batch(items: Any) -> None:
     with Client("http://rdt") as client, pytest.raises(TypeError, match="want several texts"):
         client.denoise_batch(items)
+
+
+async def test_a_caller_is_waited_for_as_long_as_it_allows() -> None:
+    waited: list[float] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        waited.append(request.extensions["timeout"]["read"])
+        return httpx.Response(503, text="down")
+
+    transport = httpx.MockTransport(answer)
+    with Client("http://rdt", timeout_seconds=10, transport=transport) as client:
+        for options in ({}, {"timeout_ms": 90_000}, {"timeout_ms": 10}, {"timeout_ms": "soon"}, {"timeout_ms": None}):
+            with pytest.raises(ProblemError):
+                client.denoise("a", **options)
+        with pytest.raises(ProblemError):
+            next(client.denoise_stream("a", timeout_ms=90_000))
+    async with AsyncClient("http://rdt", timeout_seconds=10, transport=transport) as client:
+        with pytest.raises(ProblemError):
+            await client.denoise_batch(["a"], timeout_ms=90_000)
+    assert waited == [10, 95, 10, 10, 10, 95, 95]
+
+
+def test_events_of_a_later_server_and_of_a_proxy_are_read() -> None:
+    """Names that are not known are left out, and lines may end in two characters."""
+    answer = DenoiseAnswer(
+        text="a", steps=1, max_steps=1, halt_reason="gate", level=0.0, restored=[], trace=None,
+        timing_ms=TimingMs(queue=0, compute=0, total=0), model="m",
+    )  # fmt: skip
+    content = f"event: weather\r\ndata: {{}}\r\n\r\nevent: answer\r\ndata: {answer.model_dump_json()}\r\n\r\n"
+    with Client("http://rdt", transport=httpx.MockTransport(lambda _: httpx.Response(200, text=content))) as client:
+        stream = client.denoise_stream("a")
+        assert next(stream) == answer
+        stream.close()

@@ -26,7 +26,7 @@ with warnings.catch_warnings():
     from service.ray_serve import metering
     from service.ray_serve.application import application, max_ongoing
     from service.ray_serve.metering import Board, RayBoard, ReplicaMetrics, merge
-    from service.ray_serve.options import read_arguments
+    from service.ray_serve.options import n_batches, read_arguments
     from service.ray_serve.replica import EngineFailed, Replica
     from service.ray_serve.scaling import WaitingPolicy, wanted
 
@@ -180,6 +180,17 @@ def test_arguments_come_before_the_environment(monkeypatch: pytest.MonkeyPatch) 
     settings, fleet = read_arguments({"max_waiting": "5", "checkpoint": "a.pt", "max_replicas": "9"})
     assert (settings.max_waiting, settings.token_budget, fleet.max_replicas) == (5, 77, 9)
     assert settings.checkpoint.is_absolute(), "a replica's folder is another"
+
+
+def test_every_device_of_a_replica_computes_batches_of_its_own() -> None:
+    settings, fleet = read_arguments({"num_gpus": 2, "devices": "0,1", "max_waiting": 100, "max_live": 50})
+    assert n_batches(settings) == 2
+    assert max_ongoing(settings, fleet) > 100 + 2 * 50
+
+
+def test_what_is_not_finite_is_named() -> None:
+    with pytest.raises(SettingsError, match="num_cpus: Input should be a finite number"):
+        read_arguments({"num_cpus": float("inf")})
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from service import cli
+from service.addresses import address
 from service.client import AsyncClient, ProblemError
 from service.loading import pick_device
-from service.runtime import address, listen, serve
+from service.runtime import listen, serve
 from service.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("_log_everything")

@@ -13,7 +13,7 @@ import pytest
 
 from rdt_core import ModelConfig, Tokenizer
 from service import cli
-from service.tracing import NO_TRACER, NotInstalledError, Tracer, open_tracer
+from service.tracing import NO_TRACER, Tracer, TracingError, open_tracer
 from tests.fakes import Service
 
 pytest.importorskip("opentelemetry.exporter.otlp.proto.grpc", reason="needs the extra otel")
@@ -95,7 +95,24 @@ def without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_endpoint_without_the_extra_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     without_the_extra(monkeypatch)
-    with pytest.raises(NotInstalledError, match=r"pip install '\.\[otel\]'"):
+    with pytest.raises(TracingError, match=r"pip install '\.\[otel\]'"):
+        open_tracer("http://127.0.0.1:4317")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("OTEL_BSP_MAX_QUEUE_SIZE", "1"),
+        ("OTEL_EXPORTER_OTLP_TIMEOUT", "abc"),
+        ("OTEL_EXPORTER_OTLP_COMPRESSION", "foo"),
+        ("OTEL_SPAN_EVENT_COUNT_LIMIT", "abc"),
+    ],
+)
+def test_a_variable_that_the_library_cannot_read_is_a_bad_setting(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(TracingError, match=r"look at the OTEL_\* variables: "):
         open_tracer("http://127.0.0.1:4317")
 
 

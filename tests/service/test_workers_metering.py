@@ -148,6 +148,17 @@ async def test_a_new_engine_shows_no_less_than_the_last(
         assert (last[OK], last[TICKS]) == (4, 4)
 
 
+async def test_a_report_is_for_the_engine_that_asks(fleet: Fleet) -> None:
+    """A new one counts from the start: with the number of the one before, any report would pass for an answer."""
+    metrics = (await fleet.worker()).metrics
+    assert [metrics.report(9).asked, metrics.report().asked, metrics.report(1).asked, metrics.report().asked] == [
+        9,
+        9,
+        1,
+        1,
+    ]
+
+
 async def test_a_scrape_waits_for_workers_that_should_be_there(fleet: Fleet) -> None:
     """After the death of an engine they come back one by one."""
     fleet.server._ledger._n_workers = 2

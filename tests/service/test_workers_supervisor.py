@@ -11,13 +11,14 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from pydantic import SecretStr
 
 from service.settings import Settings
 from service.workers import supervisor
-from service.workers.children import CANNOT_START, ENGINE_FAILED, Child, Orders, end_with_parent
+from service.workers.children import CANNOT_START, CRASHED, ENGINE_FAILED, Child, Orders, end_with_parent
 from service.workers.supervisor import MAX_WORKER_DEATHS, Crew, reserved
 from tests.service.fleet import until
 
@@ -136,6 +137,30 @@ async def test_workers_that_die_again_and_again_end_the_server(life: Life) -> No
     for turn in range(MAX_WORKER_DEATHS + 1):
         (await life.has(f"worker 0.{turn}")).die(-11)
     assert await life.work == 1
+
+
+async def test_a_worker_that_crashes_at_every_start_ends_the_server_however_long_it_takes(
+    life: Life, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(supervisor, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    for turn in range(3):
+        worker = await life.has(f"worker 0.{turn}")
+        now[0] += 27
+        worker.die(CRASHED)
+    assert await life.work == 1
+
+
+async def test_crashes_that_lie_apart_do_not(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(supervisor, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    for turn, (status, seconds) in enumerate([(CRASHED, 9), (CRASHED, 9), (-9, 9), (CRASHED, 9), (CRASHED, 900)]):
+        worker = await life.has(f"worker 0.{turn}")
+        now[0] += seconds
+        worker.die(status)
+    await life.has("worker 0.5")
+    life.stopped.set()
+    assert await life.work == 0
 
 
 @pytest.mark.parametrize("status", [ENGINE_FAILED, -9, 0])

@@ -1,0 +1,18 @@
+"""Where to listen, in words."""
+
+from __future__ import annotations
+
+import ipaddress
+
+
+def address(host: str, port: int) -> str:
+    """As URLs write it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether it is reached from this machine only. A name is taken for one that is not."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -19,7 +19,7 @@ from service.engine.eager import EagerBackend
 from service.engine.scheduler import Scheduler, SchedulerLimits
 from service.engine.types import Job, Result
 
-STATIC_SIZES = (4, 8, 16, 32)
+STATIC_SIZES = (1, 2, 4, 8, 16, 32)
 
 
 def loop(model: RDT, jobs: Sequence[Job]) -> None:

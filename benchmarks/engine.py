@@ -21,13 +21,15 @@ from typing import Any
 import torch
 
 from benchmarks import contenders, record
-from benchmarks.workloads import WORKLOADS, gate_jobs, make_jobs
+from benchmarks.workloads import WORKLOADS, gate_jobs, make_jobs, settle_jobs
 from rdt_core import PRESETS, RDT, Tokenizer, checkpoint
 from rdt_core.precision import PRECISIONS, Precision, prepare
 from service.engine.types import Job
 
 PEAK_ROWS, PEAK_REPEATS = 512, 20
 GATE_PARAGRAPHS = 1000
+BY_THE_MODEL = ("gate", "settle")
+"""Workloads whose depths are not known before they have run."""
 
 Run = Callable[[], None]
 
@@ -58,6 +60,8 @@ class Weights:
 
     def jobs(self, workload: str, options: argparse.Namespace) -> list[Job]:
         config = self.model.config
+        if workload == "settle":
+            return settle_jobs(options.requests, config.vocab_size)
         if workload != "gate":
             return make_jobs(workload, options.requests, config.vocab_size)
         if self.tokenizer is None or options.text is None:
@@ -81,9 +85,12 @@ def matrix_peak(model: RDT) -> float:
 
 
 def runs_of(weights: Weights, jobs: Sequence[Job], known: Sequence[Job], options: argparse.Namespace) -> dict[str, Run]:
-    """Every contender. `known` are the jobs with their depths given away, which static batches are told."""
+    """Every contender. `known` are the jobs with their depths given away, which static batches are told.
+
+    Static batches do not settle, so where that is asked for the loop is the only rival.
+    """
     runs: dict[str, Run] = {"loop": partial(contenders.loop, weights.model, jobs)}
-    for size in contenders.STATIC_SIZES:
+    for size in contenders.STATIC_SIZES if jobs[0].halting == "gate" else ():
         runs[f"static {size}"] = partial(contenders.static, weights.model, known, size)
         runs[f"sorted {size}"] = partial(contenders.static, weights.model, contenders.by_cost(known), size)
     for precision, model in weights.models.items():
@@ -95,7 +102,7 @@ def runs_of(weights: Weights, jobs: Sequence[Job], known: Sequence[Job], options
 def measure(weights: Weights, workload: str, options: argparse.Namespace) -> dict[str, Any]:
     """All contenders on one workload: medians over rounds, ratios within a round."""
     jobs = weights.jobs(workload, options)
-    known = contenders.with_depths(weights.model, jobs) if workload == "gate" else jobs
+    known = contenders.with_depths(weights.model, jobs) if workload in BY_THE_MODEL else jobs
     runs = runs_of(weights, jobs, known, options)
     for run in runs_of(weights, jobs[:8], known[:8], options).values():
         run()  # what is first pays for memory and for kernels that are made when they are met
@@ -119,13 +126,13 @@ def figures(
     model: RDT, workload: str, known: Sequence[Job], taken: dict[str, list[float]], peaks: list[float]
 ) -> dict[str, Any]:
     static, by_cost = _best("static", taken), _best("sorted", taken)
-    names = ["loop", static, by_cost, *(name for name in taken if name.startswith("ours"))]
+    names = ["loop", *filter(None, (static, by_cost)), *(name for name in taken if name.startswith("ours"))]
     ratio = {
         name: statistics.median(theirs / ours for theirs, ours in zip(taken[name], taken["ours"], strict=True))
         for name in names
     }
     useful = contenders.useful_flops(model, known)
-    gain = contenders.static_flops(model, known, int(static.split()[1])) / useful
+    gain = contenders.static_flops(model, known, int(static.split()[1])) / useful if static else None
     return {
         "workload": workload,
         "mean_depth": round(statistics.mean(job.max_steps for job in known), 2),
@@ -134,8 +141,8 @@ def figures(
         "ours_over": {name: round(value, 3) for name, value in ratio.items() if name != "ours"},
         "useful_share_of_peak": round(useful / statistics.median(taken["ours"]) / statistics.median(peaks), 3),
         "peak_gflops": round(statistics.median(peaks) / 1e9, 1),
-        "theoretical_over_static": round(gain, 3),
-        "realised_over_theoretical": round(ratio[static] / gain, 3),
+        "theoretical_over_static": round(gain, 3) if gain else None,
+        "realised_over_theoretical": round(ratio[static] / gain, 3) if static and gain else None,
     }
 
 
@@ -151,10 +158,9 @@ def table(results: Sequence[dict[str, Any]]) -> str:
             row["workload"],
             f"{row['requests_per_second']['ours']:.1f}",
             f"{over['loop']:.2f}",
-            f"{over['static']:.2f} (of {sizes['static']})",
-            f"{over['sorted']:.2f} (of {sizes['sorted']})",
+            *(f"{over[kind]:.2f} (of {sizes[kind]})" if kind in over else "" for kind in ("static", "sorted")),
             f"{row['useful_share_of_peak']:.0%}",
-            f"{row['realised_over_theoretical']:.2f}",
+            f"{realised:.2f}" if (realised := row["realised_over_theoretical"]) else "",
             *(f"{faster[name]:.2f}x" if name in faster else "" for name in ("bf16", "int8")),
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -167,14 +173,15 @@ def seconds(run: Run) -> float:
     return time.perf_counter() - began
 
 
-def _best(kind: str, taken: dict[str, list[float]]) -> str:
-    return min((name for name in taken if name.startswith(kind)), key=lambda name: taken[name][0])
+def _best(kind: str, taken: dict[str, list[float]]) -> str | None:
+    """The quickest of a kind in the first round; None where there is none of it."""
+    return min((name for name in taken if name.startswith(kind)), key=lambda name: taken[name][0], default=None)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="base", help=f"a checkpoint, or random weights of {', '.join(PRESETS)}")
-    parser.add_argument("--workloads", nargs="+", choices=(*WORKLOADS, "gate"), default=list(WORKLOADS))
+    parser.add_argument("--workloads", nargs="+", choices=(*WORKLOADS, *BY_THE_MODEL), default=list(WORKLOADS))
     parser.add_argument("--text", type=Path, help="a .txt or .txt.xz file, for the gate workload")
     parser.add_argument("--threshold", type=float, default=0.1, help="of the gate workload (default: %(default)s)")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["fp32", "bf16", "int8"])

@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -174,6 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", type=Path, default=BUNDLED)
     record.add_arguments(parser)
     options = parser.parse_args(given)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server is stopped then, too
 
     tokenizer = Tokenizer(checkpoint.read(options.weights).tokenizer)
     requests = [replace(request, max_steps=1) for request in texts("mixed", options.requests, tokenizer)]

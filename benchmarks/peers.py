@@ -74,7 +74,7 @@ class Round:
 def sweep(name: str, weights: Path, requests: Sequence[Request], concurrency: int) -> dict[Setting, float]:
     """Requests a second of the settings tried. Each knob is turned with those before it at their best."""
     tried: dict[Setting, float] = {}
-    best = Setting()
+    best = Setting(batch_size=1)
     for knob in KNOBS:
         for setting in (replace(best, **values) for values in knob):
             if setting not in tried:
@@ -91,7 +91,8 @@ def measure(
 
     async def measured(url: str) -> Round:
         async with rest_sender(url) as send:
-            await saturate(send, [FIRST] * max(concurrencies), max(concurrencies))
+            n = max(concurrencies)
+            await saturate(send, [*[FIRST] * n, *requests[:n]], n)
             samples = await drive(send, requests[: len(arrivals)], arrivals)
             return Round({n: await rate(send, requests, n) for n in concurrencies}, samples)
 

@@ -56,7 +56,15 @@ class Replay:
 
     @classmethod
     def of(cls, result: Mapping[str, Any], limits: SchedulerLimits, vocab_size: int) -> Replay:
-        """`vocab_size` is the tokenizer's: the jobs are drawn with it."""
+        """`vocab_size` is the tokenizer's: the jobs are drawn with it.
+
+        Raises `ValueError` for a result that is of something else than is simulated: one batch, under several loads.
+        """
+        flags = result["options"].get("server_flags", [])
+        if not any(flag.startswith("--replicas=1") for flag in flags) or not all(
+            figures["levels"] for figures in result["transports"].values()
+        ):
+            raise ValueError("want a result of benchmarks.serve with --replicas=1 and with levels")
         jobs = make_jobs(result["options"]["workload"], result["options"]["requests"], vocab_size)
         return cls(result, [Arrival(0.0, job, sum(job.masked)) for job in jobs], limits)
 
@@ -76,7 +84,8 @@ class Replay:
         """The pace at which simulated ticks take as long as the level's, found by bisection."""
         from benchmarks.load import poisson  # noqa: PLC0415 - comes with torch, which a simulation does not need
 
-        times = poisson(rate, level["requests"])
+        # A level of a given time counts nothing of its first tenth; here all is counted.
+        times = poisson(rate, level.get("sent", level["requests"]))
         arrivals = [job._replace(time=time) for job, time in zip(cycle(self.jobs), times, strict=False)]
         low, high = 1 / SLOWEST, SLOWEST
         for _ in range(HALVINGS):

@@ -144,7 +144,8 @@ async def level(bench: Bench, send: Send[Request], share: float, rate: float, bo
     spent = {name: after[name] - before[name] for name in after}
     figures = {
         "share": share,
-        **summary(settled(samples, bench.options.seconds / 10), bound),
+        "sent": n,
+        **summary(settled(samples, bench.options.seconds / 10) or samples, bound),
         "mean_tick_tokens": round(spent["tokens_sum"] / spent["tokens_count"], 1),
         "mean_tick_ms": round(spent["duration_seconds_sum"] / spent["duration_seconds_count"] * 1e3, 2),
     }

@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import signal
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -112,6 +114,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     record.add_arguments(parser)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers are stopped then, too
     with ExitStack() as stack:
         weights = weights_of(options.model, stack.enter_context(tempfile.TemporaryDirectory()))
         requests = texts(options.workload, options.requests, checkpoint.load(weights).tokenizer)

@@ -9,6 +9,7 @@ at 10 % masking to 13.8 at 90 %.
     bimodal  four in five shallow, the others deep
     deep     every request deep and equally long: nothing to gain, so whatever is lost is overhead
     gate     real text, depths by the model's own gate (`gate_jobs`)
+    settle   as mixed, written back pass by pass; where there are fewer masks than passes, in fewer (`settle_jobs`)
 """
 
 from __future__ import annotations
@@ -98,6 +99,11 @@ def gate_jobs(tokens: Sequence[int], n: int, threshold: float, max_steps: int, s
         job = _masked(list(tokens[start : start + shape.length - 2]), shape, rng)
         jobs.append(replace(job, max_steps=max_steps, threshold=threshold))
     return jobs
+
+
+def settle_jobs(n: int, vocab_size: int, seed: int = 0) -> list[Job]:
+    """The requests of `mixed`, each settling evenly over its passes (a threshold of 0 leaves only what is due)."""
+    return [replace(job, halting="settle") for job in make_jobs("mixed", n, vocab_size, seed)]
 
 
 def _masked(words: list[int], shape: Shape, rng: random.Random) -> Job:

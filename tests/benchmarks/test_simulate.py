@@ -198,7 +198,7 @@ def test_a_result_that_was_simulated_is_met_again() -> None:
              "p50_ms": half.latency_ms["p50"], "p99_ms": half.latency_ms["p99"],
              "mean_tick_tokens": half.mean_tick_tokens}  # fmt: skip
     result = {
-        "options": {"workload": "easy", "requests": 40},
+        "options": {"workload": "easy", "requests": 40, "server_flags": ["--replicas=1"]},
         "front_end": {"rest": {"added_ms": 0.0}},
         "transports": {"rest": {"capacity_per_second": full.throughput, "concurrency": 8, "levels": [level]}},
     }
@@ -208,6 +208,13 @@ def test_a_result_that_was_simulated_is_met_again() -> None:
     assert not pace.good
     assert len(others) == 5
     assert all(each.error == pytest.approx(0.0, abs=0.002) for each in others)
+
+
+@pytest.mark.parametrize(("flags", "levels"), [([], [{"share": 0.5}]), (["--replicas=1"], [])])
+def test_a_result_of_something_else_is_refused(flags: list[str], levels: list[dict[str, float]]) -> None:
+    options = {"workload": "easy", "requests": 4, "server_flags": flags}
+    with pytest.raises(ValueError, match=r"want a result of benchmarks\.serve with --replicas=1 and with levels"):
+        Replay.of({"options": options, "transports": {"rest": {"levels": levels}}}, LIMITS, vocab_size=2000)
 
 
 def test_only_what_is_promised_is_judged() -> None:

@@ -1,0 +1,27 @@
+"""That the engine's rivals are met at their best, and that settling can be measured."""
+
+from __future__ import annotations
+
+import argparse
+
+from benchmarks import contenders, engine
+from benchmarks.workloads import settle_jobs
+from rdt_core import RDT
+
+
+def test_requests_that_settle_are_measured_against_the_loop_alone() -> None:
+    model = RDT(vocab_size=1200, d_model=16, n_heads=2, n_encoder_layers=1, d_ff=16, max_seq_len=512).eval()
+    jobs = settle_jobs(4, model.config.vocab_size)
+    assert {job.halting for job in jobs} == {"settle"}
+    known = contenders.with_depths(model, jobs)
+    assert all(told.max_steps <= job.max_steps for told, job in zip(known, jobs, strict=True))
+    weights = engine.Weights({"fp32": model}, None)
+    runs = engine.runs_of(weights, jobs, known, argparse.Namespace(token_budget=512, max_live=8))
+    assert set(runs) == {"loop", "ours"}, "nobody else settles"
+    row = engine.figures(model, "settle", known, {name: [engine.seconds(run)] for name, run in runs.items()}, [1e9])
+    assert row["theoretical_over_static"] is None
+    assert engine.table([row]).count("\n") == 2
+
+
+def test_static_batches_are_tried_in_every_size_from_one() -> None:
+    assert contenders.STATIC_SIZES[0] == 1

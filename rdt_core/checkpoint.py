@@ -145,7 +145,7 @@ def export_release(
     defaults: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float16,
 ) -> None:
-    """Write the weights alone, in half precision: what is served, without what training needs.
+    """Write the weights alone, as `dtype`: what is served, without what training needs.
 
     `defaults` replaces fields of the model's configuration (`halting`, `max_steps`, `threshold`).
     Raises `CheckpointError` for the source, `ValueError` for a default out of range and for a target that is the
@@ -155,7 +155,7 @@ def export_release(
         raise ValueError(f"{target} is the checkpoint itself: a release would take from it what training needs")
     if not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}: want a floating point format")
-    for default in set(defaults or {}) - set(REQUEST_DEFAULTS):
+    for default in sorted(set(defaults or {}) - set(REQUEST_DEFAULTS)):
         raise ValueError(f"{default} is no default of requests: want {', '.join(REQUEST_DEFAULTS)}")
     checkpoint = read(source)
     released = model_config(source, checkpoint).with_changes(**(defaults or {}))

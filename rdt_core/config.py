@@ -45,9 +45,10 @@ class ModelConfig:
     dropout: float = 0.1
     max_seq_len: int = 512
     decoder_type: DecoderType = "linear"
-    """What is between the hidden state and the vocabulary: a norm; BERT's dense layer and a norm; layers and a norm."""
+    """What comes before the vocabulary. `linear`: a norm; `dense`: BERT's dense layer, GELU and a norm; `transformer`:
+    `n_decoder_layers` layers and a norm."""
     norm: Norm = "pre"
-    """Where a layer norms: what its branches read, or, as BERT does, what they are added to."""
+    """`pre`: each residual branch reads what was normed; `post`, as in BERT: the sum after each branch is normed."""
     positions: Positions = "rotary"
     """`learned`: a table of `max_seq_len` rows, added once, before the first pass."""
     gate_hidden_dim: int = 256

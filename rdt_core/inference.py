@@ -57,7 +57,7 @@ def restore(
     Options default to the model's own. `observe(step, level, state)` is called after every pass.
     `decode_all` reads every row at the end, not only the masked ones. Once `out_of_time()` is true, what
     is there is decoded and answered. Raises `ValueError` for tokens and masks that are none, a sequence longer
-    than `max_seq_len`, or an option out of range.
+    than `max_seq_len`, an option out of range, or a model that drops out, as in training.
     """
     config = model.config
     max_steps = config.max_steps if max_steps is None else max_steps
@@ -145,6 +145,8 @@ def _check_text(model: RDT, tokens: Tensor, masked: Tensor) -> None:
     config = model.config
     if tokens.ndim != 1 or tokens.is_floating_point():
         raise ValueError(f"tokens is {tokens.dtype} of shape {tuple(tokens.shape)}: want whole numbers of shape (L,)")
+    if model.training and config.dropout > 0:
+        raise ValueError("the model is in training mode and drops out: call eval() on it first")
     if not 1 <= len(tokens) <= config.max_seq_len:
         raise ValueError(f"tokens has length {len(tokens)}: want 1 to max_seq_len = {config.max_seq_len}")
     if masked.dtype != torch.bool or masked.shape != tokens.shape:

@@ -203,7 +203,7 @@ class RDT(nn.Module):
         return states
 
     def inference(self, tokens: Tensor, masked: Tensor, **options: Any) -> Restoration:
-        """Restore one sequence, halting by the gate: see `rdt_core.inference.restore`."""
+        """Restore one sequence; options as in `rdt_core.inference.restore`."""
         from rdt_core.inference import restore  # noqa: PLC0415 - the reference is written in terms of this class
 
         return restore(self, tokens, masked, **options)

@@ -92,6 +92,10 @@ class Tokenizer:
         """Tokens that are never masked and never a target: padding, unknown, start, end, mask."""
         return frozenset((self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id))
 
+    def write(self, encoding: Encoding, tokens: Mapping[int, int]) -> str:
+        """The encoded text with the tokens of some rows (row -> token) written in, every other character as it was."""
+        return fill(encoding, {row: self.piece(token) for row, token in tokens.items()})[0]
+
     def piece(self, token_id: int) -> str:
         """The word piece of a token, with its `##` if it continues a word."""
         piece = self._pieces.get(token_id)

@@ -20,7 +20,7 @@ from service.signals import hangup_held
 from service.tracing import TracingError
 
 if TYPE_CHECKING:
-    from service.local import Reading
+    from service.local import LocalAnswer
 
 EXIT_BAD_INPUT = 2
 
@@ -74,7 +74,7 @@ def denoise(arguments: Sequence[str] | None = None) -> int:
         status = 0
         for place, text in _texts(options):
             try:
-                _print_reading(text, denoiser.denoise({"text": text, **wanted}))
+                _print_answer(text, denoiser.denoise(text, **wanted))
             except ServiceError as error:
                 complaint = _complain("rdt-denoise", f"{place}{error}", EXIT_BAD_INPUT)
                 status = status if options.interactive else complaint
@@ -136,10 +136,10 @@ def _typed_lines() -> Iterator[str]:
             yield line
 
 
-def _print_reading(text: str, reading: Reading) -> None:
+def _print_answer(text: str, answer: LocalAnswer) -> None:
     print(f"Input: {text}")
-    print(f"Output: {reading.text}")
-    print(f"Steps: {reading.steps}/{reading.max_steps}", flush=True)
+    print(f"Output: {answer.text}")
+    print(f"Steps: {answer.steps}/{answer.max_steps}", flush=True)
 
 
 def _complain(program: str, problem: object, status: int) -> int:

@@ -17,7 +17,7 @@ MAX_STEPS = 1000
 
 
 @dataclass(frozen=True)
-class Reading:
+class LocalAnswer:
     text: str
     steps: int
     max_steps: int
@@ -30,11 +30,14 @@ class LocalDenoiser:
         self._loaded = load_model(checkpoint, device_name)
         self._limits = Limits(self._loaded.model.config.max_seq_len, MAX_STEPS, max_top_k=0)
 
-    def denoise(self, fields: dict[str, object]) -> Reading:
-        """One request, as plain values. Raises `InvalidArgument` and `TooLarge`."""
+    def denoise(
+        self, text: str, max_steps: int | None = None, threshold: float | None = None, halting: str | None = None
+    ) -> LocalAnswer:
+        """None asks for the checkpoint's own. Raises `InvalidArgument` and `TooLarge`."""
+        fields = {"text": text, "max_steps": max_steps, "threshold": threshold, "halting": halting}
         request = read_request(fields, self._limits)
         model, tokenizer = self._loaded.model, self._loaded.tokenizer
         encoding = encode(request.text, tokenizer, self._limits)
         job = build_job(request, encoding, model.config, self._limits)
         result = run_reference(model, job)
-        return Reading(write_back(encoding, result, tokenizer).text, result.steps, job.max_steps)
+        return LocalAnswer(write_back(encoding, result, tokenizer).text, result.steps, job.max_steps)

@@ -61,14 +61,14 @@ def hide(encoding: Encoding, tokenizer: Tokenizer, ratio: float, seed: int) -> E
 
 
 @dataclass(frozen=True)
-class Restoration:
+class WrittenText:
     """The text with the model's tokens written in, and which characters they are."""
 
     text: str
     restored: list[Restored]
 
 
-def write_back(encoding: Encoding, result: Result, tokenizer: Tokenizer, *, rewrite: bool = False) -> Restoration:
+def write_back(encoding: Encoding, result: Result, tokenizer: Tokenizer, *, rewrite: bool = False) -> WrittenText:
     """Fill the masks, and leave every other character as it was sent.
 
     With `rewrite`, visible tokens that the model reads differently are written over too.
@@ -83,7 +83,7 @@ def write_back(encoding: Encoding, result: Result, tokenizer: Tokenizer, *, rewr
             for token, probability in result.candidates[index]
         ]
         restored.append(Restored(start, end, piece, result.probabilities[index], result.fixed_at[index], candidates))
-    return Restoration(text, restored)
+    return WrittenText(text, restored)
 
 
 class Draft:

@@ -85,7 +85,9 @@ def test_the_python_examples_run(tmp_path: Path) -> None:
         served = run([sys.executable, "-c", client.replace("http://127.0.0.1:8000", running.url)]).splitlines()
     assert re.fullmatch(r"The album was \w+ in 2004 and received positive \w+ from critics\. 2", served[0])
     assert len(served) == 4, "an answer, two passes, and the answer again"
-    assert re.fullmatch(r"\['\w+', '\w+'\] 2 \[\d\.\d+, \d\.\d+\]\n", run([sys.executable, "-c", alone]))
+    assert re.fullmatch(
+        r"The album was \w+ in 2004 .* from critics\. 2 \[\d\.\d+, \d\.\d+\]\n", run([sys.executable, "-c", alone])
+    )
 
 
 def test_the_training_commands_train_and_evaluate(tmp_path: Path) -> None:

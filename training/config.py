@@ -152,7 +152,7 @@ class TrainConfig:
         return asdict(self)
 
 
-NO_MATTER = ("data.num_workers", "data.pin_memory", "data.cache_dir", "output.log_dir", "output.log_every_n_steps")
+IMMATERIAL = ("data.num_workers", "data.pin_memory", "data.cache_dir", "output.log_dir", "output.log_every_n_steps")
 """Settings that change nothing but how, and how fast."""
 
 
@@ -163,7 +163,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
         key, old, new = prefix + name, before[name], now[name]
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             found += differences(old, new, f"{key}.")
-        elif old != new and key not in NO_MATTER:
+        elif old != new and key not in IMMATERIAL:
             found.append(f"{key} {old} -> {new}")
     return found
 

@@ -162,6 +162,6 @@ def passes_left(will_change: Tensor, sequences: Tensor, n_sequences: int, change
     counts = torch.bincount(sequences, minlength=n_sequences).clamp(min=1)
     changing = will_change.new_zeros(n_passes, n_sequences).index_add_(1, sequences, will_change)
     unsettled = changing / counts > change_share  # (P, N)
-    last_unsettled = (unsettled * torch.arange(1, n_passes + 1, device=unsettled.device)[:, None]).amax(0)  # (N,)
     steps = torch.arange(1, n_passes + 1, device=unsettled.device)[:, None]
+    last_unsettled = (unsettled * steps).amax(0)  # (N,)
     return (last_unsettled[None, :] + 1 - steps).clamp(min=0).float()

@@ -51,7 +51,7 @@ MEASURED = (
     "training.scheme", "training.loss_weight", "training.batch_size", "training.gate_passes", "training.gate_sequences",
     "training.gate_change_share", "mixed_precision", "output.eval_batches", "output.checkpoint_dir",
 )  # fmt: skip
-"""Settings with others of which a validation loss is another one, or its model elsewhere."""
+"""If one of these has changed, losses before and after cannot be compared, or `best_model.pt` is in another folder."""
 
 
 class TrainingDiverged(RuntimeError):

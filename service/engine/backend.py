@@ -15,7 +15,7 @@ class Backend(Protocol):
     """Holds the live batch between ticks. Called from one thread."""
 
     ticks_late: int
-    """How many ticks after the one of its last pass a sequence's last reading may be told."""
+    """Ticks between a sequence's last pass and the outcome that tells of it, at the most; 0: it is the same tick's."""
 
     def run(self, plan: Plan) -> Outcome:
         """Drop and admit as planned, one pass over everything live, decode what settles or leaves, retire.

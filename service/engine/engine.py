@@ -301,10 +301,10 @@ class BatchingEngine:
         if again:
             await asyncio.sleep(SHORTAGE_SECONDS)
         largest = self.largest_tick
-        homeless = [entry.ticket for entry in self._line if entry.n_tokens > largest]
-        for ticket in homeless:
+        too_long = [entry.ticket for entry in self._line if entry.n_tokens > largest]
+        for ticket in too_long:
             self._line.withdraw(ticket)
-        self._fail(homeless, lambda: _no_memory(largest))
+        self._fail(too_long, lambda: _no_memory(largest))
         if largest < SHORTEST_TEXT:
             log.critical("there is no memory for any text")
             self._give_up()

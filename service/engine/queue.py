@@ -27,23 +27,23 @@ class Place:
         self.held = True
 
 
-Entry = TypeVar("Entry", bound=Sized)
+EntryT = TypeVar("EntryT", bound=Sized)
 
 
-class BoundedQueue(Generic[Entry]):
+class BoundedQueue(Generic[EntryT]):
     """`len(queue)` counts reserved places and queued entries alike."""
 
     def __init__(self, max_requests: int, max_tokens: int) -> None:
         self._max_requests = max_requests
         self._max_tokens = max_tokens
-        self._entries: deque[Entry] = deque()
+        self._entries: deque[EntryT] = deque()
         self._reserved = 0
         self.n_tokens = 0
 
     def __len__(self) -> int:
         return len(self._entries) + self._reserved
 
-    def __iter__(self) -> Iterator[Entry]:
+    def __iter__(self) -> Iterator[EntryT]:
         """Queued entries, longest waiting first."""
         return iter(tuple(self._entries))
 
@@ -66,7 +66,7 @@ class BoundedQueue(Generic[Entry]):
         finally:
             self._give_up(place)
 
-    def put(self, entry: Entry, place: Place) -> None:
+    def put(self, entry: EntryT, place: Place) -> None:
         """Queue an entry in its place. Raises `ResourceExhausted` when its tokens do not fit.
 
         An entry that would be the only one is taken whatever its size, or it could never be served.
@@ -78,12 +78,12 @@ class BoundedQueue(Generic[Entry]):
         self._entries.append(entry)
         self.n_tokens += entry.n_tokens
 
-    def put_back(self, entries: Sequence[Entry]) -> None:
+    def put_back(self, entries: Sequence[EntryT]) -> None:
         """To the head of the line, in this order: they were accepted before, so no bound applies."""
         self._entries.extendleft(reversed(entries))
         self.n_tokens += sum(entry.n_tokens for entry in entries)
 
-    def pop(self) -> Entry | None:
+    def pop(self) -> EntryT | None:
         """The entry that has waited longest."""
         if not self._entries:
             return None
@@ -91,7 +91,7 @@ class BoundedQueue(Generic[Entry]):
         self.n_tokens -= entry.n_tokens
         return entry
 
-    def remove(self, entry: Entry) -> bool:
+    def remove(self, entry: EntryT) -> bool:
         """Take an entry out of the line; false if it was not in it."""
         if entry not in self._entries:
             return False

@@ -105,7 +105,7 @@ def test_the_script_is_bash_and_uses_every_part() -> None:
 def test_with_the_bundled_model_everything_happens_that_is_waited_for(part: Callable[[str], ModuleType]) -> None:
     denoiser = LocalDenoiser(CHECK.parents[1] / "models" / "rdt-small" / "best_model.pt", "cpu")
     kinds = [kind for kind in part("traffic").KINDS if kind["text"] and "timeout_ms" not in kind]
-    ends = [denoiser.denoise({"text": kind["text"], **restore_options(kind)}) for kind in kinds]
+    ends = [denoiser.denoise(kind["text"], **restore_options(kind)) for kind in kinds]
     assert {end.steps < end.max_steps for end in ends} == {True, False}, "by the gate, and by max_steps"
 
 

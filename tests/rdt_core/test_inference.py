@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -242,3 +243,10 @@ def test_a_model_restores_by_itself(tiny_model: RDT) -> None:
 def test_tokens_and_masks_that_are_none_are_named(tiny_model: RDT, tokens: Any, masked: Any, wanted: str) -> None:
     with pytest.raises(ValueError, match=re.escape(wanted)):
         restore(tiny_model, torch.tensor(tokens), torch.tensor(masked))
+
+
+def test_a_model_that_drops_out_is_none_to_ask(build: Build) -> None:
+    model = RDT(replace(build().config, dropout=0.1))
+    with pytest.raises(ValueError, match=r"training mode and drops out: call eval\(\)"):
+        restore(model, *sequence())
+    assert restore(model.eval(), *sequence()) == restore(model, *sequence())

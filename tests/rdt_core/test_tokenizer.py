@@ -299,3 +299,11 @@ def test_padding_and_truncation_of_the_json_are_switched_off(tiny_tokenizer: Tok
 @pytest.mark.parametrize("text", ["[ma\u017fk]", "[mas\u212a]"])
 def test_letters_that_only_fold_to_ascii_make_no_mask(tiny_tokenizer: Tokenizer, text: str) -> None:
     assert not any(tiny_tokenizer.encode(text).masked)
+
+
+def test_tokens_are_written_into_the_text_that_was_encoded(tiny_tokenizer: Tokenizer) -> None:
+    encoding = tiny_tokenizer.encode("The  [MASK]!")
+    row = encoding.masked.index(True)
+    (fox,) = tiny_tokenizer.encode("fox").ids[1:-1]
+    assert tiny_tokenizer.write(encoding, {row: fox}) == "The  fox!"
+    assert tiny_tokenizer.write(encoding, {}) == "The  [MASK]!"

@@ -1,4 +1,4 @@
-"""A backend without a model: a sequence's level is 1/(passes + 1), its first token says how many passes it needs."""
+"""A backend without a model: a sequence's level is 1/(passes + 1), so its threshold says after how many it halts."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rdt_core import RDT, Encoding, Tokenizer
+from rdt_core import RDT, Encoding, ModelConfig, Tokenizer
 from rdt_core.tokenizer import LONG_TEXT
 from service.engine.reference import run_reference
 from service.engine.types import Job, Result
@@ -305,3 +305,13 @@ async def test_items_of_a_batch_that_were_never_begun_are_counted(service: Servi
         for outcome in ("ok", "cancelled")
     )
     assert counted == 64
+
+
+async def test_a_model_that_asks_for_more_passes_than_are_allowed_gets_those(
+    tiny_tokenizer: Tokenizer, tiny_config: ModelConfig
+) -> None:
+    service = Service(tiny_tokenizer, replace(tiny_config, max_steps=1000))
+    service.open()
+    assert service.denoiser.limits.max_steps < 1000
+    await ask(service, "a [MASK]")
+    assert service.engine.jobs[0].max_steps == service.denoiser.limits.max_steps

@@ -258,3 +258,13 @@ def test_nobody_starves_under_a_stream_of_small_requests(stream: list[Job]) -> N
         bench.tick()
     bench.run_dry()
     assert bench.results[big].queue_seconds <= 12 * (1 + LIMITS.max_bypass)
+
+
+def test_a_text_longer_than_the_queue_has_tokens_is_taken_when_nobody_waits() -> None:
+    """Or it could never be served."""
+    bench = Bench(replace(LIMITS, max_waiting_tokens=10))
+    ticket = bench.submit(scripted_job(20, depth=1))
+    with pytest.raises(ResourceExhausted):
+        bench.submit(scripted_job(1, depth=1))
+    bench.run_dry()
+    assert bench.results[ticket].steps == 1

@@ -116,3 +116,16 @@ def test_an_empty_key_is_no_open_door(monkeypatch: pytest.MonkeyPatch, name: str
     monkeypatch.setenv(f"RDT_{name.upper()}", "")
     with pytest.raises(SettingsError, match=rf"^{name} \(RDT_{name.upper()}\) is empty: want a key, or leave it"):
         read_settings([])
+
+
+def test_bounds_of_a_tick_follow_the_device_unless_they_are_given() -> None:
+    settings, given = read_settings([]), read_settings(["--token_budget=1000", "--max_live=7"])
+    bounds = {device: settings.limits_on(device) for device in ("cpu", "cuda")}
+    assert (bounds["cpu"].token_budget, bounds["cpu"].max_live) == (512, 64)
+    assert (bounds["cuda"].token_budget, bounds["cuda"].max_live) == (16_384, 512)
+    assert (given.limits_on("cuda").token_budget, given.limits_on("cuda").max_live) == (1000, 7)
+
+
+def test_devices_have_names() -> None:
+    assert read_settings(["--devices=0,2"]).device_names == ["cuda:0", "cuda:2"]
+    assert read_settings(["--device=cpu"]).device_names == ["cpu"]

@@ -71,7 +71,7 @@ class Replica:
         plan, now, books = self._plan, self._ends, self.books
         assert plan is not None
         leavers = self._leaving.pop(books.n_ticks, ())
-        readings = [STOPS if ticket in leavers else GOES_ON for ticket in plan.live]
+        readings = {ticket: STOPS if ticket in leavers else GOES_ON for ticket in plan.live}
         for ticket, result in self._scheduler.commit(plan, Outcome(readings, n_decoded=0), now):
             del self._n_masked[ticket]
             books.latencies.append(result.queue_seconds + result.compute_seconds + self._cost.outside)

@@ -57,11 +57,11 @@ class InstantBackend:
         pass
 
     def run(self, plan: Plan) -> Outcome:
-        readings = []
-        for job in (admission.job for admission in plan.admitted):
-            rows = (row for row, masked in enumerate(job.masked) if masked)
-            readings.append(Reading(0.5, "max_steps", [Choice(row, WORD, 0.5, []) for row in rows], []))
-        return Outcome(readings, n_decoded=sum(len(reading.chosen) for reading in readings))
+        readings = {}
+        for admission in plan.admitted:
+            rows = (row for row, masked in enumerate(admission.job.masked) if masked)
+            readings[admission.ticket] = Reading(0.5, "max_steps", [Choice(row, WORD, 0.5, []) for row in rows], [])
+        return Outcome(readings, n_decoded=sum(len(reading.chosen) for reading in readings.values()))
 
     def reset(self) -> None:
         pass

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from rdt_core import Encoding, ModelConfig, Tokenizer
 from rdt_core.tokenizer import LONG_TEXT
-from service.engine.engine import Engine
+from service.engine.protocol import Engine
 from service.engine.queue import Place
 from service.engine.types import Job, Reading, Result
 from service.errors import DeadlineExceeded, Internal, ServiceError

@@ -24,7 +24,8 @@ from service.cores import usable_cores
 from service.denoiser import Denoiser
 from service.engine.backend import OutOfMemory
 from service.engine.backends import make_backend
-from service.engine.engine import BatchingEngine, Engine
+from service.engine.engine import BatchingEngine
+from service.engine.protocol import Engine
 from service.engine.scheduler import SchedulerLimits
 from service.engine.types import Job
 from service.errors import FailedPrecondition, Unavailable

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 
 from rdt_core import ModelConfig, Tokenizer
 from service.denoiser import Denoiser
-from service.engine.engine import OnReading
+from service.engine.protocol import OnReading
 from service.engine.queue import Place
 from service.engine.types import Choice, Job, Reading, Result
 from service.errors import ServiceError

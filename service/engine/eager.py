@@ -88,7 +88,7 @@ class EagerBackend:
             batch = newcomers if batch is None else _join(batch, newcomers)
         if batch is None:
             self._batch = None
-            return Outcome([], 0)
+            return Outcome({}, 0)
         assert batch.tickets == plan.live
         return self._advance(batch, plan.overdue)
 
@@ -156,7 +156,8 @@ class EagerBackend:
         staying = [i for i, code in enumerate(reasons) if code == GO_ON]
         advanced = Batch(batch.tickets, batch.top_k, packing, state, batch.asked, terms)
         self._batch = advanced if len(staying) == len(reasons) else _keep(advanced, staying)
-        return Outcome(readings, n_decoded=len(rows), decode_seconds=decode_seconds)
+        told = dict(zip(batch.tickets, readings, strict=True))
+        return Outcome(told, n_decoded=len(rows), decode_seconds=decode_seconds)
 
     def _to_choose_from(self, state: State, packing: Packing, choosing: Tensor) -> tuple[Tensor, Tensor]:
         """Of the rows `(T,)` bool their token levels, 1 elsewhere, and which of them wait for a surer neighbour."""

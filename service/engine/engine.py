@@ -16,19 +16,16 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from contextvars import Context
 from dataclasses import replace
-from typing import Protocol
 
 from service.engine.backend import Backend, OutOfMemory
+from service.engine.protocol import Clock, OnReading, Watcher
 from service.engine.queue import Place
 from service.engine.replica import Replica, Stuck
-from service.engine.scheduler import Line, Scheduler, SchedulerLimits, told
+from service.engine.scheduler import Line, Scheduler, SchedulerLimits
 from service.engine.types import Job, Outcome, Plan, Reading, Result, Ticket
 from service.errors import DeadlineExceeded, Internal, ResourceExhausted, ServiceError, Unavailable
 
 log = logging.getLogger(__name__)
-
-Clock = Callable[[], float]
-OnReading = Callable[[Reading], None]
 
 FATAL_WINDOW_SECONDS = 60.0
 """A second broken tick within this time ends the process: whatever is wrong, a restart is the better cure."""
@@ -38,49 +35,6 @@ SHORTAGE_SECONDS = 0.1
 """Before a third try: whoever else holds the memory gets a moment to give it back."""
 
 SHORTEST_TEXT = 3  # tokens: [CLS], something, [SEP]
-
-
-class Watcher(Protocol):
-    """Who keeps the accounts."""
-
-    def ticked(self, seconds: float, plan: Plan, outcome: Outcome) -> None:
-        """A tick was made as planned."""
-
-    def tick_broke(self) -> None:
-        """A tick failed, and its jobs with it."""
-
-    def memory_ran_out(self) -> None:
-        """There was no memory for a tick."""
-
-
-class Engine(Protocol):
-    """What the use case needs. Every submitted job ends exactly once: answered, refused, cancelled or failed."""
-
-    @property
-    def ready(self) -> bool:
-        """Takes new work."""
-
-    @property
-    def waiting(self) -> int:
-        """Requests queued, or being prepared in a reserved place."""
-
-    @property
-    def live(self) -> int:
-        """Jobs being computed."""
-
-    def reserve(self) -> AbstractContextManager[Place]:
-        """A place in the queue, to be taken before tokenising; freed on leaving the block unless used.
-
-        Raises `ResourceExhausted` when the queue is full, `Unavailable` when no new work is taken.
-        """
-
-    async def submit(self, job: Job, place: Place, on_reading: OnReading | None = None) -> Result:
-        """Wait for the job to be computed; `on_reading` sees every pass. Cancelling the wait takes the job out.
-
-        Raises `ResourceExhausted` when its tokens do not fit in the queue, `DeadlineExceeded` when the
-        deadline came before the first pass (after it, what is there is the result; but a shortage of memory may
-        have thrown passes away), `Unavailable` when the engine stops first, `Internal` when the computation failed.
-        """
 
 
 class _Caller:
@@ -252,7 +206,7 @@ class BatchingEngine:
                 continue
             try:
                 outcome = await self._tick(replica, plan)
-                for ticket, reading in told(plan, outcome):
+                for ticket, reading in outcome.readings.items():
                     self._show(ticket, reading, replica.scheduler.depth(ticket) + 1)
                 for ticket, result in replica.scheduler.commit(plan, outcome, self._clock()):
                     self._answer(ticket, result)

@@ -128,15 +128,15 @@ class LookaheadBackend:
         launched = self._launch(plan.overdue)
         beside = self._run_beside(plan)  # it waits for the device, which by now has something to do
         began = time.perf_counter()
-        told = list(self._collect_decoded())
+        told = dict(self._collect_decoded())
         decode_seconds = time.perf_counter() - began
-        told += self._collect()
+        n_decoded = sum(len(reading.chosen) for reading in told.values())
+        told |= self._collect()
         self._launched = launched
         return Outcome(
-            readings=[*(reading for _, reading in told), *beside.readings],
-            n_decoded=sum(len(reading.chosen) for _, reading in told) + beside.n_decoded,
+            readings=told | beside.readings,
+            n_decoded=n_decoded + beside.n_decoded,
             decode_seconds=decode_seconds + beside.decode_seconds,
-            tickets=(*(ticket for ticket, _ in told), *(beside.tickets or ())),
         )
 
     def _run_beside(self, plan: Plan) -> Outcome:
@@ -147,11 +147,10 @@ class LookaheadBackend:
         dropped = tuple(ticket for ticket in plan.dropped if ticket in self._beside)
         self._beside.difference_update(dropped)
         if not live and not dropped:
-            return Outcome([], 0)
+            return Outcome({}, 0)
         outcome = self._eager.run(replace(plan, admitted=admitted, dropped=dropped, live=live))
-        ended = (ticket for ticket, read in zip(live, outcome.readings, strict=True) if read.reason is not None)
-        self._beside.difference_update(ended)
-        return replace(outcome, tickets=live)
+        self._beside.difference_update(ticket for ticket, read in outcome.readings.items() if read.reason is not None)
+        return outcome
 
     def _arrange(self, plan: Plan) -> None:
         """Those that halted or were dropped go, and newcomers join."""
@@ -202,21 +201,21 @@ class LookaheadBackend:
         (level, reason), done = to_host(self._buffers.level[:n], self._buffers.reason[:n])
         return Launched(list(self._sequences), level, reason, done)
 
-    def _collect(self) -> list[tuple[Ticket, Reading]]:
+    def _collect(self) -> dict[Ticket, Reading]:
         """What the pass before this one came to. Those that have halted in it are sent through the vocabulary."""
         if self._launched is None:
-            return []
+            return {}
         sequences, level, reason, done = self._launched
         done()
         present = {one.ticket for one in self._sequences}
-        told: list[tuple[Ticket, Reading]] = []
+        told: dict[Ticket, Reading] = {}
         halted: list[tuple[Sequence, Reading]] = []
         for one, at, code in zip(sequences, level.tolist(), reason.tolist(), strict=True):
             if one.ticket not in present:
                 continue  # frozen since the pass before, or dropped
             reading = Reading(at, REASONS[code], [], [])
             if reading.reason is None:
-                told.append((one.ticket, reading))
+                told[one.ticket] = reading
             else:
                 halted.append((one, reading))
         if halted:

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from service.engine.backend import Backend
-from service.engine.scheduler import Scheduler, told
+from service.engine.scheduler import Scheduler
 from service.engine.types import Admission, Job, Outcome, Plan
 
 Value = TypeVar("Value")
@@ -82,7 +82,8 @@ def _rehearse(backend: Backend, jobs: Sequence[Job]) -> None:
     try:
         while live:
             plan = Plan(admitted, (), frozenset(), (), live, n_tokens)
-            ended = {ticket for ticket, reading in told(plan, backend.run(plan)) if reading.reason is not None}
+            readings = backend.run(plan).readings
+            ended = {ticket for ticket, reading in readings.items() if reading.reason is not None}
             admitted, live = (), tuple(ticket for ticket in live if ticket not in ended)
     finally:
         backend.reset()

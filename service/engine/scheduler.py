@@ -10,13 +10,12 @@ that fits may pass the head of the line that does not, but only so often, so tha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
 
 from service.engine.budget import TickBudget
 from service.engine.queue import BoundedQueue, Place
-from service.engine.types import Admission, Choice, HaltReason, Job, Outcome, Plan, Reading, Result, Ticket
+from service.engine.types import Admission, Choice, HaltReason, Job, Outcome, Plan, Result, Ticket
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,7 @@ class Scheduler:
         """Book one pass of every sequence that the outcome tells of; the results of those that stop."""
         self.budget.worked(plan.n_tokens)
         finished = []
-        for ticket, reading in told(plan, outcome):
+        for ticket, reading in outcome.readings.items():
             if ticket not in self._live:
                 continue  # it was dropped while its pass was on its way
             entry = self._live[ticket]
@@ -229,11 +228,6 @@ class Scheduler:
         fill = min(1.0, len(self._line) / self._limits.max_waiting)
         floor = min(job.max_steps, self._limits.shed_min_steps)
         return max(floor, round(job.max_steps - fill * (job.max_steps - floor)))
-
-
-def told(plan: Plan, outcome: Outcome) -> Iterator[tuple[Ticket, Reading]]:
-    """Each reading with whose it is. Raises `ValueError` for an outcome that does not fit the plan."""
-    return zip(plan.live if outcome.tickets is None else outcome.tickets, outcome.readings, strict=True)
 
 
 def _result(entry: Entry, reason: HaltReason, now: float) -> Result:

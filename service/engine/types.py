@@ -100,7 +100,6 @@ class Reading:
 class Outcome:
     """What one tick did, or, of a backend that looks ahead, what there is to tell by now of the ticks before."""
 
-    readings: list[Reading]  # one for each of `tickets`
+    readings: dict[Ticket, Reading]
     n_decoded: int  # rows that went through the vocabulary
     decode_seconds: float = 0.0  # what that took
-    tickets: tuple[Ticket, ...] | None = None  # whose readings; None: those of `Plan.live`

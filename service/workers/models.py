@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from typing import Protocol
 
 from service.denoiser import Denoiser
-from service.engine.engine import Engine
+from service.engine.protocol import Engine
 from service.errors import Unavailable
 from service.lifecycle import REFUSALS, Lifecycle
 from service.workers.messages import Serving

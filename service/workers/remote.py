@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, suppress
 from itertools import count
 from pathlib import Path
 
-from service.engine.engine import Clock, OnReading
+from service.engine.protocol import Clock, OnReading
 from service.engine.queue import BoundedQueue, Place, Sized
 from service.engine.types import Job, Result
 from service.errors import Internal, ResourceExhausted, ServiceError, Unavailable

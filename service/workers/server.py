@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from service.engine.engine import Clock
+from service.engine.protocol import Clock
 from service.engine.types import Reading
 from service.errors import Internal, ServiceError
 from service.hosting import Reload as Change

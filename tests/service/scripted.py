@@ -38,8 +38,8 @@ class ScriptedBackend:
             self.live[admission.ticket] = (admission.job, admission.ceiling, 0)
         assert tuple(self.live) == plan.live
         assert plan.n_tokens == sum(len(job.tokens) for job, _, _ in self.live.values())
-        readings = [self._read(ticket, ticket in plan.overdue) for ticket in plan.live]
-        return Outcome(readings, n_decoded=sum(len(reading.chosen) for reading in readings))
+        readings = {ticket: self._read(ticket, ticket in plan.overdue) for ticket in plan.live}
+        return Outcome(readings, n_decoded=sum(len(reading.chosen) for reading in readings.values()))
 
     def reset(self) -> None:
         self.resets += 1

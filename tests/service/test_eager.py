@@ -133,15 +133,15 @@ def test_only_what_may_settle_is_asked_how_sure_it_is(tiny_model: RDT, monkeypat
 
 
 def test_an_overdue_sequence_is_decoded_after_one_pass(tiny_model: RDT) -> None:
-    (reading,) = EagerBackend(tiny_model).run(plan_of(masked_job(3, 9), overdue=(0,))).readings
+    (reading,) = EagerBackend(tiny_model).run(plan_of(masked_job(3, 9), overdue=(0,))).readings.values()
     assert reading.reason == "deadline"
     assert [choice.row for choice in reading.chosen] == [0, 1, 2]
 
 
 def test_a_streamed_job_shows_its_best_guesses_before_the_end(tiny_model: RDT) -> None:
     backend = EagerBackend(tiny_model)
-    (first,) = backend.run(plan_of(masked_job(3, 2, stream=True))).readings
-    (last,) = backend.run(plan_of(known=1)).readings
+    (first,) = backend.run(plan_of(masked_job(3, 2, stream=True))).readings.values()
+    (last,) = backend.run(plan_of(known=1)).readings.values()
     assert ([c.row for c in first.guesses], first.chosen) == ([0, 1, 2], [])
     assert (last.guesses, [c.row for c in last.chosen]) == ([], [0, 1, 2])
 
@@ -150,7 +150,7 @@ def test_dropped_sequences_leave_the_batch(tiny_model: RDT) -> None:
     backend = EagerBackend(tiny_model)
     backend.run(plan_of(masked_job(3, 9), masked_job(4, 9)))
     assert len(backend.run(plan_of(known=2, dropped=(0,))).readings) == 1
-    assert backend.run(Plan((), (1,), frozenset(), (), (), 0)).readings == []
+    assert backend.run(Plan((), (1,), frozenset(), (), (), 0)).readings == {}
     assert len(backend.run(plan_of(masked_job(2, 9))).readings) == 1
 
 

@@ -231,14 +231,6 @@ async def test_an_observer_that_fails_fails_alone(engine: BatchingEngine, held: 
     assert (held.resets, engine.live) == (0, 0)
 
 
-async def test_an_outcome_that_does_not_fit_the_plan_fails_its_jobs(engine: BatchingEngine, held: HeldBackend) -> None:
-    held.run = lambda plan: Outcome([], n_decoded=len(plan.live))  # type: ignore[method-assign]
-    with pytest.raises(Internal):
-        await asyncio.wait_for(submit(engine, scripted_job(4, depth=1)), timeout=5)
-    await until_ready(engine)
-    assert held.resets == 1
-
-
 async def test_nobody_hangs_when_the_loop_itself_breaks(
     engine: BatchingEngine, held: HeldBackend, busy: asyncio.Task[Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:

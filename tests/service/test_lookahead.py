@@ -81,7 +81,7 @@ def test_readings_come_a_tick_late_and_last_ones_two(tiny_model: RDT) -> None:
     while not scheduler.idle:
         plan = scheduler.plan(now=0.0)
         outcome = backend.run(plan)
-        told.append(outcome.readings)
+        told.append(list(outcome.readings.values()))
         finished = scheduler.commit(plan, outcome, now=0.0)
     assert [[reading.reason for reading in readings] for readings in told] == [[], [None], [], ["max_steps"]]
     [(_, result)] = finished

@@ -19,7 +19,7 @@ NAMES = {
     "rdt_tick_duration_seconds", "rdt_tick_tokens", "rdt_decoded_rows",
     "rdt_compute_duration_seconds", "rdt_decode_seconds", "rdt_broken_ticks", "rdt_model_reloads", "rdt_ready",
     "rdt_waiting_requests_limit", "rdt_waiting_tokens", "rdt_waiting_tokens_limit", "rdt_tick_tokens_limit",
-    "rdt_replicas", "rdt_out_of_memory",
+    "rdt_replicas", "rdt_out_of_memory", "rdt_workers_lost",
 }  # fmt: skip
 
 

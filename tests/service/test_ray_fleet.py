@@ -123,11 +123,11 @@ def test_fill_is_the_share_of_full_ticks() -> None:
     plan = Plan((), (), frozenset(), (), live=(), n_tokens=50)
     clock.now += 10
     for _ in range(4):
-        metrics.ticked(1.0, plan, Outcome([], n_decoded=0))
+        metrics.ticked(1.0, plan, Outcome({}, n_decoded=0))
     assert metrics.fill(1) == pytest.approx(0.2)
     clock.now += 10
     assert metrics.fill(1) == 0, "since it was asked last"
-    metrics.ticked(4.0, plan, Outcome([], n_decoded=0))
+    metrics.ticked(4.0, plan, Outcome({}, n_decoded=0))
     clock.now += 1
     assert metrics.fill(2) == 1, "two batches at once, over the time that is counted"
 

@@ -1,0 +1,56 @@
+"""What the engine is to those who use it, and who watches it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from service.engine.queue import Place
+from service.engine.types import Job, Outcome, Plan, Reading, Result
+
+Clock = Callable[[], float]
+OnReading = Callable[[Reading], None]
+
+
+class Watcher(Protocol):
+    """Who keeps the accounts."""
+
+    def ticked(self, seconds: float, plan: Plan, outcome: Outcome) -> None:
+        """A tick was made as planned."""
+
+    def tick_broke(self) -> None:
+        """A tick failed, and its jobs with it."""
+
+    def memory_ran_out(self) -> None:
+        """There was no memory for a tick."""
+
+
+class Engine(Protocol):
+    """What the use case needs. Every submitted job ends exactly once: answered, refused, cancelled or failed."""
+
+    @property
+    def ready(self) -> bool:
+        """Takes new work."""
+
+    @property
+    def waiting(self) -> int:
+        """Requests queued, or being prepared in a reserved place."""
+
+    @property
+    def live(self) -> int:
+        """Jobs being computed."""
+
+    def reserve(self) -> AbstractContextManager[Place]:
+        """A place in the queue, to be taken before tokenising; freed on leaving the block unless used.
+
+        Raises `ResourceExhausted` when the queue is full, `Unavailable` when no new work is taken.
+        """
+
+    async def submit(self, job: Job, place: Place, on_reading: OnReading | None = None) -> Result:
+        """Wait for the job to be computed; `on_reading` sees every pass. Cancelling the wait takes the job out.
+
+        Raises `ResourceExhausted` when its tokens do not fit in the queue, `DeadlineExceeded` when the
+        deadline came before the first pass (after it, what is there is the result; but a shortage of memory may
+        have thrown passes away), `Unavailable` when the engine stops first, `Internal` when the computation failed.
+        """

@@ -34,14 +34,15 @@ def main() -> int:
 
 
 async def run(orders: Orders, settings: Settings) -> int:
+    # Each loads what it needs, before it listens to signals: while that lasts, SIGTERM simply ends it.
+    if orders.role == "worker":
+        from service.workers import worker  # noqa: PLC0415
+    else:
+        from service.workers import engine  # noqa: PLC0415
     stopped = asked_to_end(signal.SIGTERM)
     orphaned, path = end_with_parent(stopped), Path(orders.socket)
     if orders.role == "worker":
-        from service.workers import worker  # noqa: PLC0415 - each loads what it needs
-
         return await worker.run(settings, orders.name, path, stopped)
-
-    from service.workers import engine  # noqa: PLC0415
 
     status = await engine.run(settings, path, stopped)
     if orphaned.is_set():

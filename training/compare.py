@@ -66,11 +66,12 @@ def _plan_of(values: dict[str, Any], kinds: set[str]) -> dict[str, Any]:
 def read_all(paths: Sequence[Path]) -> dict[str, Evaluated]:
     """The evaluation of each model, by its name; models of one name are told apart by their digest."""
     found = [Evaluated.read(path) for path in paths]
-    for path, one in zip(paths, found, strict=True):
-        for name in SAME:
-            if None not in (one.of[name], found[0].of[name]) and one.of[name] != found[0].of[name]:
+    for name in SAME:
+        told = [one for one in found if one.of[name] is not None]
+        for one in told[1:]:
+            if one.of[name] != told[0].of[name]:
                 wanted = "the same text, segments, length, seed, precision, scorer and depths of rounds"
-                raise ConfigError(f"{path}: other {name} than {paths[0]}: want {wanted}")
+                raise ConfigError(f"{one.path}: other {name} than {told[0].path}: want {wanted}")
     names = [one.name for one in found]
     labels = [one.name if names.count(one.name) == 1 else f"{one.name}@{one.digest[:8]}" for one in found]
     if len(set(labels)) < len(labels):

@@ -275,7 +275,10 @@ class Trainer:
 
     def _validate(self, writer: SummaryWriter | None, bar: tqdm[Any]) -> None:
         with autocast(self.device, self.config.mixed_precision):
-            result = validate(self.model, self.validation_batches, self.config, self.device, self.processes)
+            depth = 1 if self._one_pass_so_far else None  # more have not been taught
+            result = validate(
+                self.model, self.validation_batches, self.config, self.device, self.processes, n_passes=depth
+            )
         if writer is not None:
             for name, value in result._asdict().items():
                 writer.add_scalar(f"val/{name}", value, self.step)
@@ -284,11 +287,15 @@ class Trainer:
         measure = self._measure
         if measure != self.best_of:
             self.best_of, self.best_loss = measure, math.inf
-        loss = result.recon_loss if measure == "recon" else result.total_loss
+        loss = result.recon_loss if measure in ("recon", "one pass") else result.total_loss
         if loss < self.best_loss:
             self.best_loss = loss
             if self.processes.first:
                 checkpoints.save(self.folder.best, self._checkpoint(loss))
+
+    @property
+    def _one_pass_so_far(self) -> bool:
+        return self.step <= self.config.training.one_pass_steps
 
     @property
     def _measure(self) -> str:
@@ -296,10 +303,10 @@ class Trainer:
         section = self.config.training
         if self.step > self.n_steps - section.gate_steps:
             return "gate stage"
-        unrolled = (
-            section.scheme == "unroll" and self.step > section.one_pass_steps
-        )  # a chain's gate learns other levels
-        return "total" if unrolled and section.gate_every_n_steps > 0 else "recon"
+        if self._one_pass_so_far:
+            return "one pass"
+        taught = section.scheme == "unroll" and section.gate_every_n_steps > 0  # a chain's gate learns other levels
+        return "total" if taught else "recon"
 
     def save(self) -> Path:
         """Write a checkpoint to resume from."""

@@ -17,7 +17,7 @@ class Validation(NamedTuple):
     """Means over the same batches every time."""
 
     total_loss: float
-    recon_loss: float  # nats a masked token after `max_chain_length` passes
+    recon_loss: float  # nats a masked token after the last pass
     gate_loss: float
     exact_match: float  # share of masked tokens restored, same depth
     exact_match_one_pass: float
@@ -25,9 +25,17 @@ class Validation(NamedTuple):
 
 @torch.no_grad()
 def validate(
-    model: RDT, batches: Batches, config: TrainConfig, device: torch.device, processes: Processes | None = None
+    model: RDT,
+    batches: Batches,
+    config: TrainConfig,
+    device: torch.device,
+    processes: Processes | None = None,
+    *,
+    n_passes: int | None = None,
 ) -> Validation:
-    """The same with any number of processes: each takes its share of the batches."""
+    """After `n_passes`, by default `max_chain_length`. The same with any number of processes: each takes its share of
+    the batches.
+    """
     processes = processes or OneProcess()
     model.eval()
     section = config.training
@@ -36,7 +44,7 @@ def validate(
         batch = batches[index].to(device)
         packing = batch.packing(device)
         rows = batch.masked.nonzero().squeeze(1)
-        states = model.recursive_forward(batch.tokens, batch.masked, packing, section.max_chain_length)
+        states = model.recursive_forward(batch.tokens, batch.masked, packing, n_passes or section.max_chain_length)
         some = batch.first(section.gate_sequences)
         sums += torch.tensor(
             [

@@ -127,14 +127,16 @@ def test_rows_that_mean_other_things_are_not_compared(
 ) -> None:
     rows = [row("mask-predict", 2, 0.15), row("settle-gate", 0.2, 0.15)]
     known = {"scorer": {"digest": "a"}, "plan": {"round_depth": 1, "max_depth": 3}}
+    silent = write(tmp_path / "silent.json", "silent", "9" * 64, [row("fixed", 1, 0.15)])  # as to what differs
     one = write(tmp_path / "one.json", "one", "1" * 64, rows, **known)
     same = write(tmp_path / "same.json", "same", "2" * 64, rows, **known)
     other = write(tmp_path / "other.json", "other", "3" * 64, rows, **(known | changes))
     fixed = write(tmp_path / "fixed.json", "fixed", "4" * 64, [row("fixed", 1, 0.15)], plan={"max_depth": 9})
     assert main([one, same, fixed]) == 0
     capsys.readouterr()
-    assert main([one, other]) == 2
-    assert f"other {name} than" in capsys.readouterr().err
+    for evaluations in ([one, other], [silent, one, other]):
+        assert main(evaluations) == 2
+        assert f"other {name} than" in capsys.readouterr().err
 
 
 def test_a_picture_that_cannot_be_written_costs_no_table(

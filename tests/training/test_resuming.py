@@ -134,7 +134,8 @@ def test_the_best_of_a_run_is_not_measured_by_another(
     ("changes", "measures"),
     [
         ({"training.gate_every_n_steps": 0, "training.gate_steps": 3}, ["recon"] * 5 + ["gate stage"] * 3),
-        ({"training.one_pass_steps": 5}, ["recon"] * 5 + ["total"] * 3),
+        ({"training.one_pass_steps": 5}, ["one pass"] * 5 + ["total"] * 3),
+        ({"training.one_pass_steps": 5, "training.gate_every_n_steps": 0}, ["one pass"] * 5 + ["recon"] * 3),
         ({"training.scheme": "chain"}, ["recon"] * 8),  # its gate learns other levels than validation measures
     ],
 )

@@ -133,6 +133,32 @@ def test_mask_predict_masks_the_least_confident(evaluation: Evaluation) -> None:
         assert int(remasked.sum()) == 5
 
 
+def test_a_token_that_is_written_again_is_as_sure_as_it_was_then(evaluation: Evaluation) -> None:
+    """Mask-Predict, word for word, a segment at a time: a confidence is that of the last time a token was written."""
+    model, n_rounds = evaluation.model, 4
+    found = mask_predict(evaluation, 0.5, n_rounds, depth=1).scores.guesses.view(5, 10)
+    (batch,) = evaluation.slices(0.5)
+    packing = Packing.of([LENGTH])
+    stale = 0
+    for segment in range(5):
+        rows = batch.masked.view(5, LENGTH)[segment].nonzero().squeeze(1)
+        tokens = batch.tokens.view(5, LENGTH)[segment].clone()
+        sure, first = torch.zeros(LENGTH), torch.zeros(LENGTH)
+        for number in range(n_rounds):
+            n_again = len(rows) * (n_rounds - number) // n_rounds
+            again = rows[sure[rows].argsort(stable=True)[:n_again]].sort().values
+            stale += number > 1 and set(again.tolist()) != set(
+                rows[first[rows].argsort(stable=True)[:n_again]].tolist()
+            )
+            tokens[again] = evaluation.tokenizer.mask_id
+            hidden = torch.zeros(LENGTH, dtype=torch.bool).index_fill(0, again, True)
+            state = model(model.begin(tokens, hidden, packing), packing)
+            sure[again], tokens[again] = model.decode(state.hidden, packing, again).softmax(-1).max(-1)
+            first = sure.clone() if number == 0 else first
+        assert found[segment].tolist() == tokens[rows].tolist()
+    assert stale > 0, "confidences of the first round would have chosen others"
+
+
 def test_more_rounds_than_masks_leave_out_the_empty_ones(evaluation: Evaluation) -> None:
     """Of 10 masks in 20 rounds, the last round would mask half a token."""
     assert mask_predict(evaluation, 0.5, 20, depth=1).effort.passes.tolist() == [19] * 5

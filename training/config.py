@@ -54,7 +54,7 @@ class ModelSection:
 class TrainingSection:
     batch_size: int = 16
     """Sequences of `data.max_seq_length` tokens in each of the `gradient_accumulation_steps` batches of a step; shorter
-    draws fill the same number of tokens."""
+    draws fill as many tokens or a few less."""
     gradient_accumulation_steps: int = 1
     num_epochs: int = 10
     num_steps: int | None = None

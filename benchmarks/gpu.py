@@ -178,7 +178,7 @@ def main() -> None:
     options.peak = matrix_peak(device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     print(f"{name}: {options.peak / 1e12:.2f} TFLOP/s in bfloat16", flush=True)
-    agreements, results = {}, {}
+    agreements, results, models = {}, {}, {}
     for weights in options.models:
         model = load(weights).to(device)
         if options.agreement:
@@ -188,10 +188,11 @@ def main() -> None:
         for workload in options.workloads:
             results[weights].append(ladder(model, workload, options))
             print(weights, results[weights][-1], flush=True)
-        if device.type == "cuda" and options.workloads:
-            results[weights][0]["idle_share"] = share = round(idle_share(model, options.workloads[0], options), 4)
-            print(f"{weights}, {options.workloads[0]}: {share:.2%} of the time nothing ran on the card", flush=True)
+        models[weights] = model
     record.finish("gpu", options, accelerator=name, agreement=agreements, ladder=results)
+    for weights, model in models.items() if device.type == "cuda" and options.workloads else ():
+        share = idle_share(model, options.workloads[0], options)
+        print(f"{weights}, {options.workloads[0]}: {share:.2%} of the time nothing ran on the card", flush=True)
 
 
 if __name__ == "__main__":

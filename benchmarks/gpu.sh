@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that wants a card, in under eight minutes, on a machine that has torch, numpy and tokenizers and no more
 # (the tests want pytest, the figures of training PyYAML, TensorBoard and tqdm). What a part prints is in $OUT as well;
-# a part that fails or takes too long loses only what it had not printed, and its last line is all of it as JSON.
+# a part that fails or takes too long loses only what it had not printed; those of benchmarks.* say it all again as JSON.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -20,7 +20,7 @@ part() { # NAME SECONDS ARGUMENTS...
 part machine 30 -c 'import sys, torch; print(sys.version, torch.__version__, torch.cuda.get_device_name())
 assert sys.version_info >= (3, 11), "Python 3.11 or newer is wanted"'
 [ ${#failed[@]} = 0 ] || exit 1 # without a card the minutes below would go to figures of a CPU
-part tests 70 -m pytest -c /dev/null --rootdir=. -p no:cacheprovider -q tests/gpu
+part tests 60 -m pytest -c /dev/null --rootdir=. -p no:cacheprovider -q tests/gpu
 part agreement 80 -m benchmarks.gpu --models models/rdt-small/best_model.pt --workloads "$@"
 part ladder-rdt-small 60 -m benchmarks.gpu --models models/rdt-small/best_model.pt --agreement 0 "$@"
 part ladder-base 75 -m benchmarks.gpu --models base --agreement 0 "$@"

@@ -21,6 +21,7 @@ from benchmarks.tick_cost import TickCost
 from benchmarks.traffic import Arrival
 from benchmarks.workloads import make_jobs
 from service.engine.scheduler import SchedulerLimits
+from service.settings import read_settings
 
 TOLERANCE = 0.15
 JUDGED = ("pace", "answered_per_second", "p99_ms")
@@ -60,10 +61,8 @@ class Replay:
 
         Raises `ValueError` for a result that is of something else than is simulated: one batch, under several loads.
         """
-        flags = result["options"].get("server_flags", [])
-        if not any(flag.startswith("--replicas=1") for flag in flags) or not all(
-            figures["levels"] for figures in result["transports"].values()
-        ):
+        alone = read_settings(result["options"].get("server_flags", [])).replicas == 1
+        if not alone or not all(figures["levels"] for figures in result["transports"].values()):
             raise ValueError("want a result of benchmarks.serve with --replicas=1 and with levels")
         jobs = make_jobs(result["options"]["workload"], result["options"]["requests"], vocab_size)
         return cls(result, [Arrival(0.0, job, sum(job.masked)) for job in jobs], limits)

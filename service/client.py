@@ -19,6 +19,8 @@ from service.schema import DenoiseAnswer, DenoisePass, ModelCard
 TIMEOUT_SECONDS = 60.0
 MARGIN_SECONDS = 5.0
 """For an answer to arrive whose `timeout_ms` is over."""
+MOST_ALLOWED_MS = 86_400_000
+"""More is refused by the server, and no time for a socket."""
 
 Item = str | Mapping[str, Any]
 Body = TypeVar("Body", bound=BaseModel)
@@ -37,9 +39,10 @@ class _Patient:
 
     _seconds: float
 
-    def _patience(self, options: Mapping[str, Any]) -> float:
-        allowed = options.get("timeout_ms")
-        return max(self._seconds, allowed / 1e3 + MARGIN_SECONDS) if isinstance(allowed, int | float) else self._seconds
+    def _patience(self, *requests: Mapping[str, Any]) -> float:
+        allowed = [request.get("timeout_ms") for request in requests]
+        longest = max((ms for ms in allowed if isinstance(ms, int | float)), default=0)
+        return max(self._seconds, min(longest, MOST_ALLOWED_MS) / 1e3 + MARGIN_SECONDS) if longest else self._seconds
 
 
 class Client(_Patient):
@@ -70,7 +73,8 @@ class Client(_Patient):
 
         An item that failed is a result with a `problem`; only what is wrong with the whole is raised.
         """
-        answer = self._http.post("/denoise/batch", json=_batch(items, options), timeout=self._patience(options))
+        batch = _batch(items, options)
+        answer = self._http.post("/denoise/batch", json=batch, timeout=self._patience(options, *batch["items"]))
         return _parsed(BatchAnswer, _checked(answer)).results
 
     def denoise_stream(self, text: str, **options: Any) -> Generator[DenoisePass | DenoiseAnswer, None, None]:
@@ -129,7 +133,8 @@ class AsyncClient(_Patient):
 
     async def denoise_batch(self, items: Iterable[Item], **options: Any) -> list[BatchResult]:
         """See `Client.denoise_batch`."""
-        answer = await self._http.post("/denoise/batch", json=_batch(items, options), timeout=self._patience(options))
+        batch = _batch(items, options)
+        answer = await self._http.post("/denoise/batch", json=batch, timeout=self._patience(options, *batch["items"]))
         return _parsed(BatchAnswer, _checked(answer)).results
 
     async def denoise_stream(self, text: str, **options: Any) -> AsyncGenerator[DenoisePass | DenoiseAnswer, None]:

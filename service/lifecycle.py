@@ -66,7 +66,8 @@ class Lifecycle:
         """Returns once nothing comes any more to the engines of the denoisers before this one."""
         for denoiser in tuple(self._leaving):
             await denoiser.handed_in()
-            self._leaving.remove(denoiser)
+            if denoiser in self._leaving:
+                self._leaving.remove(denoiser)
 
     async def drain(self, grace_seconds: float, *engines: Drains) -> None:
         """Turn new requests away, and give these engines the grace period to finish those accepted."""

@@ -104,7 +104,14 @@ def open_tracer(endpoint: str | None) -> Tracer:
             "otel_endpoint (RDT_OTEL_ENDPOINT) is set, and OpenTelemetry is not installed: "
             "pip install '.[otel]' in the project's folder"
         ) from None
+    except Exception as error:
+        raise _unreadable(error) from error
     try:
         return OtelTracer(exporter_to(endpoint))
-    except Exception as error:  # of whatever kind: it is the library that reads its variables
-        raise TracingError(f"traces cannot be sent, look at the OTEL_* variables: {error!r}") from error
+    except Exception as error:
+        raise _unreadable(error) from error
+
+
+def _unreadable(error: Exception) -> TracingError:
+    """Of whatever kind the error is: it is the library that reads its variables, some of them on being imported."""
+    return TracingError(f"traces cannot be sent, look at the OTEL_* variables: {error!r}")

@@ -109,6 +109,13 @@ class Report(Message):
 
 
 @dataclass(frozen=True)
+class Leave(Message):
+    """The connection ends because its worker was asked to."""
+
+    KIND: ClassVar[int] = 8
+
+
+@dataclass(frozen=True)
 class Serving(Message):
     KIND: ClassVar[int] = 16
     tokenizer: str  # JSON
@@ -223,7 +230,7 @@ class ReportWanted(Message):
 KINDS: dict[int, type[Message]] = {
     kind.KIND: kind
     for kind in (
-        Hello, Submit, Cancel, Adopted, Reload, Scrape, Report,
+        Hello, Submit, Cancel, Adopted, Reload, Scrape, Report, Leave,
         Serving, Status, Base, Pass, Answered, Failed, Reloaded, Scraped, ReportWanted,
     )
 }  # fmt: skip

@@ -83,9 +83,10 @@ class Ledger:
         self._departed.pop(worker, None)
         self._booked.set()
 
-    def depart(self, worker: str) -> None:
+    def depart(self, worker: str, lost: bool) -> None:
         """What it has counted stays."""
-        self._metrics.workers_lost.inc()
+        if lost:
+            self._metrics.workers_lost.inc()
         report = self._reports.pop(worker, None)
         if report is not None:
             self._departed[worker] = report.counters

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from service.engine.protocol import Clock, OnReading
 from service.engine.queue import BoundedQueue, Place, Sized
-from service.engine.types import Job, Result
+from service.engine.types import Job, Reading, Result
 from service.errors import Internal, ResourceExhausted, ServiceError, Unavailable
 from service.workers.messages import (
     Answered,
@@ -48,7 +48,16 @@ class Asked:
 
     def __init__(self, on_reading: OnReading | None) -> None:
         self.answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        self.on_reading = on_reading
+        self._on_reading = on_reading
+
+    def show(self, reading: Reading) -> None:
+        if self._on_reading is None or self.answer.done():
+            return
+        try:
+            self._on_reading(reading)
+        except Exception:  # nobody else's loss: the connection is everybody's
+            log.exception("an observer of passes failed")
+            self.end(Internal("the server has logged what went wrong"))
 
     def end(self, end: Message | ServiceError) -> None:
         if self.answer.done():  # a caller who left has cancelled it
@@ -146,8 +155,8 @@ class Link:
         self._spoken = True
         if isinstance(message, Pass):
             asked = self._asked.get(message.id)
-            if asked is not None and asked.on_reading is not None:
-                asked.on_reading(message.reading)
+            if asked is not None:
+                asked.show(message.reading)
         elif isinstance(message, Answered | Failed | Reloaded | Scraped):
             asked = self._asked.pop(message.id, None)
             self._note_idle()

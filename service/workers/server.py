@@ -24,6 +24,7 @@ from service.workers.messages import (
     Cancel,
     Failed,
     Hello,
+    Leave,
     Message,
     Pass,
     Reload,
@@ -61,6 +62,7 @@ class Peer:
         self.wire = wire
         self.name = ""  # until it has said hello
         self.adopted = ""
+        self.leaves = False  # as it was asked to
         self.tasks: dict[int, asyncio.Task[None]] = {}
 
     def abort(self) -> None:
@@ -115,7 +117,7 @@ class EngineServer:
         for task in peer.tasks.values():
             task.cancel()
         if peer.name:
-            self._ledger.depart(peer.name)
+            self._ledger.depart(peer.name, lost=not peer.leaves)
         if not self._peers:
             self._empty.set()
 
@@ -129,6 +131,8 @@ class EngineServer:
                     task.cancel()
             case Report():
                 self._ledger.book(peer.name, message)
+            case Leave():
+                peer.leaves = True
             case Adopted():
                 peer.adopted = message.digest
             case Scrape():

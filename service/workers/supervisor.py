@@ -34,8 +34,8 @@ BIRTHS = 20
 """So often a child is tried to be started when the machine has no room for a process."""
 PAUSE_SECONDS = 0.5
 """Before a worker is replaced."""
-LINGERING_SECONDS = 60.0
-"""How long the system keeps the ends of connections that a server before this one has closed."""
+LINGERING_SECONDS = 70.0
+"""The system keeps the ends of connections that a server before this one has closed for 60 s, and up to 2 more."""
 LOOK_SECONDS = 0.2
 MARGIN_SECONDS = 10.0
 """What a child gets to end, beside the grace period of its requests."""
@@ -181,7 +181,8 @@ def _bound_once_free(host: str, port: int) -> socket.socket:
                 raise
         if ends_at is None:
             ends_at = time.monotonic() + LINGERING_SECONDS
-            log.warning("waiting for what a server before this one has left of its connections at %s:%d", host, port)
+            where = address(host, port)
+            log.warning("waiting for what a server before this one has left of its connections at %s", where)
         time.sleep(LOOK_SECONDS)
 
 

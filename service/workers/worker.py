@@ -21,7 +21,7 @@ from service.runtime import FrontEnd, listen
 from service.schema import ModelCard
 from service.settings import Settings
 from service.tracing import NO_TRACER, Tracer, open_tracer
-from service.workers.messages import Adopted, Message, Reload, Reloaded, ReportWanted, Serving
+from service.workers.messages import Adopted, Leave, Message, Reload, Reloaded, ReportWanted, Serving
 from service.workers.metering import WorkerMetrics
 from service.workers.remote import Link, RemoteEngine, ToldQueue
 from service.workers.wire import Wire
@@ -71,6 +71,7 @@ class Worker:
     async def stop(self) -> None:
         """Leave the engine, with the last of the counters."""
         self.link.send(self.metrics.report())
+        self.link.send(Leave())
         self.link.draining = True
         self.link.close()
         for task in self._tasks:

@@ -210,7 +210,9 @@ def test_a_result_that_was_simulated_is_met_again() -> None:
     assert all(each.error == pytest.approx(0.0, abs=0.002) for each in others)
 
 
-@pytest.mark.parametrize(("flags", "levels"), [([], [{"share": 0.5}]), (["--replicas=1"], [])])
+@pytest.mark.parametrize(
+    ("flags", "levels"), [([], [{"share": 0.5}]), (["--replicas=16"], [{"share": 0.5}]), (["--replicas=1"], [])]
+)
 def test_a_result_of_something_else_is_refused(flags: list[str], levels: list[dict[str, float]]) -> None:
     options = {"workload": "easy", "requests": 4, "server_flags": flags}
     with pytest.raises(ValueError, match=r"want a result of benchmarks\.serve with --replicas=1 and with levels"):

@@ -134,7 +134,11 @@ async def test_a_caller_is_waited_for_as_long_as_it_allows() -> None:
     async with AsyncClient("http://rdt", timeout_seconds=10, transport=transport) as client:
         with pytest.raises(ProblemError):
             await client.denoise_batch(["a"], timeout_ms=90_000)
-    assert waited == [10, 95, 10, 10, 10, 95, 95]
+        with pytest.raises(ProblemError):
+            await client.denoise_batch(["a", {"text": "b", "timeout_ms": 120_000}], timeout_ms=90_000)
+        with pytest.raises(ProblemError):
+            await client.denoise("a", timeout_ms=10**400)
+    assert waited == [10, 95, 10, 10, 10, 95, 95, 125, 86_405]
 
 
 def test_events_of_a_later_server_and_of_a_proxy_are_read() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 import time
@@ -114,6 +115,14 @@ def test_a_variable_that_the_library_cannot_read_is_a_bad_setting(
     monkeypatch.setenv(name, value)
     with pytest.raises(TracingError, match=r"look at the OTEL_\* variables: "):
         open_tracer("http://127.0.0.1:4317")
+
+
+def test_a_variable_that_is_read_on_importing_is_a_bad_setting_too() -> None:
+    script = "from service.tracing import TracingError, open_tracer\ntry: open_tracer('http://127.0.0.1:4317')\n"
+    script += "except TracingError as error: print(error)"
+    environment = os.environ | {"OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT": "abc"}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert "look at the OTEL_* variables" in run.stdout
 
 
 def test_the_command_says_so_in_one_line(

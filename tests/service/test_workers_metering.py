@@ -118,9 +118,18 @@ async def test_many_dead_workers_are_remembered_as_one(fleet: Fleet, monkeypatch
         await worker.stop()
     await until(lambda: not fleet.server._peers)
     assert len(fleet.server._ledger._departed) == 1
-    shown = await scrape(await fleet.worker())
-    assert shown[OK] == 4
-    assert shown["rdt_workers_lost_total"] == 4
+    assert (await scrape(await fleet.worker()))[OK] == 4
+
+
+async def test_a_worker_that_ends_as_it_was_asked_to_is_not_lost(fleet: Fleet) -> None:
+    leaving, dying, last = [await fleet.worker() for _ in range(3)]
+    await leaving.drain(1)
+    await leaving.stop()
+    wire = dying.link.wire
+    assert wire is not None
+    wire.abort()
+    await until(lambda: dying.link.wire not in (None, wire))
+    assert (await scrape(last))["rdt_workers_lost_total"] == 1
 
 
 async def test_a_new_engine_shows_no_less_than_the_last(

@@ -32,6 +32,7 @@ MESSAGES: list[Message] = [
     messages.Reload(4),
     messages.Scrape(5),
     messages.Report(6, SAMPLES, {}),
+    messages.Leave(),
     messages.Serving("{}", {"digest": "c", "configuration": {"suppress_tokens": [1]}}, 32, 20, 5, 64),
     messages.Status("ready", 1, 2, 3),
     messages.Base("an engine", SAMPLES),

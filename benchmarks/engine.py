@@ -132,7 +132,8 @@ def figures(
         for name in names
     }
     useful = contenders.useful_flops(model, known)
-    gain = contenders.static_flops(model, known, int(static.split()[1])) / useful if static else None
+    size = int(static.split()[1]) if static else 1
+    gain = contenders.static_flops(model, known, size) / useful if size > 1 else None  # one alone wastes nothing
     return {
         "workload": workload,
         "mean_depth": round(statistics.mean(job.max_steps for job in known), 2),

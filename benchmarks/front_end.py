@@ -15,7 +15,6 @@ import argparse
 import asyncio
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -31,7 +30,7 @@ import grpc
 
 from benchmarks import record
 from benchmarks.load import Http, Request, Send, Unsuccessful, check_steps, freeze, rest_sender, saturate, texts
-from benchmarks.server import BUNDLED, wait_until_ready
+from benchmarks.server import BUNDLED, unwind_on_sigterm, wait_until_ready
 from rdt_core import Tokenizer, checkpoint
 from service import hosting
 from service.engine.types import Choice, Outcome, Plan, Reading
@@ -175,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", type=Path, default=BUNDLED)
     record.add_arguments(parser)
     options = parser.parse_args(given)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server is stopped then, too
+    unwind_on_sigterm()
 
     tokenizer = Tokenizer(checkpoint.read(options.weights).tokenizer)
     requests = [replace(request, max_steps=1) for request in texts("mixed", options.requests, tokenizer)]

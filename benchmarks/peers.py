@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import signal
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -37,7 +35,7 @@ from benchmarks.load import (
 )
 from benchmarks.peer_servers.setting import Setting
 from benchmarks.peer_servers.start import FIRST, package, python_of, running
-from benchmarks.server import serving, weights_of
+from benchmarks.server import serving, unwind_on_sigterm, weights_of
 from benchmarks.workloads import WORKLOADS
 from rdt_core import PRESETS, checkpoint
 
@@ -183,7 +181,7 @@ def main() -> None:
         parser.add_argument(f"--{flag.replace('_', '-')}", type=int, help="of our server; its default if not given")
     record.add_arguments(parser)
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server is stopped then, too
+    unwind_on_sigterm()
     for name in options.peers:
         python_of(name)
     with tempfile.TemporaryDirectory() as folder:

@@ -15,9 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import re
-import signal
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -47,7 +45,7 @@ from benchmarks.load import (
     summary,
     texts,
 )
-from benchmarks.server import BUNDLED, Server, serving, weights_of
+from benchmarks.server import BUNDLED, Server, serving, unwind_on_sigterm, weights_of
 from benchmarks.workloads import WORKLOADS
 from rdt_core import PRESETS, RDT, Tokenizer, checkpoint
 from rdt_core.precision import prepare
@@ -243,7 +241,7 @@ def main() -> None:
     options, flags = parser.parse_known_args()
     options.server_flags = [f"--{name}={getattr(options, name)}" for name in SHARED_FLAGS] + flags
     torch.set_num_threads(options.threads)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server is stopped then, too
+    unwind_on_sigterm()
     with tempfile.TemporaryDirectory() as folder:
         weights = weights_of(options.model, folder)
         with serving(weights, *options.server_flags) as server:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,11 @@ class Server:
         """Megabytes of memory it occupies, as Linux counts them."""
         pages = int(Path(f"/proc/{self.process.pid}/statm").read_text(encoding="ascii").split()[1])
         return round(pages * resource.getpagesize() / 1e6, 1)
+
+
+def unwind_on_sigterm() -> None:
+    """The process then ends as by an exception, so that the servers it has started are stopped."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 
 
 @contextmanager

@@ -10,9 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import signal
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -23,7 +21,7 @@ from typing import Any
 
 from benchmarks import record
 from benchmarks.load import Request, Send, drive, freeze, poisson, rest_sender, saturate, summary, texts
-from benchmarks.server import BUNDLED, serving, weights_of
+from benchmarks.server import BUNDLED, serving, unwind_on_sigterm, weights_of
 from benchmarks.workloads import WORKLOADS
 from rdt_core import checkpoint
 
@@ -114,7 +112,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     record.add_arguments(parser)
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers are stopped then, too
+    unwind_on_sigterm()
     with ExitStack() as stack:
         weights = weights_of(options.model, stack.enter_context(tempfile.TemporaryDirectory()))
         requests = texts(options.workload, options.requests, checkpoint.load(weights).tokenizer)

@@ -18,7 +18,7 @@ from contextvars import Context
 from dataclasses import replace
 
 from service.engine.backend import Backend, OutOfMemory
-from service.engine.protocol import Clock, OnReading, Watcher
+from service.engine.protocol import Clock, OnReading, Watcher, show
 from service.engine.queue import Place
 from service.engine.replica import Replica, Stuck
 from service.engine.scheduler import Line, Scheduler, SchedulerLimits
@@ -50,11 +50,8 @@ class _Caller:
         if self._on_reading is None or step <= self._shown:
             return
         self._shown = step
-        try:
-            self._on_reading(reading)
-        except Exception:  # nobody else's loss
-            log.exception("an observer of passes failed")
-            self.fail(Internal("the server has logged what went wrong"))
+        if (error := show(reading, self._on_reading)) is not None:
+            self.fail(error)
 
     def fail(self, error: ServiceError) -> None:
         if not self.answer.done():  # a caller who left has cancelled it

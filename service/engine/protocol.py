@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
 from service.engine.queue import Place
 from service.engine.types import Job, Outcome, Plan, Reading, Result
+from service.errors import Internal, ServiceError
+
+log = logging.getLogger(__name__)
 
 Clock = Callable[[], float]
 OnReading = Callable[[Reading], None]
+
+
+def show(reading: Reading, on_reading: OnReading) -> ServiceError | None:
+    """Show a pass to who watches it. If that fails, its own job is to fail by what is returned, and nobody else's."""
+    try:
+        on_reading(reading)
+    except Exception:
+        log.exception("an observer of passes failed")
+        return Internal("the server has logged what went wrong")
+    return None
 
 
 class Watcher(Protocol):

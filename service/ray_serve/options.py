@@ -59,7 +59,7 @@ def read_arguments(arguments: Mapping[str, object]) -> tuple[Settings, Fleet]:
     fleet = _read_fleet({name: value for name, value in arguments.items() if name in Fleet.model_fields})
     flags = [f"--{name}={value}" for name, value in arguments.items() if name in Settings.model_fields]
     settings = read_settings(flags)
-    changes = {"checkpoint": settings.checkpoint.absolute(), "replicas": _batches(settings, fleet)}
+    changes = {"checkpoint": settings.checkpoint.absolute(), "replicas": _replicas(settings, fleet)}
     return settings.model_copy(update=changes), fleet
 
 
@@ -76,7 +76,7 @@ def n_batches(settings: Settings) -> int:
     return max(1, settings.replicas) * len(settings.device_names)
 
 
-def _batches(settings: Settings, fleet: Fleet) -> int:
+def _replicas(settings: Settings, fleet: Fleet) -> int:
     """As many batches side by side as Ray sets cores aside: the machine's own number may be others' too."""
     if settings.replicas or fleet.num_gpus:
         return settings.replicas

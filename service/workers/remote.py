@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, suppress
 from itertools import count
 from pathlib import Path
 
-from service.engine.protocol import Clock, OnReading
+from service.engine.protocol import Clock, OnReading, show
 from service.engine.queue import BoundedQueue, Place, Sized
 from service.engine.types import Job, Reading, Result
 from service.errors import Internal, ResourceExhausted, ServiceError, Unavailable
@@ -53,11 +53,8 @@ class Asked:
     def show(self, reading: Reading) -> None:
         if self._on_reading is None or self.answer.done():
             return
-        try:
-            self._on_reading(reading)
-        except Exception:  # nobody else's loss: the connection is everybody's
-            log.exception("an observer of passes failed")
-            self.end(Internal("the server has logged what went wrong"))
+        if (error := show(reading, self._on_reading)) is not None:  # here, as the connection is everybody's
+            self.end(error)
 
     def end(self, end: Message | ServiceError) -> None:
         if self.answer.done():  # a caller who left has cancelled it

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from benchmarks import contenders, engine
-from benchmarks.workloads import settle_jobs
+from benchmarks.workloads import make_jobs, settle_jobs
 from rdt_core import RDT
 
 
@@ -23,5 +23,13 @@ def test_requests_that_settle_are_measured_against_the_loop_alone() -> None:
     assert engine.table([row]).count("\n") == 2
 
 
-def test_static_batches_are_tried_in_every_size_from_one() -> None:
-    assert contenders.STATIC_SIZES[0] == 1
+def test_not_to_batch_is_among_what_static_batches_are_tried_with() -> None:
+    model = RDT(vocab_size=1200, d_model=16, n_heads=2, n_encoder_layers=1, d_ff=16, max_seq_len=512).eval()
+    jobs = make_jobs("easy", 4, model.config.vocab_size)
+    options = argparse.Namespace(token_budget=512, max_live=8)
+    runs = engine.runs_of(engine.Weights({"fp32": model}, None), jobs, jobs, options)
+    assert {"static 1", "sorted 1"} < set(runs)
+    taken = {name: [1.0 if name == "static 1" else 2.0] for name in runs}
+    row = engine.figures(model, "easy", jobs, taken, [1e9])
+    assert row["ours_over"]["static 1"] == 0.5
+    assert row["theoretical_over_static"] is None, "one alone wastes nothing"

@@ -7,6 +7,9 @@ Client and server share the machine. With fewer cores than processes the rate ca
 little; what does is the processor time that each process spends on a request (`*_us`): on cores of their own, a
 worker answers at most a second's worth of `worker_us` a second, and the engine's process can feed at most a second's
 worth of `engine_us` to the card, however many workers there are.
+
+`bare` is the gRPC library alone: a server of its own that sends the same bytes to every call, unread. No front end
+that answers over it in one process can be faster.
 """
 
 from __future__ import annotations
@@ -32,8 +35,9 @@ from benchmarks import record
 from benchmarks.load import Http, Request, Send, Unsuccessful, check_steps, freeze, rest_sender, saturate, texts
 from benchmarks.server import BUNDLED, unwind_on_sigterm, wait_until_ready
 from rdt_core import Tokenizer, checkpoint
-from service import hosting
+from service import hosting, loop
 from service.engine.types import Choice, Outcome, Plan, Reading
+from service.rpc.convert import SERVICE
 from service.rpc.pb import denoiser_pb2 as pb
 from service.rpc.pb.denoiser_pb2_grpc import DenoiserStub
 
@@ -45,6 +49,10 @@ WARM_REQUESTS = 300
 PROBES = 30
 WORD = 2000
 """A token that is some word."""
+
+
+BARE = "bare"
+"""In the place of a number of workers: no product."""
 
 
 class InstantBackend:
@@ -68,7 +76,7 @@ class InstantBackend:
 
 @dataclass(frozen=True)
 class Target:
-    url: str
+    url: str  # "": no REST
     rpc_address: str
     engine: int  # process
     workers: tuple[int, ...]
@@ -102,6 +110,33 @@ def serving(n_workers: int, weights: Path) -> Iterator[Target]:
         finally:
             process.terminate()
             process.wait(timeout=60)
+
+
+@contextmanager
+def bare_server() -> Iterator[Target]:
+    command = [sys.executable, "-m", "benchmarks.front_end", "--bare"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield Target("", f"127.0.0.1:{int(process.stdout.readline())}", process.pid, ())
+        finally:
+            process.kill()
+
+
+async def serve_bare() -> int:
+    answer = pb.DenoiseResponse(text="word " * 30, steps=1, max_steps=1, halt_reason="max_steps").SerializeToString()
+
+    async def denoise(_message: bytes, _context: object) -> bytes:
+        return answer
+
+    server = grpc.aio.server()
+    calls = {"Denoise": grpc.unary_unary_rpc_method_handler(denoise)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, calls),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    print(port, flush=True)
+    await server.wait_for_termination()
+    return 0
 
 
 def serve(arguments: Sequence[str] | None) -> int:
@@ -148,15 +183,17 @@ async def until_all_ready(url: str) -> None:
 async def measure(transport: str, target: Target, requests: Sequence[Request], concurrency: int) -> dict[str, Any]:
     """Closed loop over one transport."""
     sender = rest_sender(target.url) if transport == "rest" else grpc_senders(target.rpc_address)
-    await until_all_ready(target.url)
+    if target.url:
+        await until_all_ready(target.url)
     async with sender as send:
         await saturate(send, requests[:WARM_REQUESTS], concurrency)
         before, own = target.seconds(), time.process_time()
         rate = await saturate(send, requests, concurrency)
         after, client = target.seconds(), time.process_time() - own
     engine_us, worker_us = (round((b - a) / len(requests) * 1e6) for a, b in zip(before, after, strict=True))
+    n_workers = len(target.workers) if target.url else BARE
     return {
-        "transport": transport, "workers": len(target.workers), "requests_per_second": round(rate),
+        "transport": transport, "workers": n_workers, "requests_per_second": round(rate),
         "engine_us": engine_us, "worker_us": worker_us, "client_us": round(client / len(requests) * 1e6),
     }  # fmt: skip
 
@@ -167,6 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return serve(given[1:])
     if given == ["--child"]:
         return serve(None)
+    if given == ["--bare"]:
+        return loop.run(serve_bare())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="0 is one process for all")
     parser.add_argument("--requests", type=int, default=3000)
@@ -181,9 +220,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     freeze()
     rows = []
     print("transport  workers  requests/s  engine us  workers us  client us  (processor time a request)")
-    for n_workers in options.workers:
-        with serving(n_workers, options.weights) as target:
-            for transport in ("rest", "grpc"):
+    for n_workers in (BARE, *options.workers):
+        with bare_server() if n_workers == BARE else serving(n_workers, options.weights) as target:
+            for transport in ("rest", "grpc") if target.url else ("grpc",):
                 row = asyncio.run(measure(transport, target, requests, options.concurrency))
                 rows.append(row)
                 print(

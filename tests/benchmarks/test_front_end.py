@@ -7,7 +7,8 @@ import asyncio
 import httpx
 import pytest
 
-from benchmarks.front_end import BUNDLED, serving, until_all_ready
+from benchmarks.front_end import BUNDLED, bare_server, measure, serving, until_all_ready
+from benchmarks.load import Request
 
 
 @pytest.mark.e2e
@@ -19,3 +20,11 @@ def test_the_model_is_not_part_of_it(n_workers: int) -> None:
         answer = httpx.post(f"{target.url}/denoise", json={"text": "A [MASK] for a [MASK] ."}, timeout=30).json()
     assert answer["steps"] == 1
     assert [one["probability"] for one in answer["restored"]] == [0.5, 0.5]
+
+
+@pytest.mark.e2e
+def test_the_library_alone_answers_the_same_calls() -> None:
+    with bare_server() as target:
+        row = asyncio.run(measure("grpc", target, [Request("A [MASK] .", max_steps=1, n_tokens=5, n_masked=1)] * 20, concurrency=2))
+    assert (row["transport"], row["workers"]) == ("grpc", "bare")
+    assert row["requests_per_second"] > 0

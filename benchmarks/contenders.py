@@ -17,7 +17,7 @@ from rdt_core.inference import Restoration
 from service.engine.backend import Backend
 from service.engine.eager import EagerBackend
 from service.engine.scheduler import Scheduler, SchedulerLimits
-from service.engine.types import Job, Result
+from service.engine.types import Job, Result, Ticket
 
 STATIC_SIZES = (1, 2, 4, 8, 16, 32)
 
@@ -65,7 +65,8 @@ def serve(backend: Backend, jobs: Sequence[Job], token_budget: int, max_live: in
     """The same with any backend; the results in the order of the jobs."""
     tokens = sum(len(job.tokens) for job in jobs)
     scheduler = Scheduler(SchedulerLimits(token_budget, max_live, max_waiting=len(jobs), max_waiting_tokens=tokens))
-    tickets, results = [], {}
+    tickets: list[Ticket] = []
+    results: dict[Ticket, Result] = {}
     for job in jobs:
         with scheduler.line.reserve() as place:
             tickets.append(scheduler.submit(job, place, now=0.0))

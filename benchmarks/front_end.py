@@ -130,7 +130,7 @@ async def serve_bare() -> int:
         return answer
 
     server = grpc.aio.server()
-    calls = {"Denoise": grpc.unary_unary_rpc_method_handler(denoise)}
+    calls: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {"Denoise": grpc.unary_unary_rpc_method_handler(denoise)}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, calls),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

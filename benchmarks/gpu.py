@@ -21,7 +21,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
+from torch.autograd import DeviceType  # type: ignore[attr-defined]  # it is there, and nowhere else
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import contenders, record
@@ -178,7 +178,9 @@ def main() -> None:
     options.peak = matrix_peak(device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     print(f"{name}: {options.peak / 1e12:.2f} TFLOP/s in bfloat16", flush=True)
-    agreements, results, models = {}, {}, {}
+    agreements: dict[str, Any] = {}
+    results: dict[str, list[dict[str, Any]]] = {}
+    models: dict[str, Any] = {}
     for weights in options.models:
         model = load(weights).to(device)
         if options.agreement:

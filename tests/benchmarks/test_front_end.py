@@ -24,7 +24,8 @@ def test_the_model_is_not_part_of_it(n_workers: int) -> None:
 
 @pytest.mark.e2e
 def test_the_library_alone_answers_the_same_calls() -> None:
+    requests = [Request("A [MASK] .", max_steps=1, n_tokens=5, n_masked=1)] * 20
     with bare_server() as target:
-        row = asyncio.run(measure("grpc", target, [Request("A [MASK] .", max_steps=1, n_tokens=5, n_masked=1)] * 20, concurrency=2))
+        row = asyncio.run(measure("grpc", target, requests, concurrency=2))
     assert (row["transport"], row["workers"]) == ("grpc", "bare")
     assert row["requests_per_second"] > 0

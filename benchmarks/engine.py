@@ -66,7 +66,7 @@ class Weights:
             return make_jobs(workload, options.requests, config.vocab_size)
         if self.tokenizer is None or options.text is None:
             raise SystemExit("the gate workload needs a checkpoint (--model FILE) and a text (--text FILE)")
-        from training.data import read_paragraphs  # noqa: PLC0415 - needs PyYAML, which nothing else here does
+        from training.corpus import read_paragraphs  # noqa: PLC0415 - needs PyYAML, which nothing else here does
 
         paragraphs = list(islice(read_paragraphs(options.text), GATE_PARAGRAPHS))
         tokens = [token for paragraph in self.tokenizer.encode_training(paragraphs) for token in paragraph]

@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks import record
 from rdt_core import LoadedModel, checkpoint
 from rdt_core.precision import PRECISIONS, prepare
-from training.data import local_corpus
+from training.corpus import local_corpus
 from training.evaluate import Evaluation, Measured, cut_segments, halting_depths
 
 ALLOWED_POINTS = 0.5

@@ -1,4 +1,4 @@
-"""Text in, batches out: tokenised once, memory-mapped, and drawn without state.
+"""A text's tokens in, batches out, drawn without state.
 
 Batch `k` is a pure function of the seed and `k`, so a run that resumes at step `k` sees exactly what
 an uninterrupted one would have seen, and needs no place in the data to be saved. A batch holds random
@@ -8,204 +8,19 @@ segments of one length, `[CLS] ... [SEP]`, and no padding.
 from __future__ import annotations
 
 import hashlib
-import lzma
 import math
-import os
-import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import chain, islice
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from rdt_core import checkpoint, masking
+from rdt_core import masking
 from rdt_core.packing import Packing
 from rdt_core.tokenizer import Tokenizer
-from training.config import ConfigError, TrainConfig, TrainingSection
-
-HUB_NAMES = {
-    "wikitext-2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
-    "wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
-}
-TEXT_SUFFIXES = (".txt", ".raw", ".tokens", ".txt.xz", ".raw.xz", ".tokens.xz")
-PARAGRAPHS_A_BLOCK = 4096
-TOKENS = 65_536  # that uint16 tells apart
-VALIDATION_TOKENS = 50_000
-
-_AT = re.compile(r" @([-,.])@ ")
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """A text as one stream of token ids, and where its paragraphs start."""
-
-    tokens: npt.NDArray[np.uint16]
-    starts: npt.NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def split(self, n_tail: int) -> tuple[Corpus, Corpus]:
-        """All but the last `n_tail` tokens, and those."""
-        cut = len(self.tokens) - n_tail
-        head = Corpus(self.tokens[:cut], self.starts[self.starts < cut])
-        return head, Corpus(self.tokens[cut:], self.starts[self.starts >= cut] - cut)
-
-
-def clean(line: str) -> str:
-    """A line of WikiText as ordinary text: ` @-@ ` undone, `<unk>` as `[UNK]`; headings become empty."""
-    line = line.strip()
-    if line.startswith("= ") and line.endswith(" ="):
-        return ""
-    return _AT.sub(r"\1", line).replace("<unk>", "[UNK]").strip()
-
-
-def read_paragraphs(path: Path) -> Iterator[str]:
-    """Cleaned, non-empty lines of a `.txt` or `.txt.xz` file."""
-    with lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8") as lines:
-        yield from filter(None, map(clean, lines))
-
-
-def named_files(names: str) -> list[Path]:
-    """Those of a comma-separated setting, in its order."""
-    return [Path(name.strip()) for name in names.split(",")]
-
-
-def shown_files(names: str) -> str:
-    """The same without their folders: what a checkpoint or an evaluation tells of the text it is of."""
-    return ",".join(path.name for path in named_files(names))
-
-
-def shared_files(one: str, other: str) -> list[str]:
-    """Names of the files that both settings name."""
-    first, second = ({path.resolve() for path in named_files(names)} for names in (one, other))
-    return sorted(path.name for path in first & second)
-
-
-def is_local(names: str) -> bool:
-    return any(path.is_file() or path.name.endswith(TEXT_SUFFIXES) for path in named_files(names))
-
-
-def tokenise(paragraphs: Iterable[str], tokenizer: Tokenizer) -> Corpus:
-    """One stream of uint16 ids, paragraph after paragraph. Raises `ConfigError` for a vocabulary with more of them."""
-    if tokenizer.vocab_size > TOKENS:
-        raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens: want at most {TOKENS}")
-    pieces: list[npt.NDArray[np.uint16]] = []
-    lengths: list[int] = []
-    iterator = iter(paragraphs)
-    while block := list(islice(iterator, PARAGRAPHS_A_BLOCK)):
-        encoded = [ids for ids in tokenizer.encode_training(block) if ids]
-        lengths += map(len, encoded)
-        pieces.append(np.fromiter(chain.from_iterable(encoded), dtype=np.uint16))
-    starts = np.cumsum([0, *lengths], dtype=np.int64)[:-1]
-    return Corpus(np.concatenate(pieces) if pieces else np.zeros(0, np.uint16), starts)
-
-
-def local_corpus(names: str, tokenizer: Tokenizer, cache_dir: str | Path, named: str = "data.dataset_name") -> Corpus:
-    """Local text files, comma-separated, tokenised once and memory-mapped from `cache_dir` after that.
-
-    Raises `ConfigError`, which calls the setting what it is `named`.
-    """
-    paths = named_files(names)
-    for path in paths:
-        if not path.is_file():
-            raise ConfigError(f"{named} is {names!r}: no file {path}")
-    key = hashlib.sha256(tokenizer.json.encode())
-    for path in paths:
-        stat = path.stat()
-        key.update(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
-    stem = Path(cache_dir) / key.hexdigest()[:16]
-    tokens_file, starts_file = stem.with_suffix(".tokens.npy"), stem.with_suffix(".starts.npy")
-    if (kept := _kept(tokens_file, starts_file)) is None:
-        corpus = tokenise(chain.from_iterable(_readable(path, named) for path in paths), tokenizer)
-        if np.isin(corpus.tokens, list(tokenizer.special_ids)).all():
-            raise ConfigError(f"{named} is {names!r}: no text in it that this tokenizer knows")
-        tokens_file.parent.mkdir(parents=True, exist_ok=True)
-        for file, values in ((tokens_file, corpus.tokens), (starts_file, corpus.starts)):
-            partial = file.with_suffix(f".{os.getpid()}.partial.npy")
-            np.save(partial, values)
-            partial.replace(file)
-        kept = _kept(tokens_file, starts_file)
-        assert kept is not None
-    return kept
-
-
-def _readable(path: Path, named: str) -> Iterator[str]:
-    try:
-        yield from read_paragraphs(path)
-    except (OSError, UnicodeDecodeError, EOFError, lzma.LZMAError) as error:
-        raise ConfigError(f"{named} has {path}: cannot be read as UTF-8 text: {error}") from error
-
-
-def _kept(tokens: Path, starts: Path) -> Corpus | None:
-    """None if there is nothing, or only what a power cut has left."""
-    try:
-        return Corpus(np.load(tokens, mmap_mode="r"), np.load(starts))
-    except (FileNotFoundError, EOFError, ValueError):
-        return None
-
-
-def hub_corpus(name: str, split: str, tokenizer: Tokenizer, named: str = "data.dataset_name") -> Corpus:
-    """A text dataset through the `datasets` library: a short name, or anything `load_dataset` takes.
-
-    Raises `ConfigError`, which calls the setting what it is `named`.
-    """
-    from datasets import load_dataset  # noqa: PLC0415 - heavy, and only for users of a hub
-
-    path, configuration = HUB_NAMES.get(name, (name, None))
-    try:
-        rows = load_dataset(path, configuration, split=split)
-    except Exception as error:  # of many kinds: no network, no such dataset, no such split, files it cannot read
-        raise ConfigError(f"{named} is {name!r}: {' '.join(str(error).split())}") from error
-    if "text" not in rows.column_names:
-        raise ConfigError(f"{named} is {name!r}: its columns are {rows.column_names}, want 'text'")
-    lines = chain.from_iterable(text.splitlines() for text in rows["text"])
-    return tokenise(filter(None, map(clean, lines)), tokenizer)
-
-
-def load_corpora(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Corpus, Corpus]:
-    """Training and validation text. Local text without a `validation_name` gives up its end."""
-    section = config.data
-    local = is_local(section.dataset_name)
-    if local:
-        train = local_corpus(section.dataset_name, tokenizer, section.cache_dir)
-    else:
-        train = hub_corpus(section.dataset_name, "train", tokenizer)
-    if section.validation_name is not None and is_local(section.validation_name):
-        validation = local_corpus(section.validation_name, tokenizer, section.cache_dir, "data.validation_name")
-    elif section.validation_name is not None or not local:
-        named = "data.dataset_name" if section.validation_name is None else "data.validation_name"
-        validation = hub_corpus(section.validation_name or section.dataset_name, "validation", tokenizer, named)
-    else:
-        train, validation = train.split(min(VALIDATION_TOKENS, len(train) // 10))
-    for kind, corpus in (("training", train), ("validation", validation)):
-        if len(corpus) < section.max_seq_length:
-            wanted = f"want at least data.max_seq_length = {section.max_seq_length}"
-            raise ConfigError(f"the {kind} text has {len(corpus)} tokens: {wanted}")
-    return train, validation
-
-
-def load_tokenizer(name: str) -> Tokenizer:
-    """A `tokenizer.json`, the one inside a checkpoint (`.pt`), or one by its hub name through `transformers`."""
-    if Path(name).is_file():
-        try:
-            return Tokenizer(checkpoint.read(name).tokenizer) if name.endswith(".pt") else Tokenizer.from_file(name)
-        except ValueError as error:
-            raise ConfigError(f"data.tokenizer_name: {error}") from error
-    if name.endswith((".json", ".pt")):
-        raise ConfigError(f"data.tokenizer_name is {name!r}: no such file")
-    from transformers import AutoTokenizer  # noqa: PLC0415 - heavy, and only for users of a hub
-
-    try:
-        return Tokenizer(AutoTokenizer.from_pretrained(name, use_fast=True).backend_tokenizer.to_str())
-    except (OSError, ValueError) as error:  # no network, no such tokenizer, none of BERT's kind
-        raise ConfigError(f"data.tokenizer_name is {name!r}: {' '.join(str(error).split())}") from error
+from training.config import TrainConfig, TrainingSection
+from training.corpus import Corpus
 
 
 class Batch(NamedTuple):

@@ -40,7 +40,7 @@ from rdt_core.checkpoint import CheckpointError, LoadedModel
 from rdt_core.precision import PRECISIONS, prepare
 from rdt_core.tokenizer import Tokenizer
 from training.config import ConfigError
-from training.data import local_corpus, named_files, shared_files, shown_files
+from training.corpus import local_corpus, named_files, shared_files, shown_files
 from training.devices import device_named
 from training.evaluation import tallies
 from training.evaluation.causal import Scorer, load_scorer

@@ -23,7 +23,8 @@ from tqdm import tqdm
 from rdt_core.checkpoint import CheckpointError
 from rdt_core.tokenizer import Tokenizer
 from training.config import ConfigError
-from training.data import VALIDATION_TOKENS, Corpus, load_tokenizer, local_corpus, shown_files, stable_seed
+from training.corpus import VALIDATION_TOKENS, Corpus, load_tokenizer, local_corpus, shown_files
+from training.data import stable_seed
 from training.devices import device_named
 from training.evaluation.causal import CausalConfig, CausalLM, save_scorer
 from training.evaluation.restoring import cut_segments

@@ -28,7 +28,8 @@ from rdt_core.model import RDT
 from rdt_core.tokenizer import Tokenizer
 from training.compiled import compile_layers
 from training.config import ConfigError, TrainConfig, differences
-from training.data import Batch, Batches, is_local, load_corpora, load_tokenizer, shared_files, stable_seed
+from training.corpus import is_local, load_corpora, load_tokenizer, shared_files
+from training.data import Batch, Batches, stable_seed
 from training.folder import RunFolder
 from training.losses import Losses, chain_losses, gate_losses, unroll_losses
 from training.mixed_precision import autocast

@@ -13,7 +13,8 @@ import torch
 
 from rdt_core import Tokenizer
 from training.config import TrainConfig, parse_config
-from training.data import Batches, local_corpus
+from training.corpus import local_corpus
+from training.data import Batches
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 

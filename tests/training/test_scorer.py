@@ -8,7 +8,7 @@ import torch
 
 from rdt_core import Tokenizer
 from rdt_core.checkpoint import CheckpointError
-from training.data import local_corpus
+from training.corpus import local_corpus
 from training.evaluate import main as evaluate
 from training.evaluation.causal import CausalConfig, CausalLM, Scorer, load_scorer
 from training.mixed_precision import cpu_has_bfloat16

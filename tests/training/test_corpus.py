@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import json
+import lzma
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rdt_core import Tokenizer
+from tests.training.conftest import Settings
+from training import corpus as module
+from training.config import ConfigError
+from training.corpus import Corpus, clean, hub_corpus, load_corpora, load_tokenizer, local_corpus
+
+
+def words(tokenizer: Tokenizer, ids: Any) -> str:
+    return " ".join(tokenizer.piece(int(token)) for token in ids)
+
+
+@pytest.mark.parametrize(
+    ("line", "cleaned"),
+    [
+        (" The co @-@ op sold 1 @,@ 000 at 2 @.@ 5 \n", "The co-op sold 1,000 at 2.5"),
+        (" a <unk> fox ", "a [UNK] fox"),
+        (" = Valkyria = \n", ""),
+        (" = = Plot = = ", ""),
+        (" 1 = 1 ", "1 = 1"),
+        ("plain text", "plain text"),
+        ("   \n", ""),
+    ],
+)
+def test_wikitext_becomes_ordinary_text(line: str, cleaned: str) -> None:
+    assert clean(line) == cleaned
+
+
+def test_paragraphs_are_one_stream_that_knows_its_starts(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text(" = Title = \nThe fox\n\nthe lazy <unk> dog\n", encoding="utf-8")
+    corpus = local_corpus(str(path), tiny_tokenizer, tmp_path)
+    assert words(tiny_tokenizer, corpus.tokens) == "the fox the lazy [UNK] dog"
+    assert corpus.starts.tolist() == [0, 2]
+    assert len(corpus) == 6
+
+
+def test_packed_and_several_files_read_as_one_text(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    plain, packed = tmp_path / "a.txt", tmp_path / "b.txt.xz"
+    plain.write_text("the fox\n", encoding="utf-8")
+    packed.write_bytes(lzma.compress(b"lazy dog\n"))
+    corpus = local_corpus(f"{plain}, {packed}", tiny_tokenizer, tmp_path)
+    assert words(tiny_tokenizer, corpus.tokens) == "the fox lazy dog"
+
+
+def test_a_text_is_tokenised_once(tiny_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("the fox\n", encoding="utf-8")
+    first = local_corpus(str(path), tiny_tokenizer, tmp_path / "cache")
+
+    def again(*_: object) -> Corpus:
+        raise AssertionError("tokenised again")
+
+    monkeypatch.setattr(module, "tokenise", again)
+    second = local_corpus(str(path), tiny_tokenizer, tmp_path / "cache")
+    assert np.array_equal(first.tokens, second.tokens)
+    assert np.array_equal(first.starts, second.starts)
+    path.write_text("another fox\n", encoding="utf-8")
+    with pytest.raises(AssertionError, match="tokenised again"):
+        local_corpus(str(path), tiny_tokenizer, tmp_path / "cache")
+
+
+def test_a_split_gives_up_the_tail_and_its_starts() -> None:
+    corpus = Corpus(np.arange(10, dtype=np.uint16), np.array([0, 4, 8]))
+    head, tail = corpus.split(4)
+    assert (head.tokens.tolist(), head.starts.tolist()) == ([0, 1, 2, 3, 4, 5], [0, 4])
+    assert (tail.tokens.tolist(), tail.starts.tolist()) == ([6, 7, 8, 9], [2])
+
+
+def test_validation_text_is_the_end_of_a_local_text_or_a_text_of_its_own(
+    train_settings: Settings, tiny_tokenizer: Tokenizer, text_file: Path, tmp_path: Path
+) -> None:
+    whole = local_corpus(str(text_file), tiny_tokenizer, tmp_path)
+    train, validation = load_corpora(train_settings(), tiny_tokenizer)
+    assert len(validation) == len(whole) // 10
+    assert np.array_equal(np.concatenate([train.tokens, validation.tokens]), whole.tokens)
+    other = tmp_path / "other.txt"
+    other.write_text("new york " * 20, encoding="utf-8")
+    train, validation = load_corpora(train_settings(**{"data.validation_name": str(other)}), tiny_tokenizer)
+    assert (len(train), len(validation)) == (len(whole), 40)
+
+
+def test_texts_that_cannot_be_learnt_from_are_refused(
+    train_settings: Settings, tiny_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    empty, short, unknown = tmp_path / "empty.txt", tmp_path / "short.txt", tmp_path / "unknown.txt"
+    unknown.write_text("<unk> <unk>\n" * 30, encoding="utf-8")
+    empty.write_text("\n\n", encoding="utf-8")
+    short.write_text("the quick brown fox\n", encoding="utf-8")
+    for path, problem in (
+        (tmp_path / "none.txt", "no file .*none.txt"),
+        (empty, "no text in it"),
+        (unknown, "no text in it that this tokenizer knows"),
+        (short, "the training text has 4 tokens: want at least data.max_seq_length = 16"),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            load_corpora(train_settings(**{"data.dataset_name": str(path)}), tiny_tokenizer)
+
+
+def test_a_tokenizer_of_too_many_words_is_refused(text_file: Path, tmp_path: Path) -> None:
+    tokenizer: Any = SimpleNamespace(json="{}", vocab_size=119_547)
+    with pytest.raises(ConfigError, match="the tokenizer has 119547 tokens: want at most 65536"):
+        local_corpus(str(text_file), tokenizer, tmp_path)
+
+
+def test_what_a_power_cut_leaves_in_the_cache_is_made_anew(
+    text_file: Path, tiny_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    whole = local_corpus(str(text_file), tiny_tokenizer, tmp_path).tokens.copy()
+    for file in tmp_path.glob("*.npy"):
+        file.write_bytes(b"")
+    assert np.array_equal(local_corpus(str(text_file), tiny_tokenizer, tmp_path).tokens, whole)
+
+
+@pytest.fixture
+def hub_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that `load_dataset` takes without a network."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hub-cache"))
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    for split, text in (("train", "= Title =\nthe fox\n\na <unk> dog"), ("validation", "new york")):
+        (folder / f"{split}.jsonl").write_text(json.dumps({"text": text, "id": 1}) + "\n", encoding="utf-8")
+    return folder
+
+
+def test_a_text_comes_through_the_datasets_library(hub_folder: Path, tiny_tokenizer: Tokenizer) -> None:
+    corpus = hub_corpus(str(hub_folder), "train", tiny_tokenizer)
+    assert words(tiny_tokenizer, corpus.tokens) == "the fox a [UNK] dog"
+    assert corpus.starts.tolist() == [0, 2]
+    validation = hub_corpus(str(hub_folder), "validation", tiny_tokenizer)
+    assert words(tiny_tokenizer, validation.tokens) == "new york"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("latin.txt", "caf\xe9".encode("latin-1")),
+        ("cut.txt.xz", lzma.compress(b"the fox " * 1000)[:40]),
+        ("no.txt", None),
+    ],
+)
+def test_a_text_that_cannot_be_read_is_named(
+    tiny_tokenizer: Tokenizer, tmp_path: Path, name: str, content: bytes | None
+) -> None:
+    (tmp_path / "good.txt").write_text("the quick fox\n", encoding="utf-8")
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    wanted = "--text is .*no file .*" if content is None else "--text has [^,]*"  # of the two the one that is bad
+    with pytest.raises(ConfigError, match=wanted + name):
+        local_corpus(f"{tmp_path / 'good.txt'},{tmp_path / name}", tiny_tokenizer, tmp_path / "cache", "--text")
+
+
+def test_a_dataset_without_text_or_split_or_at_all_is_refused(hub_folder: Path, tiny_tokenizer: Tokenizer) -> None:
+    (hub_folder / "train.jsonl").write_text('{"line": "the fox"}\n', encoding="utf-8")
+    (hub_folder / "validation.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"its columns are \['line'\], want 'text'"):
+        hub_corpus(str(hub_folder), "train", tiny_tokenizer)
+    with pytest.raises(ConfigError, match=r"data.dataset_name is .*validation"):
+        hub_corpus(str(hub_folder), "validation", tiny_tokenizer)
+
+
+def test_short_hub_names_stand_for_wikitext(tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked: list[tuple[object, ...]] = []
+
+    def load_dataset(path: str, name: str | None, split: str) -> Any:
+        asked.append((path, name, split))
+        return datasets.Dataset.from_dict({"text": ["the fox"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for name in ("wikitext-2", "wikitext-103", "someone/else"):
+        hub_corpus(name, "train", tiny_tokenizer)
+    assert asked == [
+        ("Salesforce/wikitext", "wikitext-2-raw-v1", "train"),
+        ("Salesforce/wikitext", "wikitext-103-raw-v1", "train"),
+        ("someone/else", None, "train"),
+    ]
+
+
+def test_a_tokenizer_is_read_from_json_or_from_a_checkpoint(
+    tokenizer_file: Path, tiny_checkpoint: Path, tiny_tokenizer: Tokenizer
+) -> None:
+    for path in (tokenizer_file, tiny_checkpoint):
+        assert load_tokenizer(str(path)).vocab_size == tiny_tokenizer.vocab_size
+
+
+@pytest.mark.parametrize("name", ["none.json", "none.pt", "bad.json"])
+def test_a_tokenizer_that_cannot_be_read_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ConfigError, match=rf"data.tokenizer_name.*{name}"):
+        load_tokenizer(str(tmp_path / name))

@@ -42,8 +42,9 @@ from training.optimise import (
     trunk_parameters,
 )
 from training.processes import OneProcess, Processes, add_up_gradients, share
+from training.stages import Stages
 from training.stopping import leave_signals_to_the_trainer, stop_signal
-from training.validation import validate
+from training.validation import Validation, validate
 from training.warm_start import warm_start
 
 TRAIN, VALIDATION, UNROLL = 1, 2, 3  # streams of randomness
@@ -71,49 +72,25 @@ class Trainer:
     ) -> None:
         self.config, self.device = config, device
         self.processes = processes or OneProcess()
-        if config.training.gradient_accumulation_steps < self.processes.count:
-            raise ConfigError(
-                f"training.gradient_accumulation_steps is {config.training.gradient_accumulation_steps}: a step's "
-                f"batches are shared out, want at least one for each of the {self.processes.count} processes"
-            )
+        self._check_processes()
         self.folder = RunFolder(Path(config.output.checkpoint_dir), config.training.keep_last_n_checkpoints)
         if self.processes.first:
             self.folder.remove_partial_files()
         self.notes: list[str] = []
         """What whoever started the run may not expect."""
-        if resume is None and self.folder.is_used():
-            self.notes.append(
-                f"{self.folder.path} has checkpoints of another run: its best_model.pt, and others of the same name, "
-                "will be replaced; to go on with that run, give --checkpoint"
-            )
-        if config.model.max_seq_len > config.data.max_seq_length:
-            self.notes.append(
-                f"the server will take texts of {config.model.max_seq_len} tokens (model.max_seq_len), "
-                f"the longest in training have {config.data.max_seq_length} (data.max_seq_length)"
-            )
-        saved = checkpoints.read(resume) if resume is not None else None
-        if saved is not None and resume is not None:
-            self.tokenizer = checkpoints.tokenizer_of(resume, saved)
-        else:
+        self._note_surprises(resume)
+        resumed = None if resume is None else (resume, checkpoints.read(resume))
+        if resumed is None:
             self.tokenizer = load_tokenizer(config.data.tokenizer_name)
-        train, validation = self.processes.first_before_others(lambda: load_corpora(config, self.tokenizer))
-        held_out = config.data.validation_name
-        if held_out and is_local(held_out) and (shared := shared_files(config.data.dataset_name, held_out)):
-            self.notes.append(f"validation is on text that is learned: {', '.join(shared)} is in both")
-        self.batches = Batches(train, config, self.tokenizer, stable_seed(config.seed, TRAIN))
-        # What is kept for the model to see tells the answer, and what is replaced by other words is no gap.
-        all_masked = replace(config, training=replace(config.training, random_token_share=0.0, keep_token_share=0.0))
-        self.validation_batches = Batches(validation, all_masked, self.tokenizer, stable_seed(config.seed, VALIDATION))
+        else:
+            self.tokenizer = checkpoints.tokenizer_of(*resumed)
+        self.batches, self.validation_batches = self._read_text()
         self.steps_an_epoch = max(1, len(self.batches) // config.training.gradient_accumulation_steps)
         self.n_steps = config.training.num_steps or config.training.num_epochs * self.steps_an_epoch
-        self._check_stages()
+        self.stages = Stages(config.training, self.n_steps)
+        self.notes += self.stages.check()
 
-        torch.manual_seed(stable_seed(config.seed))
-        self.model = RDT(model_config(config, self.tokenizer)).to(device)
-        if config.training.compile:
-            compile_layers(self.model)
-        if config.training.init_from is not None and saved is None:
-            self.notes.append(warm_start(self.model, config.training.init_from, self.tokenizer))
+        self.model = self._make_model(fresh=resumed is None)
         self.optimizer = make_optimizer(self.model, config.training)
         self.scheduler = make_scheduler(self.optimizer, config.training, self.n_steps)
         decay = config.training.average_decay
@@ -124,28 +101,54 @@ class Trainer:
         self.learning_rate = 0.0  # of the last step
         self.best_loss, self.best_of = math.inf, ""
         self.last_saved = resume
-        if saved is not None and resume is not None:
-            self._restore(resume, saved)
+        if resumed is not None:
+            self._restore(*resumed)
 
-    def _check_stages(self) -> None:
-        section = self.config.training
-        n_learning = self.n_steps - section.gate_steps
-        if n_learning < 0 or (n_learning == 0 and not Path(section.init_from or "").is_file()):
-            wanted = "want less, or with a checkpoint as training.init_from as many"
+    def _check_processes(self) -> None:
+        accumulate = self.config.training.gradient_accumulation_steps
+        if accumulate < self.processes.count:
             raise ConfigError(
-                f"training.gate_steps is {section.gate_steps}: the run has {self.n_steps} steps, {wanted}"
+                f"training.gradient_accumulation_steps is {accumulate}: a step's batches are shared out, want at least "
+                f"one for each of the {self.processes.count} processes"
             )
-        if section.loss_weight_gate == 0:
-            self.notes.append("the gate will learn nothing: training.loss_weight_gate is 0")
-        elif section.scheme == "chain":
-            self.notes.append("token levels will learn nothing: training.scheme is chain")
-        elif section.gate_steps == 0 and (section.gate_every_n_steps == 0 or n_learning <= section.one_pass_steps):
+
+    def _note_surprises(self, resume: Path | None) -> None:
+        """Those that the settings alone tell of."""
+        model, data = self.config.model, self.config.data
+        if resume is None and self.folder.is_used():
             self.notes.append(
-                "the gate will learn nothing: training.gate_steps is 0, and training.gate_every_n_steps is 0 or all "
-                "steps are training.one_pass_steps"
+                f"{self.folder.path} has checkpoints of another run: its best_model.pt, and others of the same name, "
+                "will be replaced; to go on with that run, give --checkpoint"
             )
-        if 0 < n_learning <= (section.warmup_steps or 0):
-            raise ConfigError(f"training.warmup_steps is {section.warmup_steps}: that is all of the run")
+        if model.max_seq_len > data.max_seq_length:
+            self.notes.append(
+                f"the server will take texts of {model.max_seq_len} tokens (model.max_seq_len), "
+                f"the longest in training have {data.max_seq_length} (data.max_seq_length)"
+            )
+
+    def _read_text(self) -> tuple[Batches, Batches]:
+        """To learn from, and to validate on."""
+        config, held_out = self.config, self.config.data.validation_name
+        train, validation = self.processes.first_before_others(lambda: load_corpora(config, self.tokenizer))
+        if held_out and is_local(held_out) and (shared := shared_files(config.data.dataset_name, held_out)):
+            self.notes.append(f"validation is on text that is learned: {', '.join(shared)} is in both")
+        # What is kept for the model to see tells the answer, and what is replaced by other words is no gap.
+        all_masked = replace(config, training=replace(config.training, random_token_share=0.0, keep_token_share=0.0))
+        return (
+            Batches(train, config, self.tokenizer, stable_seed(config.seed, TRAIN)),
+            Batches(validation, all_masked, self.tokenizer, stable_seed(config.seed, VALIDATION)),
+        )
+
+    def _make_model(self, fresh: bool) -> RDT:
+        """Unless `fresh`, the weights of a checkpoint take the place of these."""
+        torch.manual_seed(stable_seed(self.config.seed))
+        model = RDT(model_config(self.config, self.tokenizer)).to(self.device)
+        section = self.config.training
+        if section.compile:
+            compile_layers(model)
+        if section.init_from is not None and fresh:
+            self.notes.append(warm_start(model, section.init_from, self.tokenizer))
+        return model
 
     def fit(self) -> bool:
         """Train to the last step; False if a signal ended the run early (its state is saved)."""
@@ -220,7 +223,7 @@ class Trainer:
 
     def _follow(self) -> None:
         """The running average follows the encoder, and takes its place once it has learnt."""
-        learnt_at = self.n_steps - self.config.training.gate_steps
+        learnt_at = self.stages.n_encoder_steps
         if self.average is None or self.step > learnt_at:
             return
         self.average.update()
@@ -242,18 +245,17 @@ class Trainer:
         with autocast(self.device, self.config.mixed_precision):
             if section.scheme == "chain":
                 return chain_losses(self.model, batch, packing, self._draw_passes(), section)
+            turn = self.stages.gate_turn(self.step)
             none = torch.zeros((), device=self.device)
-            if self.step >= self.n_steps - section.gate_steps:
-                return Losses(none, self._gate_loss(batch, turn=self.step))
-            recon = unroll_losses(self.model, batch, packing, self._draw_passes(), section)
-            unrolled, every = self.step - section.one_pass_steps, section.gate_every_n_steps
-            if every == 0 or unrolled < 0 or unrolled % every != 0:
-                return Losses(recon, none)
-            return Losses(recon, self._gate_loss(batch, turn=unrolled // every))
+            recon = none
+            if not self.stages.is_gate_alone(self.step):
+                recon = unroll_losses(self.model, batch, packing, self._draw_passes(), section)
+            return Losses(recon, none if turn is None else self._gate_loss(batch, turn))
 
     def _draw_passes(self) -> int:
-        section = self.config.training
-        return 1 if self.step < section.one_pass_steps else int(torch.randint(section.max_chain_length, ()) + 1)
+        if self.stages.is_one_pass(self.step):
+            return 1
+        return int(torch.randint(self.config.training.max_chain_length, ()) + 1)
 
     def _gate_loss(self, batch: Batch, turn: int) -> Tensor:
         """Levels and token levels in turn: a deep run without settling, then one with."""
@@ -276,7 +278,7 @@ class Trainer:
 
     def _validate(self, writer: SummaryWriter | None, bar: tqdm[Any]) -> None:
         with autocast(self.device, self.config.mixed_precision):
-            depth = 1 if self._one_pass_so_far else None  # more have not been taught
+            depth = 1 if self.stages.only_one_pass_taught(self.step) else None
             result = validate(
                 self.model, self.validation_batches, self.config, self.device, self.processes, n_passes=depth
             )
@@ -285,7 +287,10 @@ class Trainer:
                 writer.add_scalar(f"val/{name}", value, self.step)
             shown = ", ".join(f"{name} {value:.4f}" for name, value in result._asdict().items())
             bar.write(f"step {self.step}: {shown}")
-        measure = self._measure
+        self._keep_best(result)
+
+    def _keep_best(self, result: Validation) -> None:
+        measure = self.stages.measure(self.step)
         if measure != self.best_of:
             self.best_of, self.best_loss = measure, math.inf
         loss = result.recon_loss if measure in ("recon", "one pass") else result.total_loss
@@ -293,21 +298,6 @@ class Trainer:
             self.best_loss = loss
             if self.processes.first:
                 checkpoints.save(self.folder.best, self._checkpoint(loss))
-
-    @property
-    def _one_pass_so_far(self) -> bool:
-        return self.step <= self.config.training.one_pass_steps
-
-    @property
-    def _measure(self) -> str:
-        """What the best model is the best by: reconstruction, and the gate as well as soon as that is taught."""
-        section = self.config.training
-        if self.step > self.n_steps - section.gate_steps:
-            return "gate stage"
-        if self._one_pass_so_far:
-            return "one pass"
-        taught = section.scheme == "unroll" and section.gate_every_n_steps > 0  # a chain's gate learns other levels
-        return "total" if taught else "recon"
 
     def save(self) -> Path:
         """Write a checkpoint to resume from."""
@@ -321,6 +311,9 @@ class Trainer:
         return self.step // self.steps_an_epoch
 
     def _checkpoint(self, loss: float | None) -> Checkpoint:
+        progress: dict[str, Any] = {"best_loss": self.best_loss, "best_of": self.best_of}
+        if self.average is not None:
+            progress |= {"average": self.average.values, "averaged": self.average.has_taken_over}
         return Checkpoint(
             model_state_dict=self.model.state_dict(),
             config={
@@ -334,12 +327,7 @@ class Trainer:
             loss=loss,
             optimizer_state_dict=self.optimizer.state_dict(),
             scheduler_state_dict={"last_epoch": self.scheduler.last_epoch},  # for readers: it follows from the step
-            progress={"best_loss": self.best_loss, "best_of": self.best_of}
-            | (
-                {}
-                if self.average is None
-                else {"average": self.average.values, "averaged": self.average.has_taken_over}
-            ),
+            progress=progress,
         )
 
     def _restore(self, path: Path, saved: Checkpoint) -> None:
@@ -359,7 +347,7 @@ class Trainer:
             self.optimizer.load_state_dict(saved.optimizer_state_dict)
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"--checkpoint {path}: its state is of another model or damaged: {error}") from error
-        if self.average is not None and self.step >= self.n_steps - self.config.training.gate_steps:
+        if self.average is not None and self.stages.is_gate_alone(self.step):
             self.average.take_over()  # the encoder has learnt, whatever was planned when this was saved
         adopt_settings(self.optimizer, self.model, self.config.training)
         self.scheduler = make_scheduler(self.optimizer, self.config.training, self.n_steps, self.step)

@@ -25,6 +25,7 @@ from benchmarks.workloads import WORKLOADS, gate_jobs, make_jobs, settle_jobs
 from rdt_core import PRESETS, RDT, Tokenizer, checkpoint
 from rdt_core.precision import PRECISIONS, Precision, prepare
 from service.engine.types import Job
+from training.corpus import read_paragraphs
 
 PEAK_ROWS, PEAK_REPEATS = 512, 20
 GATE_PARAGRAPHS = 1000
@@ -66,8 +67,6 @@ class Weights:
             return make_jobs(workload, options.requests, config.vocab_size)
         if self.tokenizer is None or options.text is None:
             raise SystemExit("the gate workload needs a checkpoint (--model FILE) and a text (--text FILE)")
-        from training.corpus import read_paragraphs  # noqa: PLC0415 - needs PyYAML, which nothing else here does
-
         paragraphs = list(islice(read_paragraphs(options.text), GATE_PARAGRAPHS))
         tokens = [token for paragraph in self.tokenizer.encode_training(paragraphs) for token in paragraph]
         return gate_jobs(tokens, options.requests, options.threshold, config.total_steps)

@@ -22,7 +22,8 @@ from torch.nn.functional import linear
 
 from benchmarks import record
 from rdt_core import checkpoint, flops
-from training.config import TrainConfig, load_config
+from training.config import TrainConfig
+from training.config_file import load_config
 from training.data import Batch
 from training.losses import Losses
 from training.mixed_precision import autocast

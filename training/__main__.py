@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rdt_core.checkpoint import CheckpointError
-from training.config import ConfigError, load_config
+from training.config import ConfigError
+from training.config_file import load_config
 from training.devices import device_named
 from training.processes import meet
 from training.stopping import INTERRUPTED, ends_quietly

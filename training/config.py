@@ -1,4 +1,4 @@
-"""What a training run is told: YAML, then an override file, then `key=value`, checked before anything runs.
+"""What a training run is told, checked before anything runs. `config_file` reads it.
 
 Every field below is a YAML key of its section. An unknown key or a bad value is a `ConfigError`, one
 line that names the key, the value and what is wanted.
@@ -6,15 +6,9 @@ line that names the key, the value and what is wanted.
 
 from __future__ import annotations
 
-import math
-import types
-import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
-
-import yaml
 
 from rdt_core.config import CHOICES
 from rdt_core.masking import SCHEDULES
@@ -168,154 +162,75 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
     return found
 
 
-def load_config(path: str | Path, override: str | Path | None = None, assignments: Sequence[str] = ()) -> TrainConfig:
-    """Read a YAML file, lay an override file over it, then `section.key=value` assignments."""
-    values = _read_yaml(path)
-    if override is not None:
-        values = _merge(values, _read_yaml(override))
-    for assignment in assignments:
-        values = _merge(values, _parse_assignment(assignment))
-    return parse_config(values)
-
-
-def parse_config(values: Mapping[str, Any]) -> TrainConfig:
-    """A checked configuration from plain nested values. Raises `ConfigError`."""
-    config = _build(TrainConfig, values, prefix="")
-    assert isinstance(config, TrainConfig)
-    return config
-
-
-def _read_yaml(path: str | Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: holds a {type(values).__name__}, want sections with keys")
-    return values
-
-
-def _parse_assignment(assignment: str) -> dict[str, Any]:
-    key, equals, text = assignment.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"{assignment!r}: want section.key=value")
-    try:
-        value: Any = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{assignment!r}: not YAML: {' '.join(str(error).split())}") from error
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    assert isinstance(value, dict)
-    return value
-
-
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-def _build(kind: type, values: Any, prefix: str) -> Any:
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{prefix.rstrip('.')} is {values!r}: want keys under it")
-    hints = typing.get_type_hints(kind)
-    names = {f.name for f in fields(kind)}
-    for key in values:
-        if key not in names:
-            raise ConfigError(f"{prefix}{key} is not a setting; known here: {', '.join(sorted(names))}")
-    built = {
-        key: _build(hints[key], value, f"{prefix}{key}.")
-        if is_dataclass(hints[key])
-        else _typed(hints[key], value, prefix + key)
-        for key, value in values.items()
-    }
-    return kind(**built)
-
-
-def _typed(hint: Any, value: Any, key: str) -> Any:
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and type(None) in kinds:
-        return None
-    if float in kinds and not isinstance(value, bool):
-        try:  # YAML reads 3e-4 as text
-            number = float(value)
-        except (TypeError, ValueError):
-            pass
-        except OverflowError:
-            raise ConfigError(f"{key} is {value!r}: want a finite number") from None
-        else:
-            if not math.isfinite(number):
-                raise ConfigError(f"{key} is {value!r}: want a finite number")
-            return number
-    for kind in (bool, int, str):
-        if kind in kinds and type(value) is kind:
-            return value
-    wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
-    raise ConfigError(f"{key} is {value!r}: want {wanted}")
+AT_LEAST = {
+    0: (
+        "seed", "training.one_pass_steps", "training.gate_every_n_steps", "training.gate_steps",
+        "training.weight_decay", "training.loss_weight_recon", "training.loss_weight_gate", "data.num_workers",
+    ),
+    1: (
+        "training.batch_size", "training.gradient_accumulation_steps", "training.num_epochs", "training.num_steps",
+        "training.max_chain_length", "training.grad_passes", "training.total_steps", "training.gate_sequences",
+        "training.save_every_n_epochs", "training.save_every_n_steps", "training.warmup_steps",
+        "training.keep_last_n_checkpoints", "output.log_every_n_steps", "output.eval_every_n_epochs",
+        "output.eval_every_n_steps", "output.eval_batches",
+    ),
+    2: ("training.gate_passes",),
+    3: ("data.min_seq_length",),
+}  # fmt: skip
+ABOVE_ZERO = ("training.learning_rate", "training.max_grad_norm")
+SHARES = (
+    "training.warmup_ratio", "training.decay_ratio", "training.random_token_share", "training.keep_token_share",
+    "training.gate_change_share", "data.full_length_share",
+)  # fmt: skip
+DECAYS = ("training.adam_beta2", "training.average_decay")
+ONE_OF: dict[str, tuple[str, ...]] = {
+    "training.scheduler": ("cosine", "linear", "warmup_stable_decay"),
+    "training.scheme": ("unroll", "chain"),
+    "training.masking_strategy": tuple(SCHEDULES),
+    **{f"model.{name}": allowed for name, allowed in CHOICES.items()},
+}
 
 
 def _check(config: TrainConfig) -> None:
-    at_least = {
-        1: "training.batch_size training.gradient_accumulation_steps training.num_epochs training.num_steps "
-        "training.max_chain_length training.grad_passes training.total_steps "
-        "training.gate_sequences training.save_every_n_epochs training.save_every_n_steps training.warmup_steps "
-        "training.keep_last_n_checkpoints output.log_every_n_steps output.eval_every_n_epochs "
-        "output.eval_every_n_steps output.eval_batches",
-        2: "training.gate_passes",
-        3: "data.min_seq_length",
-        0: "seed training.one_pass_steps training.gate_every_n_steps training.gate_steps training.weight_decay "
-        "training.loss_weight_recon training.loss_weight_gate data.num_workers",
-    }
-    if config.training.scheme == "chain" and config.training.gate_steps:
-        raise ConfigError("training.gate_steps is for scheme unroll: with chain the gate learns all along, want 0")
-    if config.training.scheme == "chain" and config.training.max_chain_length > config.training.total_steps:
-        raise ConfigError(
-            f"training.max_chain_length is {config.training.max_chain_length}: with scheme chain want at most "
-            f"training.total_steps = {config.training.total_steps}"
-        )
-    if config.training.loss_weight_recon == config.training.loss_weight_gate == 0:
-        raise ConfigError("training.loss_weight_recon and training.loss_weight_gate are 0: want one of them above")
-    for minimum, keys in at_least.items():
-        for key in keys.split():
+    for minimum, keys in AT_LEAST.items():
+        for key in keys:
             value = _get(config, key)
             if value is not None and not value >= minimum:
                 raise ConfigError(f"{key} is {value}: want >= {minimum}")
-    for key in ("training.learning_rate", "training.max_grad_norm"):
+    for key in ABOVE_ZERO:
         if not 0 < _get(config, key) < float("inf"):
             raise ConfigError(f"{key} is {_get(config, key)}: want a number > 0")
-    _check_shares(config)
-    choices: dict[str, Sequence[str]] = {
-        "training.scheduler": ("cosine", "linear", "warmup_stable_decay"),
-        "training.scheme": ("unroll", "chain"),
-        "training.masking_strategy": tuple(SCHEDULES),
-        **{f"model.{name}": allowed for name, allowed in CHOICES.items()},
-    }
-    for key, allowed in choices.items():
-        if _get(config, key) not in allowed:
-            raise ConfigError(f"{key} is {_get(config, key)!r}: want one of {', '.join(allowed)}")
-    if not config.data.min_seq_length <= config.data.max_seq_length <= config.model.max_seq_len:
-        raise ConfigError(
-            f"data.max_seq_length is {config.data.max_seq_length}: want data.min_seq_length = "
-            f"{config.data.min_seq_length} to model.max_seq_len = {config.model.max_seq_len}"
-        )
-
-
-def _check_shares(config: TrainConfig) -> None:
-    for key in ("training.warmup_ratio", "training.decay_ratio", "training.random_token_share",
-                "training.keep_token_share", "training.gate_change_share", "data.full_length_share"):  # fmt: skip
+    for key in SHARES:
         if not 0 <= _get(config, key) <= 1:
             raise ConfigError(f"{key} is {_get(config, key)}: want 0 to 1")
-    if config.training.random_token_share + config.training.keep_token_share > 1:
-        raise ConfigError("training.random_token_share + training.keep_token_share is over 1")
-    for key in ("training.adam_beta2", "training.average_decay"):
+    for key in DECAYS:
         if (decay := _get(config, key)) is not None and not 0 < decay < 1:
             raise ConfigError(f"{key} is {decay}: want 0 to 1, ends excluded")
+    for key, allowed in ONE_OF.items():
+        if _get(config, key) not in allowed:
+            raise ConfigError(f"{key} is {_get(config, key)!r}: want one of {', '.join(allowed)}")
+    _check_together(config)
+
+
+def _check_together(config: TrainConfig) -> None:
+    """Settings that are in range, but do not go with others."""
+    section, data = config.training, config.data
+    if section.scheme == "chain" and section.gate_steps:
+        raise ConfigError("training.gate_steps is for scheme unroll: with chain the gate learns all along, want 0")
+    if section.scheme == "chain" and section.max_chain_length > section.total_steps:
+        raise ConfigError(
+            f"training.max_chain_length is {section.max_chain_length}: with scheme chain want at most "
+            f"training.total_steps = {section.total_steps}"
+        )
+    if section.loss_weight_recon == section.loss_weight_gate == 0:
+        raise ConfigError("training.loss_weight_recon and training.loss_weight_gate are 0: want one of them above")
+    if section.random_token_share + section.keep_token_share > 1:
+        raise ConfigError("training.random_token_share + training.keep_token_share is over 1")
+    if not data.min_seq_length <= data.max_seq_length <= config.model.max_seq_len:
+        raise ConfigError(
+            f"data.max_seq_length is {data.max_seq_length}: want data.min_seq_length = "
+            f"{data.min_seq_length} to model.max_seq_len = {config.model.max_seq_len}"
+        )
 
 
 def _get(config: TrainConfig, key: str) -> Any:

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from rdt_core import Tokenizer
-from training.config import TrainConfig, parse_config
+from training.config import TrainConfig
+from training.config_file import parse_config
 from training.corpus import local_corpus
 from training.data import Batches
 

@@ -11,7 +11,8 @@ import pytest
 
 import training
 from rdt_core import RDT, ModelConfig, Tokenizer, flops
-from training.config import TrainConfig, load_config
+from training.config import TrainConfig
+from training.config_file import load_config
 from training.data import Batches
 from training.optimise import learning_rate_factor
 from training.trainer import model_config

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 import training
-from training.config import ConfigError, differences, load_config, parse_config
+from training.config import ConfigError, differences
+from training.config_file import load_config, parse_config
 
 CONFIGS = sorted((Path(training.__file__).parent / "configs").glob("*.yaml"))
 

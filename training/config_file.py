@@ -1,0 +1,107 @@
+"""From YAML to a checked configuration: a file, an override file laid over it, then `section.key=value`."""
+
+from __future__ import annotations
+
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from training.config import ConfigError, TrainConfig
+
+
+def load_config(path: str | Path, override: str | Path | None = None, assignments: Sequence[str] = ()) -> TrainConfig:
+    """Read a YAML file, lay an override file over it, then `section.key=value` assignments."""
+    values = _read_yaml(path)
+    if override is not None:
+        values = _merge(values, _read_yaml(override))
+    for assignment in assignments:
+        values = _merge(values, _parse_assignment(assignment))
+    return parse_config(values)
+
+
+def parse_config(values: Mapping[str, Any]) -> TrainConfig:
+    """A checked configuration from plain nested values. Raises `ConfigError`."""
+    config = _build(TrainConfig, values, prefix="")
+    assert isinstance(config, TrainConfig)
+    return config
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds a {type(values).__name__}, want sections with keys")
+    return values
+
+
+def _parse_assignment(assignment: str) -> dict[str, Any]:
+    key, equals, text = assignment.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{assignment!r}: want section.key=value")
+    try:
+        value: Any = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{assignment!r}: not YAML: {' '.join(str(error).split())}") from error
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    assert isinstance(value, dict)
+    return value
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _build(kind: type, values: Any, prefix: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{prefix.rstrip('.')} is {values!r}: want keys under it")
+    hints = typing.get_type_hints(kind)
+    names = {f.name for f in fields(kind)}
+    for key in values:
+        if key not in names:
+            raise ConfigError(f"{prefix}{key} is not a setting; known here: {', '.join(sorted(names))}")
+    built = {
+        key: _build(hints[key], value, f"{prefix}{key}.")
+        if is_dataclass(hints[key])
+        else _typed(hints[key], value, prefix + key)
+        for key, value in values.items()
+    }
+    return kind(**built)
+
+
+def _typed(hint: Any, value: Any, key: str) -> Any:
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in kinds:
+        return None
+    if float in kinds and not isinstance(value, bool):
+        try:  # YAML reads 3e-4 as text
+            number = float(value)
+        except (TypeError, ValueError):
+            pass
+        except OverflowError:
+            raise ConfigError(f"{key} is {value!r}: want a finite number") from None
+        else:
+            if not math.isfinite(number):
+                raise ConfigError(f"{key} is {value!r}: want a finite number")
+            return number
+    for kind in (bool, int, str):
+        if kind in kinds and type(value) is kind:
+            return value
+    wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+    raise ConfigError(f"{key} is {value!r}: want {wanted}")

@@ -12,17 +12,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from contextvars import Context
 from dataclasses import replace
 
 from service.engine.backend import Backend, OutOfMemory
-from service.engine.protocol import Clock, OnReading, Watcher, show
+from service.engine.callers import Callers
+from service.engine.protocol import Clock, OnReading, Watcher
 from service.engine.queue import Place
 from service.engine.replica import Replica, Stuck
 from service.engine.scheduler import Line, Scheduler, SchedulerLimits
-from service.engine.types import Job, Outcome, Plan, Reading, Result, Ticket
+from service.engine.types import Job, Outcome, Plan, Result, Ticket
 from service.errors import DeadlineExceeded, Internal, ResourceExhausted, ServiceError, Unavailable
 
 log = logging.getLogger(__name__)
@@ -30,32 +31,10 @@ log = logging.getLogger(__name__)
 FATAL_WINDOW_SECONDS = 60.0
 """A second broken tick within this time ends the process: whatever is wrong, a restart is the better cure."""
 
-
 SHORTAGE_SECONDS = 0.1
 """Before a third try: whoever else holds the memory gets a moment to give it back."""
 
 SHORTEST_TEXT = 3  # tokens: [CLS], something, [SEP]
-
-
-class _Caller:
-    """Who waits for a ticket."""
-
-    def __init__(self, on_reading: OnReading | None) -> None:
-        self.answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        self._on_reading = on_reading
-        self._shown = 0  # passes
-
-    def show(self, reading: Reading, step: int) -> None:
-        """A job that had to begin anew reads the same again, which nobody needs to see twice."""
-        if self._on_reading is None or step <= self._shown:
-            return
-        self._shown = step
-        if (error := show(reading, self._on_reading)) is not None:
-            self.fail(error)
-
-    def fail(self, error: ServiceError) -> None:
-        if not self.answer.done():  # a caller who left has cancelled it
-            self.answer.set_exception(error)
 
 
 class BatchingEngine:
@@ -78,7 +57,7 @@ class BatchingEngine:
         self._replicas = [Replica(backend, Scheduler(limits, self._line), patience) for backend in backends]
         self._clock = clock
         self._watcher = watcher
-        self._callers: dict[Ticket, _Caller] = {}
+        self._callers = Callers()
         self._idle = asyncio.Event()  # nothing waiting, nothing live
         self._accepting = self._broken = False
         self._broke_at = float("-inf")
@@ -105,6 +84,11 @@ class BatchingEngine:
     @property
     def n_replicas(self) -> int:
         return len(self._replicas)
+
+    @property
+    def largest_tick(self) -> int:
+        """Tokens of the longest text that some replica has memory for."""
+        return max(replica.scheduler.budget.tokens for replica in self._replicas)
 
     @property
     def bounds(self) -> SchedulerLimits:
@@ -150,17 +134,17 @@ class BatchingEngine:
                 replica.scheduler.budget.grow(self._clock())  # nobody plans while there is nothing to do
             if self.largest_tick < len(job.tokens):
                 raise _no_memory(self.largest_tick)
-        ticket = self._replicas[0].scheduler.submit(job, place, self._clock())
-        caller = self._callers[ticket] = _Caller(on_reading)
+        ticket = self._line.join(job, place, self._clock())
+        answer = self._callers.join(ticket, on_reading)
         timer = None if job.deadline is None else self._at(job.deadline, self._expire, ticket)
         self._idle.clear()
         self._wake()
         try:
-            return await caller.answer
+            return await answer
         finally:
             if timer is not None:
                 timer.cancel()
-            if self._callers.pop(ticket, None) is not None:  # left before the end
+            if self._callers.leave(ticket):
                 for replica in self._replicas:
                     replica.scheduler.cancel(ticket)
                 self._wake()
@@ -194,7 +178,7 @@ class BatchingEngine:
         """The engine: plan, run, commit, for ever."""
         while True:
             plan = replica.scheduler.plan(self._clock(), replica.tick_seconds, self._share, replica.backend.ticks_late)
-            self._fail(plan.expired, _too_late)
+            self._callers.fail(plan.expired, _too_late)
             if plan.empty:
                 if self.live == 0 and self._line.n_queued == 0:
                     self._idle.set()
@@ -204,9 +188,9 @@ class BatchingEngine:
             try:
                 outcome = await self._tick(replica, plan)
                 for ticket, reading in outcome.readings.items():
-                    self._show(ticket, reading, replica.scheduler.depth(ticket) + 1)
+                    self._callers.show(ticket, reading, replica.scheduler.depth(ticket) + 1)
                 for ticket, result in replica.scheduler.commit(plan, outcome, self._clock()):
-                    self._answer(ticket, result)
+                    self._callers.answer(ticket, result)
             except OutOfMemory as error:
                 await self._make_room(replica, plan, error)
             except Stuck:
@@ -224,14 +208,13 @@ class BatchingEngine:
 
     @property
     def _share(self) -> float:
-        """Packed tokens of each replica if all there are were spread evenly, over those that could take any."""
+        """Packed tokens of each batch if all there are were spread evenly over those that could take any."""
         schedulers = [replica.scheduler for replica in self._replicas]
-        schedulers = [one for one in schedulers if one.n_live < self._limits.max_live] or schedulers
-        if len({scheduler.budget.tokens for scheduler in schedulers}) > 1:  # some are short of memory
+        takers = [one for one in schedulers if one.n_live < self._limits.max_live] or schedulers
+        if len({one.budget.tokens for one in takers}) > 1:  # some are short of memory
             shortest = min((entry.n_tokens for entry in self._line), default=0)
-            schedulers = [one for one in schedulers if one.budget.tokens >= shortest] or schedulers
-        live = sum(scheduler.live_tokens for scheduler in schedulers)
-        return (live + self._line.n_tokens) / len(schedulers)
+            takers = [one for one in takers if one.budget.tokens >= shortest] or takers
+        return (sum(one.live_tokens for one in takers) + self._line.n_tokens) / len(takers)
 
     def _wake(self) -> None:
         for replica in self._replicas:
@@ -239,7 +222,7 @@ class BatchingEngine:
 
     def _drop_all(self, make_error: Callable[[], ServiceError]) -> None:
         for replica in self._replicas:
-            self._fail(replica.scheduler.drop_all(), make_error)
+            self._callers.fail(replica.scheduler.drop_all(), make_error)
 
     async def _make_room(self, replica: Replica, plan: Plan, error: OutOfMemory) -> None:
         """Fewer tokens, or another try. Nobody fails but those whose text alone is too large for any replica."""
@@ -255,7 +238,7 @@ class BatchingEngine:
         too_long = [entry.ticket for entry in self._line if entry.n_tokens > largest]
         for ticket in too_long:
             self._line.withdraw(ticket)
-        self._fail(too_long, lambda: _no_memory(largest))
+        self._callers.fail(too_long, lambda: _no_memory(largest))
         if largest < SHORTEST_TEXT:
             log.critical("there is no memory for any text")
             self._give_up()
@@ -268,11 +251,6 @@ class BatchingEngine:
         said = str(error)  # and not the error, which holds the tick's tensors
         log.warning("no memory for a tick of %d tokens, %d at the most from now on: %s", n_tokens, budget.tokens, said)
 
-    @property
-    def largest_tick(self) -> int:
-        """Tokens of the longest text that some replica has memory for."""
-        return max(replica.scheduler.budget.tokens for replica in self._replicas)
-
     async def _recover(self, replica: Replica, error: Exception) -> None:
         """A tick broke: its jobs fail, the backend starts afresh. Twice in a minute, and the engine gives up."""
         log.error("a tick failed with %d sequences live", replica.scheduler.n_live, exc_info=error)
@@ -280,7 +258,7 @@ class BatchingEngine:
         if self._watcher is not None:
             self._watcher.tick_broke()
         message = "the model failed while this request was live; the server has logged why"
-        self._fail(replica.scheduler.lose_live(), lambda: Internal(message))
+        self._callers.fail(replica.scheduler.lose_live(), lambda: Internal(message))
         now = self._clock()
         gives_up, self._broke_at = now - self._broke_at < FATAL_WINDOW_SECONDS, now
         try:
@@ -305,26 +283,10 @@ class BatchingEngine:
             log.critical("the engine's loop broke", exc_info=error)
             self._give_up()
 
-    def _show(self, ticket: Ticket, reading: Reading, step: int) -> None:
-        caller = self._callers.get(ticket)
-        if caller is not None:
-            caller.show(reading, step)
-
-    def _answer(self, ticket: Ticket, result: Result) -> None:
-        caller = self._callers.pop(ticket, None)
-        if caller is not None and not caller.answer.done():
-            caller.answer.set_result(result)
-
-    def _fail(self, tickets: Iterable[Ticket], make_error: Callable[[], ServiceError]) -> None:
-        for ticket in tickets:
-            caller = self._callers.pop(ticket, None)
-            if caller is not None:
-                caller.fail(make_error())
-
     def _expire(self, ticket: Ticket) -> None:
         """The deadline came. In the line it ends the job now; a live job is answered at the end of its pass."""
         if self._line.withdraw(ticket):
-            self._fail([ticket], _too_late)
+            self._callers.fail([ticket], _too_late)
 
     def _at(self, deadline: float, call: Callable[[Ticket], None], ticket: Ticket) -> asyncio.TimerHandle:
         return asyncio.get_running_loop().call_later(max(0.0, deadline - self._clock()), call, ticket)

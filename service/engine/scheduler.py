@@ -58,10 +58,15 @@ class Line(BoundedQueue[Entry]):
 
     def __init__(self, limits: SchedulerLimits) -> None:
         super().__init__(limits.max_waiting, limits.max_waiting_tokens)
+        self._token_budget = limits.token_budget
         self._tickets = count(1)
 
     def join(self, job: Job, place: Place, now: float) -> Ticket:
-        """Raises `ResourceExhausted` when the job's tokens do not fit."""
+        """Queue a job in its reserved place. Raises `ResourceExhausted` when its tokens do not fit in the line,
+        `ValueError` when they would not fit in any tick.
+        """
+        if len(job.tokens) > self._token_budget:
+            raise ValueError(f"the job has {len(job.tokens)} tokens: want at most token_budget = {self._token_budget}")
         entry = Entry(next(self._tickets), job, submitted=now)
         self.put(entry, place)
         return entry.ticket
@@ -107,12 +112,7 @@ class Scheduler:
         return not self._live and self._line.n_queued == 0
 
     def submit(self, job: Job, place: Place, now: float) -> Ticket:
-        """Queue a job in its reserved place. Raises `ResourceExhausted` when its tokens do not fit in the line,
-        `ValueError` when they would not fit in any tick.
-        """
-        budget = self._limits.token_budget
-        if len(job.tokens) > budget:
-            raise ValueError(f"the job has {len(job.tokens)} tokens: want at most token_budget = {budget}")
+        """As `Line.join`, in the line that this scheduler admits from."""
         return self._line.join(job, place, now)
 
     def cancel(self, ticket: Ticket) -> None:

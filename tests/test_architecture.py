@@ -53,7 +53,7 @@ def test_packages_keep_to_their_edges(package: str) -> None:
         assert not names & NEVER_IMPORTS[package], f"{path} imports {names & NEVER_IMPORTS[package]}"
 
 
-COMPUTES = ("backends", "cuda_graph", "eager", "lookahead", "memory", "reference", "static_batch")
+COMPUTES = ("backends", "batch_halting", "cuda_graph", "eager", "lookahead", "memory", "reference", "static_batch")
 """Modules of the engine that know the model; the others are logic."""
 
 

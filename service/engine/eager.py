@@ -21,28 +21,13 @@ from torch import Tensor
 
 from rdt_core.decoding import read_logits
 from rdt_core.gate import GateState
-from rdt_core.halting import settling_order, surest_apart
+from rdt_core.halting import surest_apart
 from rdt_core.model import RDT, State
 from rdt_core.packing import Packing, rows_of
 from service.engine.backend import OutOfMemory
+from service.engine.batch_halting import GO_ON, REASONS, Terms, count, reasons_of, settled_level, settling_rows
 from service.engine.memory import shortage
-from service.engine.types import Admission, Choice, HaltReason, Outcome, Plan, Reading, Ticket
-
-REASONS: tuple[HaltReason | None, ...] = (None, "gate", "max_steps", "deadline")
-GO_ON, GATE, MAX_STEPS, DEADLINE = range(4)
-
-
-class Terms(NamedTuple):
-    """What each live sequence was promised, and how far it is. All `(N,)`."""
-
-    threshold: Tensor  # float64, so that comparisons are those of the reference
-    ceiling: Tensor  # passes it may make
-    step: Tensor  # passes it has made
-    level: Tensor  # after the last pass
-    n_masked: Tensor
-    settles: Tensor  # bool
-    decode_all: Tensor  # bool
-    streams: Tensor  # bool
+from service.engine.types import Admission, Choice, Outcome, Plan, Reading, Ticket
 
 
 @dataclass(frozen=True)
@@ -132,12 +117,18 @@ class EagerBackend:
         candidates = state.masked & terms.settles[packing.sequence_ids]  # (T,) bool
         choosing = candidates & (step < terms.ceiling)[packing.sequence_ids]  # after the last pass all of it settles
         token_level, waits = self._to_choose_from(state, packing, choosing)  # (T,) each
-        settling = _settling_rows(candidates, token_level, waits, packing, terms._replace(step=step))  # (T,) bool
+        settling = settling_rows(candidates, token_level, waits, packing, terms._replace(step=step))  # (T,) bool
         open_after = state.masked & ~settling
-        level = torch.where(terms.settles, _settled_level(token_level * open_after, packing, terms), state.gate.level)
+        level = torch.where(terms.settles, settled_level(token_level * open_after, packing, terms), state.gate.level)
         late = torch.tensor([ticket in overdue for ticket in batch.tickets], device=level.device)
         terms = terms._replace(step=step, level=level)
-        reason = _reasons(terms, _count(open_after, packing) == 0, late)  # (N,)
+        reason = reasons_of(
+            level=terms.level,
+            threshold=terms.threshold,
+            last=terms.step >= terms.ceiling,
+            late=late,
+            all_settled=terms.settles & (count(open_after, packing) == 0),
+        )  # (N,)
 
         stops = (reason != GO_ON)[packing.sequence_ids]  # (T,)
         read_all = stops & terms.decode_all[packing.sequence_ids] & ~(batch.asked & ~state.masked)
@@ -196,53 +187,6 @@ class Decoded(NamedTuple):
                 rows, top_k, *(column.tolist() for column in columns), strict=True
             )
         ]
-
-
-def _settling_rows(candidates: Tensor, token_level: Tensor, waits: Tensor, packing: Packing, terms: Terms) -> Tensor:
-    """Rows `(T,)` that become text now: of each settling sequence those below its threshold that need not wait, and
-    the surest others as far as the pace to its ceiling asks. See `rdt_core.halting.which_settle`.
-    """
-    ids = packing.sequence_ids
-    n_open = _count(candidates, packing)  # (N,)
-    due = -(-terms.n_masked * terms.step // terms.ceiling)
-    n_due = due - (terms.n_masked - n_open)
-    n_sure = _count(candidates & ~waits & (token_level < terms.threshold[ids]), packing)
-    n_taken = torch.maximum(n_due, n_sure)  # (N,)
-    in_order = torch.argsort(settling_order(token_level, waits), stable=True)
-    groups = 2 * ids + ~candidates  # each sequence's candidates, then its other rows
-    by_sequence = in_order[torch.argsort(groups[in_order], stable=True)]  # rows of each sequence, as they settle
-    rank = torch.empty_like(ids).scatter_(0, by_sequence, packing.positions)  # (T,) place among its own
-    return candidates & (rank < n_taken[ids])
-
-
-def _settled_level(left_open: Tensor, packing: Packing, terms: Terms) -> Tensor:
-    """Share of masked rows still open, weighted by token level `(T,)`, 0 for all others; never rising `(N,)`."""
-    left = torch.zeros_like(terms.level).index_add(0, packing.sequence_ids, left_open)
-    return torch.minimum(left / terms.n_masked.clamp(min=1), terms.level)
-
-
-def _reasons(terms: Terms, none_open: Tensor, late: Tensor) -> Tensor:
-    all_settled = terms.settles & none_open
-    return reasons_of(terms.level, terms.threshold, terms.step >= terms.ceiling, late, all_settled)
-
-
-def reasons_of(
-    level: Tensor, threshold: Tensor, last: Tensor, late: Tensor, all_settled: Tensor | None = None
-) -> Tensor:
-    """`rdt_core.halting.halt_reason` for all sequences at once: codes `(N,)`, indices into `REASONS`."""
-    below = level.double() < threshold
-    code = torch.where(late, DEADLINE, GO_ON)
-    if all_settled is not None:
-        below &= ~(all_settled & last)
-        code = torch.where(all_settled, GATE, code)
-    code = torch.where(last, MAX_STEPS, code)
-    return torch.where(below, GATE, code)
-
-
-def _count(rows: Tensor, packing: Packing) -> Tensor:
-    """How many of the marked rows `(T,)` bool lie in each sequence `(N,)`."""
-    zero = torch.zeros(packing.n_sequences, dtype=torch.int64, device=rows.device)
-    return zero.index_add_(0, packing.sequence_ids, rows.long())
 
 
 def _hand_out(decoded: Decoded, writes: Tensor, batch: Batch, readings: list[Reading]) -> None:

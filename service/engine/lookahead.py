@@ -32,7 +32,8 @@ from torch import Tensor
 from rdt_core.model import RDT
 from rdt_core.packing import Packing, to_device
 from service.engine.backend import OutOfMemory
-from service.engine.eager import GO_ON, REASONS, Decoded, EagerBackend
+from service.engine.batch_halting import GO_ON, REASONS
+from service.engine.eager import Decoded, EagerBackend
 from service.engine.memory import shortage
 from service.engine.static_batch import (
     Bucket,

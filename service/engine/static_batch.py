@@ -18,7 +18,7 @@ from torch import Tensor
 from rdt_core.gate import GateState
 from rdt_core.model import RDT, State
 from rdt_core.packing import Packing, to_device
-from service.engine.eager import GATE, GO_ON, reasons_of
+from service.engine.batch_halting import GATE, GO_ON, reasons_of
 
 SMALLEST_BUCKET = 64
 ROWS_A_SEQUENCE = 8

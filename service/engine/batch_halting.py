@@ -1,0 +1,75 @@
+"""`rdt_core.halting` for a whole batch, on the device: which rows settle, what level is left, and who stops, and why.
+
+The arithmetic is that of the reference for all sequences at once; no operation asks the device about any single one.
+
+T: packed tokens   N: live sequences
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rdt_core.halting import settling_order
+from rdt_core.packing import Packing
+from service.engine.types import HaltReason
+
+REASONS: tuple[HaltReason | None, ...] = (None, "gate", "max_steps", "deadline")
+GO_ON, GATE, MAX_STEPS, DEADLINE = range(4)
+
+
+class Terms(NamedTuple):
+    """What each live sequence was promised, and how far it is. All `(N,)`."""
+
+    threshold: Tensor  # float64, so that comparisons are those of the reference
+    ceiling: Tensor  # passes it may make
+    step: Tensor  # passes it has made
+    level: Tensor  # after the last pass
+    n_masked: Tensor
+    settles: Tensor  # bool
+    decode_all: Tensor  # bool
+    streams: Tensor  # bool
+
+
+def settling_rows(candidates: Tensor, token_level: Tensor, waits: Tensor, packing: Packing, terms: Terms) -> Tensor:
+    """Rows `(T,)` that become text now: of each settling sequence those below its threshold that need not wait, and
+    the surest others as far as the pace to its ceiling asks. See `rdt_core.halting.which_settle`.
+    """
+    ids = packing.sequence_ids
+    n_open = count(candidates, packing)  # (N,)
+    due = -(-terms.n_masked * terms.step // terms.ceiling)
+    n_due = due - (terms.n_masked - n_open)
+    n_sure = count(candidates & ~waits & (token_level < terms.threshold[ids]), packing)
+    n_taken = torch.maximum(n_due, n_sure)  # (N,)
+    in_order = torch.argsort(settling_order(token_level, waits), stable=True)
+    groups = 2 * ids + ~candidates  # each sequence's candidates, then its other rows
+    by_sequence = in_order[torch.argsort(groups[in_order], stable=True)]  # rows of each sequence, as they settle
+    rank = torch.empty_like(ids).scatter_(0, by_sequence, packing.positions)  # (T,) place among its own
+    return candidates & (rank < n_taken[ids])
+
+
+def settled_level(left_open: Tensor, packing: Packing, terms: Terms) -> Tensor:
+    """Share of masked rows still open, weighted by token level `(T,)`, 0 for all others; never rising `(N,)`."""
+    left = torch.zeros_like(terms.level).index_add(0, packing.sequence_ids, left_open)
+    return torch.minimum(left / terms.n_masked.clamp(min=1), terms.level)
+
+
+def reasons_of(
+    level: Tensor, threshold: Tensor, last: Tensor, late: Tensor, all_settled: Tensor | None = None
+) -> Tensor:
+    """`rdt_core.halting.halt_reason` for all sequences at once: codes `(N,)`, indices into `REASONS`."""
+    below = level.double() < threshold
+    code = torch.where(late, DEADLINE, GO_ON)
+    if all_settled is not None:
+        below &= ~(all_settled & last)
+        code = torch.where(all_settled, GATE, code)
+    code = torch.where(last, MAX_STEPS, code)
+    return torch.where(below, GATE, code)
+
+
+def count(rows: Tensor, packing: Packing) -> Tensor:
+    """How many of the marked rows `(T,)` bool lie in each sequence `(N,)`."""
+    zero = torch.zeros(packing.n_sequences, dtype=torch.int64, device=rows.device)
+    return zero.index_add_(0, packing.sequence_ids, rows.long())

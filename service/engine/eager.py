@@ -110,24 +110,19 @@ class EagerBackend:
         )
 
     def _advance(self, batch: Batch, overdue: frozenset[Ticket]) -> Outcome:
-        """One pass, the gate's verdicts, the coda, and the farewell of those that stop."""
-        packing, terms = batch.packing, batch.terms
+        """One pass, who settles and who stops, the coda for both, and the farewell of those that stop."""
+        packing = batch.packing
         state = self._model(batch.state, packing)
-        step = terms.step + 1
-        candidates = state.masked & terms.settles[packing.sequence_ids]  # (T,) bool
-        choosing = candidates & (step < terms.ceiling)[packing.sequence_ids]  # after the last pass all of it settles
-        token_level, waits = self._to_choose_from(state, packing, choosing)  # (T,) each
-        settling = settling_rows(candidates, token_level, waits, packing, terms._replace(step=step))  # (T,) bool
-        open_after = state.masked & ~settling
-        level = torch.where(terms.settles, settled_level(token_level * open_after, packing, terms), state.gate.level)
-        late = torch.tensor([ticket in overdue for ticket in batch.tickets], device=level.device)
-        terms = terms._replace(step=step, level=level)
+        terms = batch.terms._replace(step=batch.terms.step + 1)
+        settling, level_if_settling = self._settle(state, packing, terms)  # (T,) bool, (N,)
+        level = torch.where(terms.settles, level_if_settling, state.gate.level)
+        terms = terms._replace(level=level)
         reason = reasons_of(
-            level=terms.level,
+            level=level,
             threshold=terms.threshold,
             last=terms.step >= terms.ceiling,
-            late=late,
-            all_settled=terms.settles & (count(open_after, packing) == 0),
+            late=torch.tensor([ticket in overdue for ticket in batch.tickets], device=level.device),
+            all_settled=terms.settles & (count(state.masked & ~settling, packing) == 0),
         )  # (N,)
 
         stops = (reason != GO_ON)[packing.sequence_ids]  # (T,)
@@ -150,10 +145,19 @@ class EagerBackend:
         told = dict(zip(batch.tickets, readings, strict=True))
         return Outcome(told, n_decoded=len(rows), decode_seconds=decode_seconds)
 
-    def _to_choose_from(self, state: State, packing: Packing, choosing: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the rows `(T,)` bool their token levels, 1 elsewhere, and which of them wait for a surer neighbour."""
-        rows = choosing.nonzero().squeeze(1)  # (M,)
-        token_level, waits = torch.ones(len(choosing), device=rows.device), torch.zeros_like(choosing)
+    def _settle(self, state: State, packing: Packing, terms: Terms) -> tuple[Tensor, Tensor]:
+        """Of sequences that settle: which rows become text now `(T,)` bool, and the level this leaves them `(N,)`."""
+        candidates = state.masked & terms.settles[packing.sequence_ids]  # (T,) bool
+        has_choice = terms.step < terms.ceiling  # (N,): after the last pass all of it settles
+        choosing = candidates & has_choice[packing.sequence_ids]  # (T,) bool
+        token_level, waits = self._token_levels(state, packing, choosing)  # (T,) each
+        settling = settling_rows(candidates, token_level, waits, packing, terms)
+        return settling, settled_level(token_level * (state.masked & ~settling), packing, terms)
+
+    def _token_levels(self, state: State, packing: Packing, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the `wanted` rows `(T,)` bool their token levels, 1 elsewhere, and which wait for a surer neighbour."""
+        rows = wanted.nonzero().squeeze(1)  # (M,)
+        token_level, waits = torch.ones(len(wanted), device=rows.device), torch.zeros_like(wanted)
         if len(rows) > 0:
             level = self._model.token_level(state.hidden, packing, rows)
             beside = (rows.diff() == 1) & (packing.sequence_ids[rows].diff() == 0)

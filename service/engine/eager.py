@@ -24,9 +24,8 @@ from rdt_core.gate import GateState
 from rdt_core.halting import surest_apart
 from rdt_core.model import RDT, State
 from rdt_core.packing import Packing, rows_of
-from service.engine.backend import OutOfMemory
 from service.engine.batch_halting import GO_ON, REASONS, Terms, count, reasons_of, settled_level, settling_rows
-from service.engine.memory import shortage
+from service.engine.memory import or_out_of_memory
 from service.engine.types import Admission, Choice, Outcome, Plan, Reading, Ticket
 
 
@@ -57,13 +56,7 @@ class EagerBackend:
             torch.cuda.empty_cache()
 
     def run(self, plan: Plan) -> Outcome:
-        try:
-            return self._run(plan)
-        except (RuntimeError, MemoryError) as error:
-            said = shortage(error)
-            if said is None:
-                raise
-        raise OutOfMemory(said)
+        return or_out_of_memory(lambda: self._run(plan))
 
     @torch.inference_mode()
     def _run(self, plan: Plan) -> Outcome:

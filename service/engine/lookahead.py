@@ -31,10 +31,9 @@ from torch import Tensor
 
 from rdt_core.model import RDT
 from rdt_core.packing import Packing, to_device
-from service.engine.backend import OutOfMemory
 from service.engine.batch_halting import GO_ON, REASONS
 from service.engine.eager import Decoded, EagerBackend
-from service.engine.memory import shortage
+from service.engine.memory import or_out_of_memory
 from service.engine.static_batch import (
     Bucket,
     Buffers,
@@ -104,14 +103,8 @@ class LookaheadBackend:
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> Outcome:
-        try:
-            with on_device(self._model.device):
-                return self._run(plan)
-        except (RuntimeError, MemoryError) as error:
-            said = shortage(error)
-            if said is None:
-                raise
-        raise OutOfMemory(said)
+        with on_device(self._model.device):
+            return or_out_of_memory(lambda: self._run(plan))
 
     def _forget(self) -> None:
         self._sequences: list[Sequence] = []  # in the order of their places

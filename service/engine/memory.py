@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
+
+from service.engine.backend import OutOfMemory
+
+Value = TypeVar("Value")
 
 SHORTAGES = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory", "not enough memory")
 """The driver, the libraries under torch and a CPU's allocator run out of it in errors of other kinds."""
 
 
-def shortage(error: RuntimeError | MemoryError) -> str | None:
-    """What the error says if it says that, else None.
+def or_out_of_memory(compute: Callable[[], Value]) -> Value:
+    """What is computed. Raises `OutOfMemory` where torch says that it ran out of memory, and else what torch raises."""
+    try:
+        return compute()
+    except (RuntimeError, MemoryError) as error:
+        said = shortage(error)
+        if said is None:
+            raise
+    raise OutOfMemory(said)  # not inside `except`: with torch's error for its context it would keep the tick's tensors
 
-    Raise what follows from it outside of the `except` block: an error that has this one for its context keeps every
-    tensor of the tick alive.
-    """
+
+def shortage(error: RuntimeError | MemoryError) -> str | None:
+    """The error's message if it is about memory, else None."""
     said = str(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(name in said for name in SHORTAGES):
         return said or "out of memory"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +36,15 @@ class Restoration:
 
 
 Observer = Callable[[int, float, State], None]
-Choice = tuple[int, float, int, list[tuple[int, float]]]  # token, probability, pass, candidates
+
+
+class Choice(NamedTuple):
+    """What was written in a row, and after which pass."""
+
+    token: int
+    probability: float
+    step: int
+    candidates: list[tuple[int, float]]
 
 
 @torch.no_grad()
@@ -56,15 +65,15 @@ def restore(
 
     Options default to the model's own. `observe(step, level, state)` is called after every pass.
     `decode_all` reads every row at the end, not only the masked ones. Once `out_of_time()` is true, what
-    is there is decoded and answered. Raises `ValueError` for tokens and masks that are none, a sequence longer
-    than `max_seq_len`, an option out of range, or a model that drops out, as in training.
+    is there is decoded and answered. Raises `ValueError` for tokens or masks of another shape or type, a sequence
+    longer than `max_seq_len`, an option out of range, or a model in training mode that drops out.
     """
     config = model.config
     max_steps = config.max_steps if max_steps is None else max_steps
     threshold = config.threshold if threshold is None else threshold
     halting = config.halting if halting is None else halting
     _check_text(model, tokens, masked)
-    _check(model, max_steps, threshold, halting, top_k=top_k)
+    _check_options(model, max_steps, threshold, halting, top_k=top_k)
 
     packing = Packing.of([len(tokens)], model.device)
     state = model.begin(tokens.to(model.device), masked.to(model.device), packing)
@@ -76,7 +85,7 @@ def restore(
     while reason is None:
         state = model(state, packing)
         step = len(levels) + 1
-        rows = open_rows = state.masked.nonzero().squeeze(1)
+        rows = open_rows = state.masked.nonzero().squeeze(1)  # (M,)
         if halting == "settle":
             token_level = model.token_level(state.hidden, packing, open_rows)
             settles = which_settle(token_level, open_rows, due(n_masked, step, max_steps) - len(chosen), threshold)
@@ -97,7 +106,7 @@ def restore(
             rows = open_rows
         if halting == "settle" or reason is not None:
             chosen |= _decode(model, state, packing, rows, step=step, top_k=top_k)
-            state = model.settle(state, rows, torch.tensor([chosen[row][0] for row in rows.tolist()]).to(rows))
+            state = model.settle(state, rows, torch.tensor([chosen[row].token for row in rows.tolist()]).to(rows))
         if observe is not None:
             observe(step, level, state)
 
@@ -116,25 +125,21 @@ def _decode(model: RDT, state: State, packing: Packing, rows: Tensor, *, step: i
         for ids, shares in zip(read.top_tokens.tolist(), read.top_probabilities.tolist(), strict=True)
     ]
     found = zip(rows.tolist(), read.tokens.tolist(), read.probabilities.tolist(), candidates, strict=True)
-    return {row: (token, probability, step, others) for row, token, probability, others in found}
+    return {row: Choice(token, probability, step, others) for row, token, probability, others in found}
 
 
-def _assemble(
-    tokens: Tensor,
-    chosen: dict[int, Choice],
-    levels: list[float],
-    reason: HaltReason,
-) -> Restoration:
+def _assemble(tokens: Tensor, chosen: dict[int, Choice], levels: list[float], reason: HaltReason) -> Restoration:
     restored = tokens.tolist()
     rows = sorted(chosen)
     for row in rows:
-        restored[row] = chosen[row][0]
+        restored[row] = chosen[row].token
+    choices = [chosen[row] for row in rows]
     return Restoration(
         tokens=restored,
         rows=rows,
-        probabilities=[chosen[row][1] for row in rows],
-        fixed_at=[chosen[row][2] for row in rows],
-        candidates=[chosen[row][3] for row in rows],
+        probabilities=[choice.probability for choice in choices],
+        fixed_at=[choice.step for choice in choices],
+        candidates=[choice.candidates for choice in choices],
         steps=len(levels),
         levels=levels,
         reason=reason,
@@ -158,7 +163,7 @@ def _check_text(model: RDT, tokens: Tensor, masked: Tensor) -> None:
         raise ValueError(f"tokens has {low if low < 0 else high}: want 0 <= token < vocab_size = {config.vocab_size}")
 
 
-def _check(model: RDT, max_steps: int, threshold: float, halting: str, *, top_k: int) -> None:
+def _check_options(model: RDT, max_steps: int, threshold: float, halting: str, *, top_k: int) -> None:
     if type(max_steps) is not int or max_steps < 1:
         raise ValueError(f"max_steps is {max_steps!r}: want a whole number >= 1")
     if isinstance(threshold, bool) or not isinstance(threshold, int | float):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rdt_core import ModelConfig, flops
 from training.evaluation.lookups import (
+    Ground,
     Held,
     Rules,
     against_lookups,
@@ -131,9 +132,8 @@ def test_passes_needed_are_where_the_quality_is_first_reached() -> None:
 
 
 def compare(own: Rules, lookups: dict[str, Rules], masks: Tensor, held: Held | None = None) -> list[Comparison]:
-    weights = resamples(len(masks), seed=0, n=200)
-    settings = list(range(len(own.hits)))
-    return against_lookups(("gate", settings, 0.5), own, lookups, held, masks=masks, weights=weights, length=10)
+    ground = Ground(0.5, masks, resamples(len(masks), seed=0, n=200), length=10)
+    return against_lookups("gate", list(range(len(own.hits))), own, lookups, ground=ground, held=held)
 
 
 def test_a_rule_against_itself_differs_by_nothing_and_saves_nothing() -> None:

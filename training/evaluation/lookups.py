@@ -143,64 +143,77 @@ class Held(NamedTuple):
     rules: Rules
     lookups: Mapping[str, Rules]
 
+    def best_against(self, index: int) -> str:
+        """Name of the lookup that restores most at as many mean passes as the rule makes under this setting."""
+        passes = self.rules.passes[index].mean().item()
+        return max(self.lookups, key=lambda name: self.lookups[name].lottery(passes).hits.sum().item())
+
+
+class Ground(NamedTuple):
+    """What rules are compared on: the same masks of the same segments."""
+
+    mask_ratio: float
+    masks: Tensor  # (S,) how many masked tokens each segment has
+    weights: Tensor  # (B, S) resamples
+    length: int  # tokens of a segment
+
 
 def against_lookups(
-    point: tuple[str, Sequence[float], float],
+    kind: str,
+    settings: Sequence[float],
     rules: Rules,
     lookups: Mapping[str, Rules],
-    held: Held | None,
     *,
-    masks: Tensor,
-    weights: Tensor,
-    length: int,
+    ground: Ground,
+    held: Held | None = None,
 ) -> list[Comparison]:
-    """Every setting of `rules` against every lookup. `point` is kind, settings and mask ratio; masks `(S,)`.
+    """Every setting of the rules of this kind against every lookup.
 
     Without validation text no lookup is called the best, unless there is only one.
     """
-    kind, settings, mask_ratio = point
     found = []
     for index, setting in enumerate(settings):
-        own = rules.at([index])
         best = next(iter(lookups)) if len(lookups) == 1 else None
         if held is not None:
-            there = held.rules.passes[index].mean().item()
-            best = max(held.lookups, key=lambda name: held.lookups[name].lottery(there).hits.sum().item())
+            best = held.best_against(index)
         for name, lookup in lookups.items():
-            other = lookup.lottery(own.passes.mean().item())
-            difference = paired_difference(own.hits[0], other.hits[0], masks)
-            low, high, unreached = _saved_interval(own, lookup, masks, weights)
-            found.append(
-                Comparison(
-                    mask_ratio=mask_ratio,
-                    kind=kind,
-                    setting=setting,
-                    against=name,
-                    best=name == best,
-                    passes=own.passes.mean().item(),
-                    against_passes=other.passes.mean().item(),
-                    exact_match=(own.hits.sum() / masks.sum()).item(),
-                    against_exact_match=(other.hits.sum() / masks.sum()).item(),
-                    difference=difference.value,
-                    interval=difference.interval,
-                    flops_per_token=own.flops.mean().item() / length,
-                    against_flops_per_token=other.flops.mean().item() / length,
-                    saved=_saved(own, lookup, masks, torch.ones(1, len(masks), dtype=torch.float64))[0].item(),
-                    saved_low=low,
-                    saved_high=high,
-                    unreached=unreached,
-                )
-            )
+            compared = _compare(rules.at([index]), lookup, ground)
+            found.append(Comparison(kind=kind, setting=setting, against=name, best=name == best, **compared))
     return found
 
 
+def _compare(own: Rules, lookup: Rules, ground: Ground) -> dict[str, float]:
+    """One setting `(1, S)` against a lookup, at equal passes and at equal quality: the figures of a `Comparison`."""
+    masks, once = ground.masks, torch.ones(1, len(ground.masks), dtype=torch.float64)
+    other = lookup.lottery(own.passes.mean().item())
+    difference = paired_difference(own.hits[0], other.hits[0], masks)
+    low, high, unreached = _saved_interval(own, lookup, masks, ground.weights)
+    return {
+        "mask_ratio": ground.mask_ratio,
+        "passes": own.passes.mean().item(),
+        "against_passes": other.passes.mean().item(),
+        "exact_match": (own.hits.sum() / masks.sum()).item(),
+        "against_exact_match": (other.hits.sum() / masks.sum()).item(),
+        "difference": difference.value,
+        "interval": difference.interval,
+        "flops_per_token": own.flops.mean().item() / ground.length,
+        "against_flops_per_token": other.flops.mean().item() / ground.length,
+        "saved": _saved(own, lookup, masks, once)[0].item(),
+        "saved_low": low,
+        "saved_high": high,
+        "unreached": unreached,
+    }
+
+
 def _saved(own: Rules, lookup: Rules, masks: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Passes by which a lookup as good as `own` would be dearer `(B,)`, and whether one ever is as good `(B,)` bool."""
     quality = (weights @ own.hits[0]) / (weights @ masks)  # (B,)
     needed, reached = passes_needed(lookup, quality, masks, weights)
     return needed - (weights @ own.passes[0]) / weights.sum(1), reached
 
 
 def _saved_interval(own: Rules, lookup: Rules, masks: Tensor, weights: Tensor) -> tuple[float, float, float]:
+    """Both ends of the 95 % interval, and the share of resamples in which no lookup is as good."""
     saved, reached = _saved(own, lookup, masks, weights)
     low, high = torch.quantile(saved, torch.tensor([0.025, 0.975], dtype=saved.dtype)).tolist()
     return low, high, 1 - reached.double().mean().item()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from training.evaluation.causal import Scorer
 from training.evaluation.levels import level_readings
 from training.evaluation.lookups import (
+    Ground,
     Held,
     Rules,
     against_lookups,
@@ -165,6 +166,9 @@ class Judge:
         """The text with the guesses in place, `(S, L)`."""
         return self.targets.masked_scatter(masked, scores.guesses)
 
+    def ground(self, ratio: float) -> Ground:
+        return Ground(ratio, self.evaluation.masked(ratio).sum(1).double(), self.weights, self.length)
+
     def original_lm_bits(self, ratio: float) -> float:
         assert self.original_bits is not None
         return self.original_bits[self.evaluation.masked(ratio)].mean().item()
@@ -200,11 +204,11 @@ def evaluate(
             tallies = judge.tallies(ratio, point.outcome)
             found.rows.append(judge.row(ratio, point, tallies))
             found.tallies.append(tallies)
-        found.comparisons.extend(_gate_against_lookups(deep, held.get(ratio), judge, ratio))
+        found.comparisons.extend(_gate_against_lookups(deep, held.get(ratio), judge.ground(ratio)))
         if plan.thresholds:
             found.levels.extend(level_readings(deep.scores, deep.levels, deep.config, ratio))
         if settled and sure:
-            found.comparisons.extend(_sure_against_even(deep, sure, settled, judge, ratio))
+            found.comparisons.extend(_sure_against_even(deep, sure, settled, judge.ground(ratio)))
         if scorer is not None:
             found.original_lm_bits[ratio] = judge.original_lm_bits(ratio)
     return found
@@ -236,23 +240,18 @@ def _rounds(evaluation: Evaluation, plan: Plan, ratio: float) -> Iterator[Point]
             yield Point(kind, n_steps, ancestral(evaluation, ratio, n_steps, depth, greedy=greedy), depth)
 
 
-def _gate_against_lookups(deep: Deep, held: Deep | None, judge: Judge, ratio: float) -> list[Comparison]:
-    if not deep.plan.thresholds:
+def _gate_against_lookups(deep: Deep, held: Deep | None, ground: Ground) -> list[Comparison]:
+    thresholds = deep.plan.thresholds
+    if not thresholds:
         return []
     quality = None if held is None else held.quality
     on_validation = None if held is None else Held(held.gate_rules(), held.lookups(quality))
-    point: tuple[str, Sequence[float], float] = ("gate", deep.plan.thresholds, ratio)
-    return against_lookups(point, deep.gate_rules(), deep.lookups(quality), on_validation, **_common(judge, ratio))
+    return against_lookups(
+        "gate", thresholds, deep.gate_rules(), deep.lookups(quality), ground=ground, held=on_validation
+    )
 
 
-def _sure_against_even(
-    deep: Deep, sure: list[Outcome], settled: list[Outcome], judge: Judge, ratio: float
-) -> list[Comparison]:
-    point: tuple[str, Sequence[float], float] = ("settle-gate", deep.plan.settle_thresholds, ratio)
+def _sure_against_even(deep: Deep, sure: list[Outcome], settled: list[Outcome], ground: Ground) -> list[Comparison]:
     rules = Rules.of(sure, deep.config, deep.length)
-    return against_lookups(point, rules, {"settle": deep.settle_rules(settled)}, None, **_common(judge, ratio))
-
-
-def _common(judge: Judge, ratio: float) -> dict[str, Any]:
-    masks = judge.evaluation.masked(ratio).sum(1).double()
-    return {"masks": masks, "weights": judge.weights, "length": judge.length}
+    lookups = {"settle": deep.settle_rules(settled)}
+    return against_lookups("settle-gate", deep.plan.settle_thresholds, rules, lookups, ground=ground)

@@ -133,7 +133,7 @@ class Denoiser:
                 return error if error is item else error.at(f"items[{index}]")
             except Exception:
                 log.exception("an item of a batch failed")
-                return Internal("the server has logged what went wrong")
+                return Internal()
 
         ends: list[asyncio.Task[DenoiseAnswer | ServiceError]] = []
         try:

@@ -46,6 +46,8 @@ Printable = str | int | float | bool | None
 RETRY_SECONDS = 1
 """When a refused caller is told to try again."""
 
+DRAINING = "the server is shutting down and takes no new work"
+
 MAX_SHOWN_CHARACTERS = 80
 MAX_SHOWN_PROBLEMS = 20
 
@@ -112,6 +114,20 @@ class ResourceExhausted(Refused):
 class Unavailable(Refused):
     code: ClassVar[Code] = "unavailable"
 
+    @classmethod
+    def draining(cls) -> Unavailable:
+        """For who comes once the end has begun."""
+        return cls(DRAINING, "draining")
+
+    @classmethod
+    def shut_down(cls) -> Unavailable:
+        """For who was still waiting when it came."""
+        return cls("the server shut down before this request was finished", "draining")
+
+    @classmethod
+    def restarting(cls) -> Unavailable:
+        return cls("the engine has failed and is restarting", "failed")
+
 
 class FailedPrecondition(ServiceError):
     code: ClassVar[Code] = "failed_precondition"
@@ -127,6 +143,11 @@ class Cancelled(ServiceError):
 
 class Internal(ServiceError):
     code: ClassVar[Code] = "internal"
+
+    def __init__(
+        self, message: str = "the server has logged what went wrong", problems: Sequence[FieldProblem] = ()
+    ) -> None:
+        super().__init__(message, problems)
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from contextlib import suppress
 from typing import Literal, Protocol
 
 from service.denoiser import Denoiser
-from service.errors import RefusalReason, Unavailable
+from service.errors import DRAINING, RefusalReason, Unavailable
 
 State = Literal["loading", "ready", "draining", "failed"]
 
 REFUSALS: dict[State, tuple[str, RefusalReason]] = {
     "loading": ("the model is still loading", "loading"),
-    "draining": ("the server is shutting down and takes no new work", "draining"),
+    "draining": (DRAINING, "draining"),
     "failed": ("the engine has failed", "failed"),
 }
 

@@ -157,7 +157,7 @@ class BatchingEngine:
                 await self._idle.wait()
         except TimeoutError:
             log.warning("grace period of %g s is over: %d live, %d waiting", grace_seconds, self.live, self.waiting)
-            self._drop_all(_shut_down)
+            self._drop_all(Unavailable.shut_down)
 
     async def retire(self) -> None:
         """End once there is nothing left to do: another engine takes the work that comes from now on."""
@@ -167,7 +167,7 @@ class BatchingEngine:
     async def stop(self) -> None:
         """Fail whatever is left and end the worker."""
         self._accepting = False
-        self._drop_all(_shut_down)
+        self._drop_all(Unavailable.shut_down)
         for loop in self._loops:
             loop.cancel()
         self._loops.clear()  # they hold this engine, and it them
@@ -293,9 +293,9 @@ class BatchingEngine:
 
     def _check_ready(self) -> None:
         if self._broken:
-            raise Unavailable("the engine has failed and is restarting", "failed")
+            raise Unavailable.restarting()
         if not self._accepting:
-            raise Unavailable("the server is shutting down and takes no new work", "draining")
+            raise Unavailable.draining()
 
 
 def _too_late() -> DeadlineExceeded:
@@ -304,7 +304,3 @@ def _too_late() -> DeadlineExceeded:
 
 def _no_memory(n_tokens: int) -> ResourceExhausted:
     return ResourceExhausted(f"memory has run short: texts of up to {n_tokens} tokens can be computed now", "memory")
-
-
-def _shut_down() -> Unavailable:
-    return Unavailable("the server shut down before this request was finished", "draining")

@@ -23,7 +23,7 @@ def show(reading: Reading, on_reading: OnReading) -> ServiceError | None:
         on_reading(reading)
     except Exception:
         log.exception("an observer of passes failed")
-        return Internal("the server has logged what went wrong")
+        return Internal()
     return None
 
 

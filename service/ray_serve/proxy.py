@@ -39,7 +39,7 @@ LOST = Unavailable("the replica was lost before it answered: send the request ag
 FULL = ResourceExhausted("all replicas are full: try again later", "queue_requests")
 NONE_READY = Unavailable("no replica takes requests now", "failed")
 LATE = DeadlineExceeded("no replica answered in the time that a request may take")
-BROKEN = Internal("the server has logged what went wrong")
+BROKEN = Internal()
 
 UnaryCall = Callable[[bytes, Any], Awaitable[bytes]]
 StreamCall = Callable[[bytes, Any], AsyncIterator[bytes]]

@@ -97,7 +97,7 @@ async def on_http_error(request: Request, error: Exception) -> Response:
 
 async def on_crash(request: Request, _error: Exception) -> Response:
     """A bug of ours. The server logs the traceback; the caller gets an id to quote."""
-    response = problem_response(Internal("the server has logged what went wrong"), request.state.request_id)
+    response = problem_response(Internal(), request.state.request_id)
     response.headers["X-Request-Id"] = request.state.request_id  # answered outside of what sets it elsewhere
     return response
 

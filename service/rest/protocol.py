@@ -15,6 +15,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from service import calls
+from service.errors import DRAINING
 from service.rest.problem import PROBLEM_JSON, Problem
 
 log = logging.getLogger(__name__)
@@ -180,7 +181,7 @@ class Http(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         if self._head or self._in_body:
-            self._end(503, "the server is shutting down and takes no new work")
+            self._end(503, DRAINING)
         else:
             super().shutdown()
 

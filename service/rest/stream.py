@@ -100,7 +100,7 @@ class EventStream(Response):
         except Exception:
             calls.note("internal")
             log.exception("a stream failed")
-            yield "problem", problem_of(Internal("the server has logged what went wrong"), request_id)
+            yield "problem", problem_of(Internal(), request_id)
 
 
 def _name(event: Event) -> str:

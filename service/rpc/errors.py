@@ -73,4 +73,4 @@ async def mapped_errors(context: Context) -> AsyncIterator[None]:
         await fail(context, error)
     except Exception:
         log.exception("a call failed")
-        await fail(context, Internal("the server has logged what went wrong"))
+        await fail(context, Internal())

@@ -116,7 +116,7 @@ class Link:
         Cancelling it tells the engine that nobody waits any more.
         """
         if self.wire is None:
-            raise Unavailable("the engine has failed and is restarting", "failed")
+            raise Unavailable.restarting()
         number, wire = next(self._ids), self.wire
         asked = self._asked[number] = Asked(on_reading)
         self._idle.clear()
@@ -136,7 +136,7 @@ class Link:
         except TimeoutError:
             log.warning("grace period of %g s is over: %d requests are left", grace_seconds, len(self._asked))
             for number, asked in tuple(self._asked.items()):
-                asked.end(Unavailable("the server shut down before this request was finished", "draining"))
+                asked.end(Unavailable.shut_down())
                 self.send(Cancel(number))
             self._asked.clear()
 
@@ -248,6 +248,6 @@ class RemoteEngine:
 
     def _check_ready(self) -> None:
         if self._link.draining:
-            raise Unavailable("the server is shutting down and takes no new work", "draining")
+            raise Unavailable.draining()
         if not self.ready:
-            raise Unavailable("the engine has failed and is restarting", "failed")
+            raise Unavailable.restarting()

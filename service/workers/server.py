@@ -207,5 +207,5 @@ async def _respond(peer: Peer, number: int, work: Callable[[], Awaitable[Message
         response = Failed(number, error)
     except Exception:
         log.exception("what a worker asked for failed")
-        response = Failed(number, Internal("the server has logged what went wrong"))
+        response = Failed(number, Internal())
     peer.wire.send(response)

@@ -7,7 +7,7 @@ from fastapi import FastAPI, Request, Response
 from service.errors import ServiceError
 from service.lifecycle import Lifecycle
 from service.metrics import Metrics
-from service.rest.body import JSON_TYPE, json_body, read_json
+from service.rest.body import JSON_TYPE, json_body, received
 from service.rest.caller import unless_gone
 from service.rest.errors import DENOISE_CODES, problem_of, problem_responses
 from service.rest.problem import BatchAnswer, BatchResult
@@ -27,9 +27,7 @@ def add_routes(app: FastAPI, lifecycle: Lifecycle, metrics: Metrics) -> None:
     )
     async def denoise_batch(http_request: Request) -> Response:
         with metrics.failure("rest"):
-            lifecycle.check()  # before anything is read
-            fields = await read_json(http_request)
-            denoiser = lifecycle.denoiser  # a reload may have come while the body did
+            denoiser, fields = await received(http_request, lifecycle)
             items = denoiser.read_batch(fields)
         ends = await unless_gone(http_request, denoiser.denoise_batch(items, "rest"))
         answer = BatchAnswer(results=[_result(end, http_request.state.request_id) for end in ends])

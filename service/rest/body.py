@@ -6,7 +6,9 @@ import json
 
 from starlette.requests import ClientDisconnect, Request
 
+from service.denoiser import Denoiser
 from service.errors import Cancelled, Malformed, UnsupportedFormat
+from service.lifecycle import Lifecycle
 
 JSON_TYPE = "application/json"
 
@@ -14,6 +16,13 @@ JSON_TYPE = "application/json"
 def json_body(schema: dict[str, object], example: object) -> dict[str, object]:
     """OpenAPI documentation of a route that reads its body itself."""
     return {"requestBody": {"required": True, "content": {JSON_TYPE: {"schema": schema, "example": example}}}}
+
+
+async def received(request: Request, lifecycle: Lifecycle) -> tuple[Denoiser, object]:
+    """What answers the request, and its fields. Raises `Unavailable`, and as `read_json` does."""
+    lifecycle.check()  # before anything is read
+    fields = await read_json(request)
+    return lifecycle.denoiser, fields  # taken only now: a reload may have come while the body did
 
 
 async def read_json(request: Request) -> object:

@@ -6,7 +6,7 @@ from fastapi import FastAPI, Request, Response
 
 from service.lifecycle import Lifecycle
 from service.metrics import Metrics
-from service.rest.body import JSON_TYPE, json_body, read_json
+from service.rest.body import JSON_TYPE, json_body, received
 from service.rest.caller import unless_gone
 from service.rest.errors import DENOISE_CODES, problem_responses
 from service.schema import DenoiseAnswer, DenoiseRequest
@@ -24,9 +24,7 @@ def add_routes(app: FastAPI, lifecycle: Lifecycle, metrics: Metrics) -> None:
     )
     async def denoise(http_request: Request) -> Response:
         with metrics.failure("rest"):
-            lifecycle.check()  # before anything is read
-            fields = await read_json(http_request)
-            denoiser = lifecycle.denoiser  # a reload may have come while the body did
+            denoiser, fields = await received(http_request, lifecycle)
             request = denoiser.read(fields)
         answer = await unless_gone(http_request, denoiser.denoise(request, "rest"))
         return Response(answer.model_dump_json(), media_type=JSON_TYPE)

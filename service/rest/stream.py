@@ -20,7 +20,7 @@ from service import calls
 from service.errors import Cancelled, Internal, ServiceError
 from service.lifecycle import Lifecycle
 from service.metrics import Metrics
-from service.rest.body import json_body, read_json
+from service.rest.body import json_body, received
 from service.rest.caller import unless_gone
 from service.rest.denoise import EXAMPLE
 from service.rest.errors import DENOISE_CODES, problem_of, problem_responses
@@ -51,9 +51,7 @@ def add_routes(app: FastAPI, lifecycle: Lifecycle, metrics: Metrics) -> None:
     )
     async def denoise_stream(http_request: Request) -> Response:
         with metrics.failure("rest"):
-            lifecycle.check()  # before anything is read
-            fields = await read_json(http_request)
-            denoiser = lifecycle.denoiser  # a reload may have come while the body did
+            denoiser, fields = await received(http_request, lifecycle)
             request = denoiser.read(fields)
         events = denoiser.denoise_stream(request, "rest")
         first = await unless_gone(http_request, anext(events))

@@ -48,28 +48,28 @@ from service.engine.types import Admission, Job, Outcome, Plan, Reading, Ticket
 
 
 @dataclass(eq=False)
-class Sequence:
-    """Who lies where. `job` knows its masked rows, which stay masked until the end."""
+class LiveSequence:
+    """A sequence in the static batch. Its masked rows are the job's until the end: nothing settles here."""
 
     ticket: Ticket
     job: Job
-    first_row: int
+    first_row: int  # of the bucket
 
     @property
     def rows(self) -> range:
-        """Of the bucket."""
+        """Where it lies in the bucket."""
         return range(self.first_row, self.first_row + len(self.job.tokens))
 
     @cached_property
     def due_rows(self) -> list[int]:
-        """Rows of its own that are decoded when it halts."""
+        """Which of its tokens are decoded when it halts, counted from its own first."""
         return [row for row, masked in enumerate(self.job.masked) if masked or self.job.decode_all]
 
 
 class Launched(NamedTuple):
     """A pass on its way: who was in it, in the order of places, and what will be read of it."""
 
-    sequences: list[Sequence]
+    sequences: list[LiveSequence]
     level: Tensor  # (N,) on the host, once `done`
     reason: Tensor  # (N,) on the host, once `done`
     done: Callable[[], None]  # waits
@@ -78,7 +78,7 @@ class Launched(NamedTuple):
 class Decoding(NamedTuple):
     """Rows of halted sequences on their way through the vocabulary."""
 
-    halted: list[tuple[Sequence, Reading]]  # the readings without their choices
+    halted: list[tuple[LiveSequence, Reading]]  # the readings without their choices
     decoded: Decoded  # on the host, once `done`
     done: Callable[[], None]
 
@@ -107,7 +107,7 @@ class LookaheadBackend:
             return or_out_of_memory(lambda: self._run(plan))
 
     def _forget(self) -> None:
-        self._sequences: list[Sequence] = []  # in the order of their places
+        self._sequences: list[LiveSequence] = []  # in the order of their places
         self._bucket: Bucket | None = None
         self._halted: set[Ticket] = set()  # frozen, and not yet told
         self._launched: Launched | None = None
@@ -125,7 +125,7 @@ class LookaheadBackend:
         told = dict(self._collect_decoded())
         decode_seconds = time.perf_counter() - began
         n_decoded = sum(len(reading.chosen) for reading in told.values())
-        told |= self._collect()
+        told |= self._collect()  # after the rows above have been taken: it sends the next ones to be decoded
         self._launched = launched
         return Outcome(
             readings=told | beside.readings,
@@ -183,7 +183,7 @@ class LookaheadBackend:
         buffers.ceiling[places] = self._sent([a.ceiling for a in admitted])
         buffers.step[places], buffers.reason[places] = 0, GO_ON
         for a in admitted:
-            self._sequences.append(Sequence(a.ticket, a.job, first_row))
+            self._sequences.append(LiveSequence(a.ticket, a.job, first_row))
             first_row += len(a.job.tokens)
 
     def _launch(self, overdue: frozenset[Ticket]) -> Launched | None:
@@ -203,7 +203,7 @@ class LookaheadBackend:
         done()
         present = {one.ticket for one in self._sequences}
         told: dict[Ticket, Reading] = {}
-        halted: list[tuple[Sequence, Reading]] = []
+        halted: list[tuple[LiveSequence, Reading]] = []
         for one, at, code in zip(sequences, level.tolist(), reason.tolist(), strict=True):
             if one.ticket not in present:
                 continue  # frozen since the pass before, or dropped
@@ -217,7 +217,7 @@ class LookaheadBackend:
             self._decode(halted)
         return told
 
-    def _decode(self, halted: list[tuple[Sequence, Reading]]) -> None:
+    def _decode(self, halted: list[tuple[LiveSequence, Reading]]) -> None:
         assert self._bucket is not None
         due = [one.first_row + row for one, _ in halted for row in one.due_rows]
         rows = self._sent(due, torch.int64)

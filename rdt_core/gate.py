@@ -76,7 +76,8 @@ class Gate(nn.Module):
             gap, *others = self.token(self._features(hidden)).unbind(1)
             if shortlisted is None or self.log_others is None:
                 return torch.sigmoid(gap)
-            mass = others[0] + self.log_others  # of all others, as if each had a logit of 0, and what the row adds
+            # The log-sum-exp of the other tokens: that of as many zeros, and what this row adds to it.
+            mass = others[0] + self.log_others
             best = torch.maximum(shortlisted.amax(1), mass - F.softplus(gap))
             return -torch.expm1(best - torch.logaddexp(shortlisted.logsumexp(1), mass)).clamp(max=0.0)
 

@@ -47,9 +47,9 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing
     """Attention inside each sequence: three `(T, H, C)` -> `(T, H, C)`.
 
     Rows after the last sequence's are dead: they stay what their query was, and nobody looks at them.
-    On CUDA in half precision the variable-length kernel, where there is one, takes any lengths in one call, and one
-    sequence as it takes many. Elsewhere equal lengths need one batched call, and others one call a sequence, which on
-    a CPU costs nothing measurable.
+    On CUDA in half precision the variable-length kernel, where there is one, takes any lengths in one call; a single
+    sequence takes it, too, and so comes out as it does among others. Elsewhere equal lengths need one batched call, and
+    others one call a sequence, which on a CPU costs nothing measurable.
     """
     if len(query) > packing.n_tokens:
         live, dead = slice(packing.n_tokens), slice(packing.n_tokens, None)

@@ -40,8 +40,9 @@ from service.tracing import NO_TRACER, Timeline, Tracer
 log = logging.getLogger(__name__)
 
 HANDED_IN_SECONDS = 0.002
+"""How often it is looked whether batches and long texts are on their way to the engine."""
 TURNS = 16
-"""Between taking a denoiser and submitting to its engine lie at most the starts of two or three tasks."""
+"""Of the event loop, with some to spare: from taking a denoiser to submitting to its engine it is two or three."""
 
 
 class Denoiser:
@@ -92,8 +93,8 @@ class Denoiser:
         seconds_left: float | None = None,
         cut_at: float | None = None,
     ) -> DenoiseAnswer:
-        """`seconds_left` is the caller's own deadline, if the transport knows of one; at `cut_at`, a time of the event
-        loop, there is no answer any more.
+        """After `seconds_left`, the caller's own deadline if the transport knows of one, the answer is the best so far;
+        at `cut_at`, on the event loop's clock, it is too late for any.
 
         Raises `TooLarge`, `InvalidArgument`, `DeadlineExceeded`, and what `Engine.reserve` and `Engine.submit` raise.
         """
@@ -113,9 +114,9 @@ class Denoiser:
         seconds_left: float | None = None,
         seconds_to_cut: float | None = None,
     ) -> list[DenoiseAnswer | ServiceError]:
-        """All items at once, each to the queue and the metrics a request of its own. An item's error is its result.
+        """All items at once; the queue and the metrics see each as a request of its own. An item's error is its result.
 
-        Those that have no answer after `seconds_to_cut` have none, so that the others' arrive.
+        Items without an answer after `seconds_to_cut` fail, so that the answers of the others arrive in time.
         """
         cut_at = None if seconds_to_cut is None else asyncio.get_running_loop().time() + seconds_to_cut
         n_begun = 0

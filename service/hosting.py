@@ -43,7 +43,7 @@ WARM_TICKS, WARM_TOKENS = 16, 2048
 """So many sizes of tick are run before the first request, up to this one at the most."""
 
 UNSERVABLE = (ValueError, OSError, RuntimeError, OutOfMemory)
-"""What a checkpoint may fail by: what it holds (`CheckpointError`), how it reads, whether there is memory for it."""
+"""Faults of a checkpoint: what it holds (`CheckpointError`), how it reads, its size. Others are defects of ours."""
 
 
 @dataclass(frozen=True)
@@ -269,8 +269,8 @@ def build_denoiser(
 
 
 def rehearsals(loaded: LoadedModel, limits: SchedulerLimits) -> list[list[Job]]:
-    """The heaviest tick there can be, again at half of that and so on, since memory may end; then one of each size:
-    the first pass of a thread is slow, and so is the first of each size; no caller should meet one.
+    """Ticks to warm up with. First the heaviest there can be, then half of that and so on, to find out what there is
+    memory for. Then one of each size: the first pass of a thread is slow, and so is the first of each size.
     """
     ticks, longest = [], loaded.model.config.max_seq_len
     n_tokens = limits.token_budget

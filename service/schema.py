@@ -75,8 +75,8 @@ class DenoiseRequest(BaseModel):
         return text
 
 
-# Those that an answer is made of by the dozen are no models, whose checks would take long, and not frozen: to make one
-# that is takes four times as long.
+# An answer holds dozens of the next three. They are plain dataclasses, because pydantic would check each one, and not
+# frozen, because a frozen one takes four times as long to make.
 
 
 @dataclass(slots=True)
@@ -175,8 +175,8 @@ def read_request(fields: object, limits: Limits) -> DenoiseRequest:
 
 
 def read_batch(fields: object, limits: Limits) -> list[BatchItem]:
-    """`{"items": [...], ...}` -> requests; the fields beside `items` are options of every item that has not its own,
-    null among these.
+    """`{"items": [...], ...}` -> requests; the fields beside `items` are options of every item that does not give its
+    own, and null is one of its own.
 
     Raises `InvalidArgument` for what is wrong with the whole; what is wrong with an item stands in its place.
     """
@@ -236,7 +236,7 @@ def _problems(fields: Mapping[str, object], limits: Limits) -> list[FieldProblem
 
 
 def _unknown(fields: Mapping[str, object], known: Collection[str]) -> list[FieldProblem]:
-    """One for each field that is none. Of very many only those that will be shown are written out."""
+    """One problem for each unknown field. Of very many, only those that will be shown are written out."""
     unknown = [name for name in fields if name not in known]
     shown = [FieldProblem.unknown(str(name), fields[name], known) for name in unknown[:MAX_SHOWN_PROBLEMS]]
     return shown + shown[-1:] * (len(unknown) - len(shown))

@@ -45,7 +45,7 @@ def hide(encoding: Encoding, tokenizer: Tokenizer, ratio: float, seed: int) -> E
     hidden_by: dict[int, int] = {}  # character -> row
     for row in masked_at(ranks, ratio).nonzero().squeeze(1).tolist():
         hidden_by |= {character: row for character in range(*encoding.spans[row]) if character not in hidden_by}
-    hiding = set(hidden_by.values())  # of tokens on one character the first
+    hiding = set(hidden_by.values())  # where tokens share a character, only the first has it
     text, ids, spans, masked, read = "", [], [], [], 0
     for row, (start, end) in enumerate(encoding.spans):
         if row not in hiding and any(character in hidden_by for character in range(start, end)):

@@ -14,8 +14,8 @@ from service.engine.lookahead import LookaheadBackend
 
 
 def make_backend(model: RDT, token_budget: int, max_live: int) -> Backend:
-    """On CUDA in half precision captured passes, launched ahead. In other formats, on cards before Ampere and with
-    heads of some widths attention asks the host for lengths, and on a CPU there is nobody to run ahead of.
+    """Captured passes, launched ahead, where attention needs no lengths on the host: on CUDA from Ampere on, in half
+    precision, with heads of most widths. Eager passes elsewhere; on a CPU there is nobody to run ahead of.
     """
     head_width = model.config.d_model // model.config.n_heads
     if has_varlen_attention(model.device, DTYPES.get(model.precision, torch.float32), head_width):

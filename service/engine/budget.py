@@ -37,7 +37,7 @@ class TickBudget:
             self._full = self.tokens
 
     def shrink(self, n_tokens: int, now: float, again: bool = False) -> None:
-        """There was no memory for a tick of `n_tokens`; `again`: nor was there for something in it before."""
+        """There was no memory for a tick of `n_tokens`; `again`: some of its jobs have met a shortage before."""
         if n_tokens > self._largest:
             self.tokens = min(self.tokens, n_tokens) // 2
             if self._warm:

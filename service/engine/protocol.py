@@ -18,7 +18,7 @@ OnReading = Callable[[Reading], None]
 
 
 def show(reading: Reading, on_reading: OnReading) -> ServiceError | None:
-    """Show a pass to who watches it. If that fails, its own job is to fail by what is returned, and nobody else's."""
+    """Show a pass to its observer. If that raises, returns the error by which this job, and no other, is to fail."""
     try:
         on_reading(reading)
     except Exception:

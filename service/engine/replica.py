@@ -18,7 +18,7 @@ THREADS = "engine"
 
 
 LOOKS = 4
-"""So often a tick is looked at while there is patience: the whole process may have stood still, which is one look."""
+"""Patience with a tick is spent in so many looks: if the whole process has stood still, that uses up only one."""
 
 
 class Stuck(Exception):
@@ -47,7 +47,7 @@ class Replica:
         await self._patiently(self.backend.reset)
 
     async def rehearse(self, jobs: Sequence[Job]) -> None:
-        """One pass of each, as often as it takes until all are told of, which a backend that looks ahead does later."""
+        """One pass of each job: ticks until all are told of, of which a backend that looks ahead needs several."""
         await self._in_thread(lambda: _rehearse(self.backend, jobs))  # graphs are captured: that takes its time
 
     async def stop(self) -> None:

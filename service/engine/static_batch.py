@@ -22,8 +22,8 @@ from service.engine.batch_halting import GATE, GO_ON, reasons_of
 
 SMALLEST_BUCKET = 64
 ROWS_A_SEQUENCE = 8
-"""A bucket of T rows has room for T / 8 sequences: of shorter ones there are fewer than would fit. Never for more than
-may be live, since attention is launched for every place, taken or not."""
+"""A bucket of T rows has T / 8 places, so of shorter sequences it takes fewer than its rows could hold. It has no more
+places than may be live: attention is launched for each, taken or not."""
 
 
 class Size(NamedTuple):

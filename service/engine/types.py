@@ -62,7 +62,7 @@ class Admission:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one tick does: drop and admit, then one pass over `live`, in that order of sequences."""
+    """What one tick does: drop, admit, then one pass over `live`, the batch in its new order."""
 
     admitted: tuple[Admission, ...]
     dropped: tuple[Ticket, ...]  # live before, their callers gone: leave undecoded
@@ -98,7 +98,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one tick did, or, of a backend that looks ahead, what there is to tell by now of the ticks before."""
+    """What one tick did. From a backend that looks ahead: what has become known of the passes launched before."""
 
     readings: dict[Ticket, Reading]
     n_decoded: int  # rows that went through the vocabulary

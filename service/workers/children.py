@@ -24,14 +24,13 @@ from service.settings import Settings
 log = logging.getLogger(__name__)
 
 CANNOT_START = 1
-"""To try again would come to the same."""
+"""Exit status of a child: another one would fail likewise."""
 BAD_INPUT = 2
-"""Likewise, and it is the settings."""
+"""Exit status: another one would fail likewise, because of the settings."""
 ENGINE_FAILED = 3
-"""It has run, and a fresh process may do better."""
-
+"""Exit status: it has run, and a fresh process may do better."""
 CRASHED = 70
-"""A defect of ours."""
+"""Exit status: a defect of ours."""
 
 Role = Literal["engine", "worker"]
 

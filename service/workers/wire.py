@@ -22,7 +22,7 @@ CROWDED_BYTES = 4 * 2**20
 
 
 class Wire(asyncio.Protocol):
-    """Tells of each message, and once of the end. Nothing is told after the end."""
+    """Calls `on_message` with each message, and then, once, `on_end`."""
 
     def __init__(self, on_message: Callable[[Wire, Message], None], on_end: Callable[[Wire], None]) -> None:
         self._on_message = on_message

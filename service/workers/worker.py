@@ -28,9 +28,9 @@ from service.workers.wire import Wire
 
 log = logging.getLogger(__name__)
 
-
 SETTLE_SECONDS = 1.0
-"""Before a worker lets callers in: it gets its share of them at once, though others are there that could answer."""
+"""How long a worker waits for a model before it listens. As soon as it does it gets its share of the callers, though
+other workers could answer them."""
 
 
 class Worker:

@@ -158,13 +158,13 @@ class Evaluation:
                 state = self.model(state, batch.packing)
                 open_rows = state.masked.nonzero().squeeze(1)
                 token_level = self.model.token_level(state.hidden, batch.packing, open_rows).cpu()
-                owners = batch.packing.sequence_ids[open_rows].cpu()  # in order, so the parts are, too
+                owners = batch.packing.sequence_ids[open_rows].cpu()  # ascending, so what sequences say can be joined
                 places = open_rows.cpu()
-                parts_settling = [
+                settle_now = [
                     sequence.settle(token_level[own], places[own], step, n_passes=n_passes, threshold=threshold)
                     for own, sequence in zip(owners == torch.arange(len(sequences))[:, None], sequences, strict=True)
                 ]
-                rows = open_rows[torch.cat(parts_settling).to(open_rows.device)]
+                rows = open_rows[torch.cat(settle_now).to(open_rows.device)]
                 logits = self.model.decode(state.hidden, batch.packing, rows).float()
                 guesses[rows] = logits.argmax(-1)
                 nats[rows] = F.cross_entropy(logits, batch.targets[rows], reduction="none").double()

@@ -50,7 +50,7 @@ def mask_predict(evaluation: Evaluation, mask_ratio: float, n_rounds: int, depth
             rounds.count(again)
         parts.append(batch.measured(tokens[batch.rows], nats[batch.rows]))
         efforts.append(rounds.effort())
-    return Outcome(joined(parts), _all(efforts))
+    return Outcome(joined(parts), _of_all_batches(efforts))
 
 
 def least(values: Tensor, counts: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def ancestral(evaluation: Evaluation, mask_ratio: float, n_steps: int, depth: in
             rounds.count(revealed)
         parts.append(batch.measured(tokens[batch.rows], nats[batch.rows]))
         efforts.append(rounds.effort())
-    return Outcome(joined(parts), _all(efforts))
+    return Outcome(joined(parts), _of_all_batches(efforts))
 
 
 def reveal_probability(step: int, n_steps: int) -> float:
@@ -130,5 +130,5 @@ class _Rounds:
         return Effort(self.rounds, self.rounds * self.depth, self.rounds, self.rows, torch.zeros_like(self.rows))
 
 
-def _all(efforts: list[Effort]) -> Effort:
+def _of_all_batches(efforts: list[Effort]) -> Effort:
     return Effort(*(torch.cat(counts) for counts in zip(*efforts, strict=True)))

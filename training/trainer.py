@@ -169,7 +169,8 @@ class Trainer:
                     self.save()
                 if self._must_stop and self.step < self.n_steps:
                     self.save()
-                    bar.write(f"stopped at step {self.step}; go on with --checkpoint {self.last_saved}")
+                    if not quiet:
+                        bar.write(f"stopped at step {self.step}; go on with --checkpoint {self.last_saved}")
                     return False
         return True
 

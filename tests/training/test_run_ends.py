@@ -16,6 +16,7 @@ from rdt_core import checkpoint
 from tests.training.conftest import Settings, saved_at
 from training.data import Batch
 from training.losses import Losses
+from training.processes import OneProcess
 from training.stopping import ends_quietly
 from training.trainer import Trainer, TrainingDiverged
 
@@ -39,6 +40,26 @@ def test_a_signal_saves_and_ends_the_run_and_handlers_come_back(
     path = saved_at(config, 3)
     assert f"stopped at step 3; go on with --checkpoint {path}" in capsys.readouterr().out
     assert signal.getsignal(number) is before
+
+
+def test_of_several_processes_only_the_first_says_where_the_run_stopped(
+    train_settings: Settings, cpu: torch.device, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = Trainer(train_settings(), cpu, processes=SecondProcess())
+    step = trainer._train_step
+
+    def interrupted(batches: list[Batch]) -> Losses:
+        signal.raise_signal(signal.SIGTERM)
+        return step(batches)
+
+    trainer._train_step = interrupted  # type: ignore[method-assign]
+    assert trainer.fit() is False
+    said = capsys.readouterr()
+    assert said.out == said.err == ""
+
+
+class SecondProcess(OneProcess):
+    first = False
 
 
 def test_a_signal_to_the_whole_group_leaves_the_workers_their_batch(

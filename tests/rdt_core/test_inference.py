@@ -15,7 +15,7 @@ from rdt_core.halting import due
 from tests.rdt_core.conftest import Build
 from tests.rdt_core.sequences import random_sequences
 
-quick = settings(max_examples=40, deadline=None)
+quick = settings(max_examples=40)
 both_ways = pytest.mark.parametrize("halting", ["gate", "settle"])
 
 

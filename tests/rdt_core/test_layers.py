@@ -20,7 +20,7 @@ from rdt_core.layers import (
 from tests.rdt_core.conftest import Build
 from tests.rdt_core.sequences import random_sequences
 
-quick = settings(max_examples=30, deadline=None)
+quick = settings(max_examples=30)
 
 
 def random_heads(n_tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rdt_core import masking
 from rdt_core.masking import SCHEDULES, chain_masks, corrupt, mask_ranks, maskable_rows, masked_at
 
-quick = settings(max_examples=40, deadline=None)
+quick = settings(max_examples=40)
 fractions = st.floats(0, 1)
 curves = st.builds(masking.schedule, st.sampled_from(sorted(SCHEDULES)), st.integers(0, 1000))
 

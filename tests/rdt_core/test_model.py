@@ -13,7 +13,7 @@ from rdt_core.packing import rows_of
 from tests.rdt_core.conftest import Build
 from tests.rdt_core.sequences import random_sequences
 
-quick = settings(max_examples=25, deadline=None)
+quick = settings(max_examples=25)
 VARIANTS = {
     "linear": {},
     "prelude": {"n_prelude_layers": 2},

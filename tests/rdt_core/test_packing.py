@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rdt_core import Packing, pack, unpack
 from rdt_core.packing import rows_of, sequence_mean, to_device
 
-quick = settings(max_examples=40, deadline=None)
+quick = settings(max_examples=40)
 some_lengths = st.lists(st.integers(1, 7), min_size=1, max_size=6)
 
 

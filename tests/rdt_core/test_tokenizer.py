@@ -14,7 +14,7 @@ from tokenizers import AddedToken
 from rdt_core import Encoding, Tokenizer
 from rdt_core.tokenizer import MASK, NOT_ONE, Fill, fill
 
-quick = settings(max_examples=60, deadline=None)
+quick = settings(max_examples=60)
 typed_text = st.lists(
     st.sampled_from(
         ["[MASK]", "[mask]", " ", "  ", "\n", "\t", "the", "Fox", "café", "é", "🦊", "##s", "[SEP]", "[", "."]
@@ -64,7 +64,7 @@ def takes_the_faster_way(tokenizer: Tokenizer, text: str) -> bool:
     return NOT_ONE not in tokenizer._letters.normalize(text)
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(
     st.lists(
         st.sampled_from(

@@ -207,7 +207,7 @@ json_values = st.recursive(
 FIELDS = ("text", "max_steps", "threshold", "halting", "restore", "top_k", "trace", "timeout_ms", "mask_ratio", "seed")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(fields=st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=4), json_values, max_size=4))
 async def test_nothing_a_caller_can_write_in_json_is_our_fault(service: Service, fields: dict[str, Any]) -> None:
     async with service.client() as client:

@@ -78,7 +78,7 @@ async def test_visible_characters_stay_as_sent(real: Service, text: str, halting
 words = st.sampled_from(["[MASK]", "[mask]", "Fox", " ", "  ", "\n", "é", "😀", "dog.", "[", "mask]", "#", "한"])
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(pieces=st.lists(words, min_size=1, max_size=5))  # "mask]" is five tokens to the tiny tokenizer, of 32
 async def test_visible_characters_stay_as_sent_whatever_they_are(real: Service, pieces: list[str]) -> None:
     text = "x" + "".join(pieces)
@@ -152,7 +152,7 @@ def test_a_character_that_is_several_tokens_is_masked_once(tiny_tokenizer: Token
     assert hide(split, tiny_tokenizer, ratio=0.0, seed=0) == split
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.text(max_size=30) | st.lists(st.sampled_from(["[MASK]", "Foxes", "jumps", "é", " ", "."])).map("".join),
     st.data(),

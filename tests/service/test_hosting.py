@@ -97,7 +97,7 @@ def write_other_model(path: Path, **changes: Any) -> None:
 
 async def test_a_live_request_finishes_on_the_model_it_began_with(hosted: Hosted, path: Path) -> None:
     first = hosted.lifecycle.denoiser
-    long = asyncio.create_task(hosted.denoise({**ENDLESS, "timeout_ms": 1500}))
+    long = asyncio.create_task(hosted.denoise({**ENDLESS, "timeout_ms": 4000}))
     await hosted.until(lambda: hosted.host.live == 1)
     write_other_model(path)
     change = await hosted.host.reload()

@@ -199,7 +199,7 @@ def test_a_broken_tick_loses_what_was_live_and_keeps_the_line() -> None:
 jobs = st.builds(scripted_job, st.integers(1, 32), st.integers(1, 12), max_steps=st.integers(1, 12), deadline=st.none())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(jobs, st.sampled_from(["run", "cancel", "late"])), max_size=30),
     st.randoms(use_true_random=False),
@@ -227,7 +227,7 @@ def test_every_job_ends_once_within_budget_whatever_comes(
     assert not bench.backend.live
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(jobs, min_size=1, max_size=15), st.randoms(use_true_random=False))
 def test_the_outcome_of_a_job_does_not_depend_on_the_order_of_arrival(some: list[Job], order: random.Random) -> None:
     def outcomes(sequence: list[int]) -> dict[int, tuple[int, str]]:
@@ -245,7 +245,7 @@ def test_the_outcome_of_a_job_does_not_depend_on_the_order_of_arrival(some: list
     assert outcomes(list(range(len(some)))) == outcomes(shuffled)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(jobs, min_size=1, max_size=25))
 def test_nobody_starves_under_a_stream_of_small_requests(stream: list[Job]) -> None:
     """A request of the largest size is admitted once those before it, and a bounded number after it, are done."""

@@ -127,7 +127,7 @@ async def test_a_file_that_cannot_be_served_leaves_all_as_it_was(hosted: Hosted,
 async def test_a_live_request_finishes_on_the_model_it_began_with(hosted: Hosted, path: Path) -> None:
     worker = await hosted.fleet.worker()
     first = worker.lifecycle.denoiser.card.label
-    long = asyncio.create_task(ask(worker, {**ENDLESS, "timeout_ms": 1000}))
+    long = asyncio.create_task(ask(worker, {**ENDLESS, "timeout_ms": 4000}))
     await until(lambda: hosted.host.live == 1)
     write_other_model(path)
     change = await worker.reload()

@@ -33,6 +33,10 @@ class ProblemError(Exception):
         super().__init__(f"{problem.status} {problem.title}: {problem.detail}")
         self.problem = problem
 
+    def __reduce__(self) -> tuple[type[Self], tuple[Problem]]:
+        """Pickle would make it of its message: a pool of processes that raised one was broken."""
+        return type(self), (self.problem,)
+
 
 class _Patient:
     """Waits as long as a caller has allowed the server to take, if that is longer than its own time."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from typing import Any
 
 import httpx
@@ -21,6 +22,16 @@ async def test_an_answer_and_a_problem(service: Service) -> None:
             await client.denoise("the [MASK]", max_steps=0)
     assert error.value.problem.status == 422
     assert [bad.field for bad in error.value.problem.errors] == ["max_steps"]
+
+
+async def test_a_problem_gets_to_other_processes(service: Service) -> None:
+    """A pool whose worker raises what cannot be read again is broken, or waits for ever."""
+    async with AsyncClient("http://rdt", transport=httpx.ASGITransport(service.app)) as client:
+        with pytest.raises(ProblemError) as error:
+            await client.denoise("the [MASK]", max_steps=0)
+    arrived = pickle.loads(pickle.dumps(error.value))
+    assert arrived.problem == error.value.problem
+    assert str(arrived) == str(error.value)
 
 
 async def test_a_batch_and_a_stream(service: Service) -> None:

@@ -37,7 +37,8 @@ async def read_json(request: Request) -> object:
     try:
         return parse_json(body)
     except Malformed:
-        if encoding := request.headers.get("content-encoding"):
+        encoding = request.headers.get("content-encoding", "")
+        if encoding.lower() not in ("", "identity"):
             raise UnsupportedFormat(f"the content encoding is {encoding[:80]}: want none") from None
         raise
 

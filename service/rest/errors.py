@@ -90,7 +90,8 @@ async def on_http_error(request: Request, error: Exception) -> Response:
         request_id=request.state.request_id,
     )
     headers = dict(error.headers or {})
-    if "GET" in (methods := headers.get("Allow", "").split(", ")):
+    methods = headers.get("Allow", "").split(", ")
+    if "GET" in methods and "HEAD" not in methods:
         headers["Allow"] = ", ".join([*methods, "HEAD"])
     return _response(problem, headers)
 

@@ -76,6 +76,7 @@ BAD_BODIES: list[tuple[str, bytes, dict[str, str], int]] = [
         {"Content-Type": "application/json", "Content-Encoding": "gzip"},
         415,
     ),
+    ("not compressed", b"{", {"Content-Type": "application/json", "Content-Encoding": "identity"}, 400),
     ("too many bytes", b'{"text": "' + b"a" * MAX_BODY_BYTES + b'"}', JSON, 413),
 ]
 
@@ -191,6 +192,13 @@ async def test_paths_and_methods_that_do_not_exist(service: Service) -> None:
         response = await client.get("/denoise")
     problem_of(response, 405)
     assert response.headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize("path", ["/", "/model", "/openapi.json"])
+async def test_the_methods_that_are_allowed(service: Service, path: str) -> None:
+    async with service.client() as client:
+        response = await client.post(path)
+    assert sorted(response.headers["allow"].split(", ")) == ["GET", "HEAD"]
 
 
 async def test_content_type_with_parameters_is_json(service: Service) -> None:

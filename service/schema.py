@@ -23,7 +23,10 @@ MAX_SEED = 2**63 - 1
 
 
 class DenoiseRequest(BaseModel):
-    """One text to restore, and how. `max_steps`, `threshold` and `halting` default to the checkpoint's."""
+    """One text to restore, and how. `max_steps`, `threshold` and `halting` default to the checkpoint's.
+
+    `GET /model` has the largest values that are taken. Whole numbers are written without a point: `2`, not `2.0`.
+    """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 

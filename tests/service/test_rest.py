@@ -223,6 +223,8 @@ async def test_the_openapi_document(service: Service) -> None:
     request = operation["requestBody"]["content"]["application/json"]["schema"]
     assert request["required"] == ["text"]
     assert request["additionalProperties"] is False
+    assert "GET /model" in request["description"], "bounds that are this server's stand nowhere else"
+    assert "without a point" in request["description"], "to JSON Schema 2.0 is an integer, too"
     answer = operation["responses"]["200"]["content"]["application/json"]["schema"]["$ref"]
     assert answer == "#/components/schemas/DenoiseAnswer"
     assert set(operation["responses"]) == {"200", "400", "401", "413", "415", "422", "429", "500", "503", "504"}

@@ -1,9 +1,9 @@
 """`best_model.pt`: one file with everything the service and the trainer need.
 
-Keys: `epoch`, `step`, `model_state_dict`, `optimizer_state_dict`, `scheduler_state_dict`, `loss`,
-`config` (`{"model": ..., "training": ...}`) and `tokenizer` (the tokenizer's JSON). A resumable
-checkpoint adds `progress` (the best loss and what it is of, the running average); the step and the run's seed tell all
-that is random. A release drops all but the weights.
+Keys: `epoch`, `step`, `model_state_dict`, `optimizer_state_dict`, `scheduler_state_dict`, `loss`, `config`
+(`{"model": ..., "training": ...}`) and `tokenizer` (the tokenizer's JSON). A resumable checkpoint adds `progress`:
+the best loss and what it was measured on, and the running average. Everything random follows from the step and the
+run's seed. A release drops `progress` and the states of optimizer and scheduler.
 
 Files are read with `weights_only=True`: a pickle that would run code is refused, never executed.
 """

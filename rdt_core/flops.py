@@ -1,4 +1,4 @@
-"""Floating-point operations a model must do: what useful work is, whoever does it and however."""
+"""The floating-point operations a model needs: the useful work, independent of how it is carried out."""
 
 from __future__ import annotations
 

@@ -2,16 +2,17 @@
 
 T: packed tokens   N: sequences   M: masked rows   D: model width   G: gate_hidden_dim   K: gate_shortlist
 
-The gate reads the hidden state detached, so its loss never moves the encoder. It speaks twice:
+The gate reads the hidden state detached, so its loss never moves the encoder. It has two outputs:
 
 - the **level** of a sequence, a share of `total_steps`: how many passes until its predictions stop
   changing. Each pass multiplies the last level by a factor in (0, 1), so it never rises.
-- the **token level** of a masked row, when it is asked for: how likely the row's best guess is wrong, in the
-  model's own eyes. It foretells what decoding would say, the probability of all tokens but the best.
+- the **token level** of a masked row, computed only on request: how likely the row's best guess is wrong by the model's
+  own probabilities. It predicts what decoding would say, the probability of all tokens but the best.
 
-A small network that reads the hidden state alone foretells that badly. The logits of a **shortlist** tell it well: of
-the `K` tokens that the output bias favours, the most frequent ones. With 1,024 of 30,522 they are the best guess of
-seven rows in eight, and more often where the model is sure. Left for the network are the other tokens' mass and best.
+A small network that reads the hidden state alone predicts that badly. The logits of a **shortlist** predict it well:
+the `K` tokens with the largest output bias, which are the most frequent ones. With 1,024 of 30,522 tokens, the best
+guess of seven rows in eight is among them, and of more where the model is sure. The network only has to predict the
+mass and the best of the other tokens.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """When to stop, and which tokens to settle: arithmetic shared by the reference loop and the engine.
 
-Two ways to spend passes. With `gate`, the hidden state is refined until the sequence's level is below
-the threshold, then every masked row is decoded once. With `settle`, text comes back gradually: after
-each pass the rows whose token level is below the threshold are decoded and become visible to the next
-pass, and at least so many of the surest as keep the pace to `max_steps`. Of neighbours the surer goes first
-(compare Luxembourg et al., 2025, "Plan for Speed: Dilated Scheduling for Masked Diffusion Language Models").
+Two ways to spend passes. With `gate`, the hidden state is refined until the sequence's level is below the threshold,
+then every masked row is decoded once. With `settle`, text comes back gradually: after each pass the rows whose token
+level is below the threshold are decoded and become visible to the next pass. At least as many are decoded as keep the
+pace to `max_steps`, the surest first. Of two neighbours the surer goes first (compare Luxembourg et al., 2025, "Plan
+for Speed: Dilated Scheduling for Masked Diffusion Language Models").
 """
 
 from __future__ import annotations

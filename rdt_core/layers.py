@@ -3,9 +3,9 @@
 T: packed tokens   N: sequences   L: tokens of one sequence   D: model width
 H: heads           C: width of one head (D / H)
 
-Pre-norm transformer layers (Xiong et al., 2020) with rotary positions (Su et al., 2021); or post-norm ones without, as
-BERT has them (Devlin et al., 2019). There is no padding, so there is no mask: a token attends to every token of its own
-sequence and to no other.
+Pre-norm transformer layers (Xiong et al., 2020) with rotary positions (Su et al., 2021), or post-norm layers without
+rotary positions, as in BERT (Devlin et al., 2019). There is no padding, so there is no mask: a token attends to every
+token of its own sequence and to no other.
 """
 
 from __future__ import annotations

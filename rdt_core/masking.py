@@ -1,8 +1,8 @@
 """Which tokens are masked: schedules, nested chains, and BERT's corruption.
 
-A **schedule** maps a fraction of the way into the noise, 0 = clean to 1 = all masked, to a mask
-ratio. A **chain** gives every maskable token a rank; step `k` of `n` masks the tokens whose rank is
-below `ratio(k / n)`, so what is visible at a step stays visible at every step that masks less.
+A **schedule** maps a place in the chain, from 0 (clean) to 1 (all masked), to a mask ratio. A **chain** gives every
+maskable token a rank; step `k` of `n` masks the tokens whose rank is below `ratio(k / n)`, so what is visible at a
+step stays visible at every step that masks less.
 """
 
 from __future__ import annotations

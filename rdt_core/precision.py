@@ -6,14 +6,15 @@ R: rows   I: inputs of a layer   O: its outputs
     tf32   as fp32, with products of 10-bit fractions; CUDA only, and for the whole process
     bf16   products of bfloat16, summed in float32; the residual stream, norms and the gate stay float32
     fp16   the same with float16: a longer fraction, a smaller range; CUDA only
-    int8   weights rounded per output, inputs per row, sums exact in int32; the rest as in fp32; CPU only. Where the
-           processor adds two products in 16 bits before that (x86 without VNNI), weights have 7 bits, so that they fit
+    int8   weights rounded per output, inputs per row, sums exact in int32; the rest as in fp32; CPU only. Some
+           processors (x86 without VNNI) first add two products in 16 bits; there weights have 7 bits, so that
+           the sum fits
 
-Levels, and so the decision to halt, are float32 in all of them; with tf32 the gate's few products are of the same short
-fractions as all others.
+Levels, and so the decision to halt, are float32 in all formats. With tf32 the gate's few products have short fractions
+like all others.
 
-Each row is rounded by itself, never with its neighbours, so an answer does not depend on what else is in
-the batch, in any format. (The usual dynamic quantisation takes one scale for the whole batch.)
+Each row is rounded by itself, never with its neighbours, so in no format does an answer depend on what else is in
+the batch. (The usual dynamic quantisation takes one scale for the whole batch.)
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """BERT WordPiece with character offsets, carried as JSON inside a checkpoint.
 
-Two ways in, because two kinds of text come in:
+Two ways to encode, for two kinds of text:
 
 - `encode` reads what a caller typed. `[MASK]` counts in any letter case; everything else is text, so a
   caller who types `[SEP]` gets those five characters and not a control token.

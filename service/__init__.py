@@ -2,5 +2,5 @@
 
     rest | rpc -> schema -> denoiser -> text -> engine -> denoiser -> rest | rpc
 
-One direction, no calls back up. Transports only translate; nothing outside imports this package.
+Calls go in this direction only. Transports only translate; nothing outside imports this package.
 """

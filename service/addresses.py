@@ -1,4 +1,4 @@
-"""Where to listen, in words."""
+"""Addresses to listen on: as text, and whether they are loopback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The call being answered: what its log lines and its span tell of it, the same way on every transport."""
+"""The call being answered: what its log lines and its span say about it, the same on every transport."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands as they are installed. Each tells its `--version`; with the model alone, what else to install."""
+"""The installed commands. Each has `--version`, and says what else to install if the model package is alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many cores this process may really use: what its container grants, not what the machine has."""
+"""How many cores this process may use: those its container grants, not those of the machine."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The use case: one request in, one answer out. Transports translate to it and from it, no more.
+"""The use case: one request in, one answer out. Transports only translate to it and from it.
 
 read            plain values -> a valid request
 denoise         a place in the queue -> tokens -> the engine -> text
-denoise_batch   many at once, each with an end of its own
+denoise_batch   many at once, each of which succeeds or fails by itself
 denoise_stream  one, with the text after every pass
 """
 

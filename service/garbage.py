@@ -1,4 +1,4 @@
-"""When Python looks for cycles of objects that nothing refers to any more."""
+"""When Python collects garbage, that is, looks for cycles of objects that nothing refers to any more."""
 
 from __future__ import annotations
 

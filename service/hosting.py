@@ -1,7 +1,7 @@
 """From a checkpoint file to a model that takes requests, and from that one to the next without a gap.
 
 load     file -> model -> engine, warmed -> the lifecycle opens
-reload   the same aside; then newcomers meet the new model, and the old one goes when its work is done
+reload   the same beside the old model; then new requests go to the new one, and the old one ends with its last request
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a log line looks like: one line of text, or one JSON object, that names the call it belongs to.
 
-Callers' words reach the log in messages and exceptions. They must not pass for lines of their own: control
+Callers' text reaches the log in messages and exceptions. It must not look like log lines of its own. So control
 characters, line breaks among them, are escaped, and the lines of a traceback are indented.
 """
 

@@ -1,5 +1,5 @@
-"""Every metric the service exports: name, unit, buckets. Label values come from fixed sets only, and all are there
-from the start: a counter that appears with its first event hides that event from `rate` and `increase`.
+"""Every metric the service exports: name, unit, buckets. Label values come from fixed sets only, and all series exist
+from the start, because a counter that appears with its first event hides that event from `rate` and `increase`.
 
 One `Metrics` owns its registry, so nothing is global and a test can build as many as it likes.
 """

@@ -3,8 +3,8 @@
 The standard variables hold: `OTEL_SERVICE_NAME`, `OTEL_RESOURCE_ATTRIBUTES`, `OTEL_TRACES_SAMPLER`, `OTEL_BSP_*`,
 `OTEL_EXPORTER_OTLP_HEADERS` and the rest of the exporter's.
 
-One span a request, with the use of its time as events: `queued`, `admitted`, a `pass` for each pass, and `decode`
-where decoding has a time of its own. A collector that is slow or away costs spans, and never a request anything:
+Each request is one span. Its events say how the time was used: `queued`, `admitted`, a `pass` for each pass, and
+`decode` where decoding is timed separately. A collector that is slow or away costs spans and does not delay requests:
 the queue to it is bounded, and what does not fit is dropped.
 """
 

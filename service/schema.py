@@ -1,6 +1,6 @@
 """Requests and answers, validated once for every transport.
 
-`read_request` is the way in: it names every bad field, its value and what was wanted. Types are
+`read_request` is the entry point: it names every bad field, its value and what was wanted. Types are
 strict: `"3"`, `true` and `1.5` are not whole numbers. Bounds that depend on the running model come in
 as `Limits`.
 """

@@ -1,4 +1,4 @@
-"""What the operating system asks of a server: to end (SIGTERM, SIGINT), or to take in its checkpoint anew (SIGHUP)."""
+"""Signals to a server: to end (SIGTERM, SIGINT), or to reload its checkpoint (SIGHUP)."""
 
 from __future__ import annotations
 

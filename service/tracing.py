@@ -1,7 +1,7 @@
-"""Where requests are put on a time line, if anybody wants one. Knows no tracing library; `service.otel` is one.
+"""The interface for tracing requests. It knows no tracing library; `service.otel` implements it with one.
 
-A transport opens a span for each call; the use case opens one below it for each item of a batch, and puts the
-queue, the passes and the decoding of a request on whichever is at hand. Texts are never recorded.
+A transport opens a span for each call. The use case opens one below it for each item of a batch, and records the queue,
+the passes and the decoding of a request on the innermost span. Texts are never recorded.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""A model that starts as a BERT: one of its shape whose first pass computes what BERT computes.
+"""A model that starts as a BERT: it has the BERT's shape, and its first pass computes what the BERT computes.
 
     BERT (Devlin et al., 2019)                       here, with `norm: post` and `positions: learned`
     LN(word + position + type)                       LN(hidden) + inject(embedded), inject 0 to begin with
     layers                                           the shared encoder, the first `n_encoder_layers` of theirs
     dense, GELU, LN, tied table and bias             the same with `decoder_type: dense`, if theirs was not lost
 
-The gate is fresh. BERT never learnt what to make of the first pass's hidden state in a second one: left to train.
+The gate is fresh. BERT never learnt to continue from the hidden state of a first pass: that remains to be trained.
 """
 
 from __future__ import annotations

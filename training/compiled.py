@@ -1,4 +1,4 @@
-"""The encoder's layers by `torch.compile`."""
+"""Compiles the encoder's layers with `torch.compile`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training run is told, checked before anything runs. `config_file` reads it.
+"""The configuration of a training run, checked before anything runs. `config_file` reads it.
 
 Every field below is a YAML key of its section. An unknown key or a bad value is a `ConfigError`, one
 line that names the key, the value and what is wanted.

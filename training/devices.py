@@ -1,4 +1,4 @@
-"""The device that a command was told to compute on."""
+"""Reads the device that a command was told to compute on."""
 
 from __future__ import annotations
 

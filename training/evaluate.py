@@ -8,17 +8,17 @@ mask ratios are nested and the same for every model and every method. For every 
 - table: a depth for each mask ratio, chosen on `--validation` text for a budget of mean passes;
 - unchanged: a sequence stops when at most this share of its best guesses changed in the last pass;
 - settle: masked tokens are written back at an even pace over a number of passes;
-- settle-gate: and those whose own level is below a threshold at once;
+- settle-gate: the same, and tokens whose own level is below a threshold are written at once;
 - mask-predict, ancestral, ancestral-greedy: decoders that run the model anew in every round, with
   `--round-depth` passes each.
 
-Fixed depths, gates, tables and unchanged are read off the same passes, so they are compared on equal terms.
-Exact match is over masked tokens; a run is a maximal stretch of adjacent masked word pieces, right if all of
-it is; BLEU is of whole segments as word pieces. Intervals are 95 % over segments. Bits are those of the masked
-text where and when each token was written: for methods that write in several rounds, given their own guesses.
-Bits under a left-to-right model (`--scorer`) are of the restored text, and low ones can also mean dull text:
-compare them with the original's. Passes are per sequence; FLOPs are per token of text and count the model's
-matrices only, each round as the forward it is.
+Fixed depths, gates, tables and unchanged are read off the same passes, so they are compared on equal terms. Exact
+match is over masked tokens. A run is a maximal stretch of adjacent masked word pieces; it is right if all of it is.
+BLEU is of whole segments as word pieces. Intervals are 95 % over segments. Bits are those of the true token at the
+moment its place is written; methods that write in several rounds are then conditioned on their own guesses. Bits
+under a left-to-right model (`--scorer`) are of the restored text. Low ones can also mean dull text: compare them with
+the original's. Passes are per sequence. FLOPs are per token of text, count the model's matrices only, and count each
+round as a whole forward.
 """
 
 from __future__ import annotations

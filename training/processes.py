@@ -1,9 +1,9 @@
-"""One process or many: the share of each in a step, and how they agree.
+"""One process or many: which part of a step each does, and how they stay in agreement.
 
     torchrun --nproc_per_node=2 -m training --config ...
 
 Whatever the number of processes, a step is the same batches and the same randomness: process `r` of `P`
-takes those numbered `r`, `r + P`, ... of it, and the gradients are added up. A run may therefore be
+takes batches `r`, `r + P`, ... of the step, and the gradients are added up. A run may therefore be
 resumed by another number of processes.
 """
 

@@ -1,7 +1,7 @@
 """`python -m training.release --checkpoint F --output F`: from a training checkpoint to the file that is served.
 
-Weights in half precision, no optimizer state, and the defaults requests are answered with: those that
-the evaluation supports.
+The file has weights in half precision, no optimizer state, and the defaults that requests are answered with. Choose
+those that the evaluation supports.
 """
 
 from __future__ import annotations

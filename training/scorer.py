@@ -1,7 +1,7 @@
 """`python -m training.scorer --text F --tokenizer F --output F`: train what `rdt-evaluate --scorer` scores with.
 
-A small left-to-right model of the evaluated models' word pieces. Give it other text than they learned from:
-one that has read what they have read finds their mistakes likely.
+A small left-to-right model of the evaluated models' word pieces. Train it on other text than they learned from: a
+scorer that has read the same text finds their mistakes likely.
 """
 
 from __future__ import annotations

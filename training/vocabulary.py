@@ -1,4 +1,4 @@
-"""Cross-entropy over the whole vocabulary, without the price of its logits.
+"""Cross-entropy over the whole vocabulary at a lower cost of its logits.
 
 M: rows   D: model width   V: vocabulary
 

@@ -1,9 +1,12 @@
-"""Start a model from weights that are there already: a checkpoint of this project, or a BERT-like one in a folder.
+"""Start a model from existing weights: a checkpoint of this project, or a BERT-like one in a folder.
 
-Of this project's everything is taken; shape and vocabulary must be the same, but a deeper encoder may start
-from a shallower one, whose layers it takes again and again. Of a BERT-like one the token embedding table, which this
-model uses on both ends, scaled to the variance a fresh table has; not its positions (rotary here), its layers (pre-norm
-here, post-norm there) or any head. With `norm: post` and `positions: learned` it takes those, too: `training.bert`.
+Of a checkpoint of this project everything is taken. Shape and vocabulary must be the same, except that a deeper encoder
+may start from a shallower one, whose layers it takes again and again.
+
+Of a BERT-like one only the token embedding table is taken. This model uses it on both ends, scaled to the variance of
+a fresh table. Positions (rotary here), layers (pre-norm here, post-norm there) and heads are not taken. A model with
+`norm: post` and `positions: learned` takes positions and layers, too, and with `decoder_type: dense` the head:
+`training.bert`.
 """
 
 from __future__ import annotations

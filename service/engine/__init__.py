@@ -1,1 +1,1 @@
-"""The engine: takes jobs (tokens and options), gives results (tokens and levels). Knows no text, no transport."""
+"""The engine: takes jobs (tokens and options), gives results (tokens and levels). Knows neither text nor transports."""

@@ -1,4 +1,4 @@
-"""What the scheduler's plans are carried out by: the seam between who runs and how it is computed."""
+"""The interface that carries out the scheduler's plans: it separates who runs from how it is computed."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """How many packed tokens one tick may have: as many as allowed, and fewer once memory has run out.
 
-A tick larger than any that was computed has shown what there is no memory for: half of it is the most from then on.
-Where as many tokens have been computed before, somebody else holds the memory: the tick is tried again, the budget
-halved only if that fails too, and doubled again after a while without a shortage.
+If memory runs out in a tick larger than any computed before, half of that tick is the limit from then on. If as many
+tokens have been computed before, something else holds the memory: the tick is tried again, and the budget is halved
+only if that fails too. It is doubled again after a while without a shortage.
 """
 
 from __future__ import annotations

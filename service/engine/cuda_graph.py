@@ -1,7 +1,7 @@
 """A pass captured once for each size of batch, and replayed: one launch for the host instead of hundreds.
 
-What a graph reads and writes lies in fixed places (`static_batch`), and where sequences begin is read on the device
-(variable-length attention), so one graph serves every batch of its size.
+A graph reads and writes fixed places (`static_batch`). Where sequences begin is read on the device (variable-length
+attention). So one graph serves every batch of its size.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
 T: packed tokens   N: live sequences   R: rows decoded   V: vocabulary
 
 One mechanism serves both ways of halting. After a pass some rows are decoded: with `settle` those that
-become text now, with `gate` none until the end; of a sequence that stops, every row still open. Settled
-tokens replace their `[MASK]` in the embedded input; sequences that stop are cut out of the batch. The
+become text now, with `gate` none until the end, and in both every row still open of a sequence that stops.
+Settled tokens replace their `[MASK]` in the embedded input. Sequences that stop are cut out of the batch. The
 arithmetic is that of `rdt_core.inference`, for all sequences at once and without asking the device
-about any single one; what the host must know is read back once a tick.
+about any single one. What the host must know is read back once a tick.
 """
 
 from __future__ import annotations

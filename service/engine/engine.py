@@ -2,9 +2,9 @@
 
     submit -> Scheduler -> plan -> Backend.run (worker thread) -> commit -> the caller's future
 
-All bookkeeping lives on one event loop, so there are no locks; the worker threads see plans and give
-outcomes. A tick is one pass of everything live in one replica; replicas tick on their own and admit from
-one line, each no more than its share.
+All bookkeeping is done on one event loop, so there are no locks. The worker threads receive plans and return
+outcomes. A tick is one pass over everything live in one replica. Replicas tick independently and admit from
+one common queue, each no more than its share.
 """
 
 from __future__ import annotations

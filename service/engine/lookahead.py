@@ -1,17 +1,17 @@
-"""The next pass is launched before the last one has been read: a device never waits for the host.
+"""The next pass is launched before the last one has been read, so that the device never waits for the host.
 
 T: rows of the bucket   N: its sequences   D: model width   G: features of the gate   R: rows decoded
 
-Halting is decided on the device. A sequence that has halted is frozen where it lies: the pass that is launched before
-the host knows leaves it untouched, and is counted nowhere. One tick is
+Halting is decided on the device. A sequence that has halted is frozen in place: the pass that is launched before the
+host knows of it leaves it untouched and does not count. One tick is
 
     arrange   rows of those that go on close up, newcomers' join           device-side gathers, when membership changed
     launch    one pass over a bucket of fixed size, levels and reasons      in fixed places: `static_batch`
     collect   the readings of the tick before, and what was decoded for it  one small read-back
     decode    the rows of those that turn out to have halted                launched now, collected in the next tick
 
-so a plain reading is told one tick late, a last one two. Sequences that settle or are streamed need to be read
-after every pass: they take the eager way, beside.
+so an ordinary reading is reported one tick late, and the last one of a sequence two ticks late. Sequences that settle
+or are streamed have to be read after every pass: they take the eager way alongside.
 
 Everything here runs on a CPU too, where nothing is asynchronous and the answers must be those of `EagerBackend`.
 """

@@ -1,4 +1,4 @@
-"""How torch says that there is not enough memory."""
+"""Recognises the errors by which torch says that there is not enough memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the engine is to those who use it, and who watches it."""
+"""The engine as its users see it, and observers of its passes."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
     submit -> waiting line -> plan: admit what fits -> one pass over all live -> commit: depths, results
 
 A tick advances every live sequence by one pass. Sequences join and leave at every tick, so nobody waits
-for another's depth. Admission is first come first served within a budget of packed tokens; a request
-that fits may pass the head of the line that does not, but only so often, so that nobody starves.
+for another's depth. Admission is first come first served within a budget of packed tokens. If the first of the
+queue does not fit, a later one that does may go before it, but only so often, so that nobody starves.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 T: rows of the bucket   N: its places   D: model width   G: features of the gate
 
-Sequences lie end to end at the front, as in any packing; the rows behind them are dead and belong to the last
-place, which is nobody's. A place whose reason is not `GO_ON` is frozen: passes leave it and its rows untouched.
+Sequences lie end to end at the front, as in any packing. The rows behind them are unused and belong to the last
+place, which no sequence has. A place whose reason is not `GO_ON` is frozen: passes leave it and its rows untouched.
 """
 
 from __future__ import annotations

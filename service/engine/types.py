@@ -1,4 +1,4 @@
-"""What goes into the engine, through it, and out of it: plain values, no torch.
+"""What goes into the engine, through it, and out of it, as plain values without torch.
 
 L: tokens of the sequence   M: rows decoded   S: passes made   N: live sequences
 

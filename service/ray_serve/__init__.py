@@ -1,16 +1,16 @@
-"""RDT on Ray Serve: the same server once a replica, on as many machines as Ray has.
+"""RDT on Ray Serve: each replica is a whole server, and they run on as many machines as Ray has.
 
     serve run service.ray_serve:app                                 settings from RDT_* alone
     serve run service.ray_serve:build checkpoint=FILE max_replicas=8
-    serve run deploy/ray/serve.yaml                                 with Serve's own, gRPC among them
+    serve run deploy/ray/serve.yaml                                 with Serve's own settings, gRPC among them
 
 A composition root beside `service.runtime`, and the only place that knows of Ray.
 
-    options      arguments -> settings of a server, and how many of it
+    options      arguments -> settings of a server, and how many servers
     application  what Serve deploys
     replica      one server in a process of Ray's
     rpc, proxy   gRPC, in the replica and in front of it
-    metering     the metrics of all replicas, from whichever is asked
+    metering     the metrics of all replicas, whichever is asked
     scaling      how many replicas there should be
 """
 

@@ -1,7 +1,7 @@
-"""The metrics of all replicas, from whichever of them is asked.
+"""The metrics of all replicas, whichever of them is asked.
 
-Behind Serve's proxy a scrape meets any one replica. Hence each lays what it has measured on a board, an actor of
-Ray's, every few seconds, and the one that is asked adds what it finds there: every series of every replica, told
+Behind Serve's proxy a scrape reaches any one replica. So every few seconds each replica puts what it has measured on
+a common board, an actor of Ray's. The one that is asked adds what it finds there: every series of every replica, told
 apart by the label `replica`.
 """
 

@@ -1,4 +1,4 @@
-"""What can be told to the application: a server's own settings, and how many servers there may be."""
+"""Arguments of the application: a server's own settings, and how many servers there may be."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""In front of the replicas: what Serve's proxies are given to speak as a single server would.
+"""In front of the replicas: makes Serve's proxies answer as a single server would.
 
 gRPC, `grpc_servicer_functions: [service.ray_serve.proxy:add_denoiser]`. Messages pass as bytes, so that one that
 cannot be read is answered by the replica. Around Serve's calls to its replicas, three things are set right:

@@ -1,4 +1,4 @@
-"""From a task that hands out values to an iterator of them."""
+"""Turns a task that hands out values into an iterator of them."""
 
 from __future__ import annotations
 

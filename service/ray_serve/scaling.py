@@ -1,8 +1,8 @@
 """How many replicas there should be.
 
-What Serve counts by itself, requests under way, says little here: an engine computes as many at once as fit in
-a tick, and what that is depends on their lengths. Waiting requests say that there is too little of it; ticks
-that are far from full say that there is too much.
+Serve's own measure, requests under way, says little here: an engine computes as many at once as fit in a tick, and that
+depends on their lengths. Waiting requests show that there are too few replicas. Ticks that are far from full show that
+there are too many.
 """
 
 from __future__ import annotations

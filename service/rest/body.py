@@ -1,4 +1,4 @@
-"""Reading a JSON body, so that every error in it is ours to name."""
+"""Reads a JSON body in a way that lets us name every error in it."""
 
 from __future__ import annotations
 

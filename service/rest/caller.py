@@ -1,4 +1,4 @@
-"""Whether the caller is still there: nobody computes for one who has hung up."""
+"""Whether the caller is still there: requests of callers who have hung up are not computed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`/health/live`: the process answers. `/health/ready`: it takes requests; if not, it says why."""
+"""`/health/live`: whether the process answers. `/health/ready`: whether it takes requests, and if not, why."""
 
 from __future__ import annotations
 

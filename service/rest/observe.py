@@ -1,4 +1,4 @@
-"""What is told of every HTTP request once it has ended: a span of those that ask for work, a line at debug level."""
+"""What is recorded of every HTTP request once it has ended: a line at debug level, and a span if it asked for work."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """`GET /`: a page to try the model by hand. One file, nothing loaded from elsewhere.
 
-It holds nothing secret and is open to everybody; the key, if one is needed, is typed into it.
+It holds nothing secret and needs no key to open. If the server asks for a key, the user types it into the page.
 """
 
 from __future__ import annotations

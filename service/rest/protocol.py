@@ -1,6 +1,6 @@
-"""HTTP as uvicorn speaks it, with limits on how a request arrives, and deaf to offers to speak something else.
+"""HTTP by uvicorn, with limits on how a request arrives. Offers to upgrade to another protocol are ignored.
 
-A head is put together here and handed to the parser whole; a body goes through as it comes.
+The head of a request is collected here and handed to the parser whole. A body is passed on as it arrives.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`POST /model/reload`: take in the checkpoint file again. There only for servers with an admin key."""
+"""`POST /model/reload`: take in the checkpoint file again. It exists only on servers with an admin key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Between messages and the plain values and answers that every transport shares."""
+"""Converts between messages and the plain values and answers that every transport shares."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The service `rdt.v1.Denoiser`.
 
-Bytes in, bytes out: messages are parsed here, so that one that cannot be read is its sender's fault.
+Bytes in, bytes out: messages are parsed here, so that one that cannot be read is reported as its sender's error.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The service `grpc.health.v1.Health`: SERVING while the lifecycle is ready, and at no other time.
 
-It looks the state up instead of being told, as `/health/ready` does, so that the two cannot disagree.
+Like `/health/ready` it looks the state up at each call, so that the two cannot disagree.
 """
 
 from __future__ import annotations

@@ -22,11 +22,11 @@
                         Failed          of a job, reload or scrape: the error in neutral words
                         Reloaded, Scraped, ReportWanted
 
-Messages are arrays of MessagePack one after another; nothing on the wire can name code. A stream of the operating
-system's own, and not a message queue in between, because both ends must know at once that the other has died: its
-end of file is what cancels a dead worker's jobs and fails the callers of a dead engine, and nothing lies in a queue
-for a process that is no more. It is also eight times faster here than ZeroMQ's asyncio sockets.
+Messages are MessagePack arrays, one after another. Nothing on the wire can name code. They travel over a socket of
+the operating system, not over a message queue, because both ends must know at once that the other has died. The end
+of file cancels a dead worker's jobs and fails the callers of a dead engine, and nothing is left in a queue for a
+process that has gone. It is also eight times faster here than ZeroMQ's asyncio sockets.
 
-Names of rooms: `messages` what is said, `wire` how; `remote` and `worker` in a worker; `models`, `server` and
-`engine` in the engine's process; `metering` the sum of all; `children` and `supervisor` births and deaths.
+Modules: `messages` is what is said and `wire` how; `remote` and `worker` run in a worker; `models`, `server` and
+`engine` in the engine's process; `metering` adds up the metrics; `children` and `supervisor` start and end processes.
 """

@@ -1,7 +1,7 @@
-"""How processes are born here and how they end.
+"""How child processes start and end.
 
-A child learns what to do from the first line of its standard input, keys included: a command line can be read by
-everybody on the machine. The rest of the pipe stays silent; its end means that the supervisor is gone.
+A child reads its orders, keys included, from the first line of its standard input, because a command line can be read
+by everybody on the machine. Nothing else is written to that pipe. Its end means that the supervisor is gone.
 """
 
 from __future__ import annotations

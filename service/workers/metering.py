@@ -1,8 +1,8 @@
 """Metrics of several processes as those of one server, whichever worker is asked.
 
-Counters and histograms are sums over the engine, the workers there are, and those there were. Gauges are the
-engine's, but for the memory and the files of processes, which are sums too. Nothing that was shown is ever taken
-back while a worker remembers it: a counter that shrinks reads as a restart, and makes false rates.
+Counters and histograms are sums over the engine and all workers, present and past. Gauges are the engine's, except
+for the memory and the files of processes, which are sums too. A counter that was shown never shrinks while a worker
+remembers it, because Prometheus would read that as a restart and compute false rates.
 """
 
 from __future__ import annotations

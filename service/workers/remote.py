@@ -1,7 +1,7 @@
 """The engine as a worker sees it: an `Engine` like any other, at the other end of a connection.
 
-`Link` finds the engine, and finds it again when it has died; whoever was waiting then is told at once.
-`RemoteEngine` is one model of the engine on one connection; with either of them it ends.
+`Link` connects to the engine, and to the next one when it has died; whoever was waiting is told of that at once.
+`RemoteEngine` is one model of the engine on one connection, and ends with either of the two.
 """
 
 from __future__ import annotations

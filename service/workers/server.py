@@ -1,6 +1,6 @@
 """The engine's end of the connections: jobs in, results out, and what the workers need to know.
 
-A connection's end is its worker's end: whatever it asked for is cancelled.
+When a connection ends its worker is gone, and whatever it asked for is cancelled.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The process that was started: it holds the ports, has the signals, and sees to it that the others live.
+"""The process that was started: it holds the ports, receives the signals, and keeps the other processes alive.
 
-A worker that dies is replaced. An engine that dies is replaced, and with a second one within a minute the server
-ends. The end begins with the workers, who finish what they have accepted; then the engine has nothing left to do.
+A worker or an engine that dies is replaced. If two engines die within a minute the server ends. So it does if workers
+die too often. At the end the workers finish first what they have accepted; then the engine has nothing left to do.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One connection between a worker and the engine: messages in order, an end that both sides see, bounded both ways."""
+"""One connection between a worker and the engine: messages in order, bounded both ways, with an end that both see."""
 
 from __future__ import annotations
 

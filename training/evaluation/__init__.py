@@ -1,4 +1,4 @@
-"""Measuring models that fill masks: what restores text, what is measured, and what is compared with what.
+"""Measures models that fill masks: ways to restore text, measures, and comparisons.
 
 restoring   segments with fixed masks, and the model's own ways: depths and settling
 rounds      decoders that run the model anew on the text so far: mask-predict and ancestral sampling

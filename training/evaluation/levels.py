@@ -1,4 +1,4 @@
-"""What the level says is left, against what is: passes until the model's own guesses no longer change.
+"""Compares the passes that the level says are left with those that are, until the model's own guesses no longer change.
 
 S: segments   P: passes
 """

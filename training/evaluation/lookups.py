@@ -5,9 +5,9 @@ S: segments   M: masked tokens   P: passes   K: settings of one rule, from few p
 Free lookups: a fixed depth; a table that knows the mask ratio, its depths chosen on validation text; and stopping
 once the best guesses no longer change, which must decode after every pass.
 
-Two rules seldom make the same number of passes, so they are compared by lottery: each segment runs under one of
-two neighbouring settings, with the odds that give the mean passes wanted. Its expected score is a mean of two
-known ones, so a lottery adds no noise.
+Two rules seldom make the same number of passes, so they are compared by lottery: each segment runs under one of two
+neighbouring settings, with odds that give the mean passes wanted. The expected score is a weighted mean of two known
+scores, so the lottery adds no noise.
 """
 
 from __future__ import annotations

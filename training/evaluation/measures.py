@@ -1,4 +1,4 @@
-"""What is measured of restored text, and how sure of it one can be.
+"""Measures of restored text, and their intervals.
 
 S: segments   L: tokens of one   M: masked tokens   B: resamples   K: settings
 

@@ -2,8 +2,9 @@
 
 N: segments of a batch   L: tokens of one   T = N x L   R: rounds   K: rows written in a round   V: vocabulary
 
-A round is a prelude, `depth` passes and a decode of the rows it writes; nothing is carried over but the text.
-Each segment's rounds are its own: what it would not need alone is not counted. Observed tokens are never touched.
+A round is a prelude, `depth` passes and a decode of the rows it writes. Only the text is carried over to the next
+round. Rounds are counted for each segment: those that it would not need alone do not count. Observed tokens are never
+touched.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 S: segments   B: resamples
 
 A tally is of one measure: hits and counts `(2, S)`, or what BLEU counts `(10, S)`. Two tallies of one measure over the
-same masks give a paired difference, of whichever models and methods they are.
+same masks give a paired difference, also between different models and methods.
 """
 
 from __future__ import annotations

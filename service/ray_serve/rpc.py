@@ -1,5 +1,5 @@
-"""gRPC inside a replica. Serve's proxy hands over a message and its metadata. The server's own code answers it, and does
-what surrounds a call (ids, spans, the key).
+"""gRPC inside a replica. Serve's proxy hands over a message and its metadata. The server's own code answers it, and
+does what surrounds a call (ids, spans, the key).
 """
 
 from __future__ import annotations

@@ -51,6 +51,8 @@ def test_why_a_sequence_stops(
         (1, 0.0, [2]),
         (-2, 0.0, []),
         (0, 0.1, []),
+        (0, 0.5, [2, 6]),
+        (0, 0.7, [2, 4, 6, 8]),  # in float32, 0.7 is less than in float64, which thresholds are in
         (9, 0.0, [0, 2, 4, 6, 8]),
     ],
 )

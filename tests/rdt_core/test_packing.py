@@ -27,6 +27,11 @@ def test_unpack_undoes_pack(lengths: list[int]) -> None:
         assert torch.equal(before, after)
 
 
+def test_the_layout_lies_where_the_sequences_do() -> None:
+    _, packing = pack([torch.zeros(2, device="meta")])
+    assert {values.device.type for values in (packing.offsets, packing.positions, packing.sequence_ids)} == {"meta"}
+
+
 @quick
 @given(some_lengths, st.data())
 def test_rows_are_those_of_the_named_sequences_in_the_named_order(lengths: list[int], data: st.DataObject) -> None:
@@ -44,6 +49,7 @@ def test_the_layout_of_three_sequences() -> None:
     assert packing.sequence_ids.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 2]
     assert (packing.n_sequences, packing.n_tokens, packing.equal_lengths) == (3, 9, False)
     assert packing.offsets.dtype == torch.int32
+    assert packing.longest == 4
     assert Packing.of([4, 4]).equal_lengths
 
 
@@ -51,6 +57,11 @@ def test_the_layout_of_three_sequences() -> None:
 def test_empty_sequences_are_refused(lengths: list[int]) -> None:
     with pytest.raises(ValueError, match="want at least one sequence, each of length >= 1"):
         Packing.of(lengths)
+
+
+def test_no_sequences_are_refused_too() -> None:
+    with pytest.raises(ValueError, match="want at least one sequence"):
+        pack([])
 
 
 @quick

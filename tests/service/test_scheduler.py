@@ -134,6 +134,96 @@ def test_a_waiting_job_whose_caller_left_is_gone_at_once() -> None:
     assert gone not in bench.results
 
 
+def test_who_leaves_during_the_last_pass_is_finished_all_the_same() -> None:
+    bench = Bench()
+    ticket = bench.submit(scripted_job(4, depth=1))
+    plan = bench.scheduler.plan(bench.now)
+    outcome = bench.backend.run(plan)
+    bench.scheduler.cancel(ticket)
+    assert [ended for ended, _ in bench.scheduler.commit(plan, outcome, bench.now)] == [ticket]
+    assert bench.tick().empty, "nothing is left to drop"
+
+
+def test_a_reading_of_a_sequence_that_was_dropped_meanwhile_is_passed_over() -> None:
+    """As a backend tells it that looks ahead."""
+    bench = Bench()
+    gone, stays = (bench.submit(scripted_job(4, depth=3)) for _ in range(2))
+    before = bench.scheduler.plan(bench.now)
+    outcome = bench.backend.run(before)
+    bench.scheduler.cancel(gone)
+    assert bench.scheduler.plan(bench.now).dropped == (gone,)
+    assert bench.scheduler.commit(before, outcome, bench.now) == []
+    assert (bench.scheduler.depth(gone), bench.scheduler.depth(stays)) == (0, 1)
+
+
+def test_who_had_rows_in_the_vocabulary_is_told_how_long_that_took() -> None:
+    bench = Bench()
+    deep, shown, shallow = (
+        bench.submit(scripted_job(4, depth, stream=stream)) for depth, stream in ((3, False), (2, True), (1, False))
+    )
+    for _ in range(3):
+        plan = bench.scheduler.plan(bench.now)
+        outcome = replace(bench.backend.run(plan), decode_seconds=0.25)
+        bench.results.update(bench.scheduler.commit(plan, outcome, bench.now))
+    assert {ticket: bench.results[ticket].decode_seconds for ticket in (deep, shown, shallow)} == {
+        deep: 0.25, shown: 0.5, shallow: 0.25,
+    }  # fmt: skip
+
+
+def test_a_tick_that_was_computed_shows_what_there_is_memory_for() -> None:
+    bench = Bench()
+    bench.submit(scripted_job(8, depth=3))
+    for _ in range(2):
+        bench.tick()
+        bench.scheduler.budget.shrink(8, bench.now)
+        assert bench.scheduler.budget.tokens == 32, "as many were computed before, since the last shortage too"
+
+
+def test_who_left_is_forgotten_with_a_broken_tick() -> None:
+    bench = Bench()
+    gone = bench.submit(scripted_job(4, depth=9))
+    bench.tick()
+    bench.scheduler.cancel(gone)
+    assert bench.scheduler.lose_live() == (gone,)
+    assert bench.tick().empty
+
+
+def test_who_left_does_not_begin_anew_with_the_others() -> None:
+    bench = Bench()
+    gone, stays = (bench.submit(scripted_job(4, depth=2)) for _ in range(2))
+    bench.tick()
+    bench.scheduler.cancel(gone)
+    bench.scheduler.start_over()
+    bench.backend.reset()
+    plan = bench.tick()
+    assert (plan.dropped, plan.live) == ((), (stays,))
+    bench.run_dry()
+    assert bench.results[stays].steps == 2, "counted from the start"
+
+
+def test_dropping_all_empties_the_line_now_and_the_batch_with_the_next_plan() -> None:
+    bench = Bench(replace(LIMITS, max_live=1))
+    live, waiting = (bench.submit(scripted_job(4, depth=9)) for _ in range(2))
+    bench.tick()
+    assert bench.scheduler.drop_all() == (live, waiting)
+    assert bench.scheduler.line.n_queued == 0
+    assert not bench.scheduler.idle
+    assert bench.tick().dropped == (live,)
+    assert bench.scheduler.idle
+
+
+def test_a_text_that_there_is_no_memory_for_here_does_not_count_as_passed() -> None:
+    """It waits for a batch with more; the line goes on without it."""
+    bench = Bench(replace(LIMITS, max_live=1, max_bypass=1))
+    large = bench.submit(scripted_job(20, depth=1))
+    small = [bench.submit(scripted_job(4, depth=1)) for _ in range(3)]
+    bench.scheduler.budget.shrink(20, bench.now)
+    for _ in small:
+        bench.tick()
+    assert list(bench.results) == small
+    assert not bench.scheduler.idle, f"{large} waits"
+
+
 def test_shedding_lowers_the_ceiling_with_the_length_of_the_line_down_to_the_floor() -> None:
     bench = Bench(replace(LIMITS, max_live=1, max_waiting=10, shed_min_steps=3))
     tickets = [bench.submit(scripted_job(1, depth=100, max_steps=13)) for _ in range(10)]

@@ -37,7 +37,7 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # no UTF-8, or what looks like a date or a number and is none
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if values is None:
         return {}
@@ -52,7 +52,7 @@ def _parse_assignment(assignment: str) -> dict[str, Any]:
         raise ConfigError(f"{assignment!r}: want section.key=value")
     try:
         value: Any = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{assignment!r}: not YAML: {' '.join(str(error).split())}") from error
     for part in reversed(key.split(".")):
         value = {part: value}

@@ -142,7 +142,12 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path: Path) -> None:
     assert weight_decay == 1.0
 
 
-@pytest.mark.parametrize("assignment", ["training.batch_size", "=3", "training.batch_size=[", "training=5", ""])
+NO_DAY = "name=2026-28-11"  # which YAML takes for a date
+
+
+@pytest.mark.parametrize(
+    "assignment", ["training.batch_size", "=3", "training.batch_size=[", "training=5", "", NO_DAY, f"seed={'9' * 5000}"]
+)
 def test_an_assignment_that_makes_no_sense_is_refused(tmp_path: Path, assignment: str) -> None:
     path = tmp_path / "base.yaml"
     path.write_text("")
@@ -153,7 +158,12 @@ def test_an_assignment_that_makes_no_sense_is_refused(tmp_path: Path, assignment
 
 
 @pytest.mark.parametrize(
-    ("text", "problem"), [("a: [1\nb: }", "not YAML"), ("- 1\n- 2", "holds a list, want sections with keys")]
+    ("text", "problem"),
+    [
+        ("a: [1\nb: }", "not YAML"),
+        ("name: 2026-28-11", "not YAML: month must be in 1..12"),
+        ("- 1\n- 2", "holds a list, want sections with keys"),
+    ],
 )
 def test_a_file_that_is_no_config_is_named(tmp_path: Path, text: str, problem: str) -> None:
     path = tmp_path / "base.yaml"

@@ -108,7 +108,8 @@ def local_corpus(names: str, tokenizer: Tokenizer, cache_dir: str | Path, named:
     key = hashlib.sha256(tokenizer.json.encode())
     for path in paths:
         stat = path.stat()
-        key.update(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
+        # The last is not for anyone to set, as the time before it is: archives and copies do.
+        key.update(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}\n".encode())
     stem = Path(cache_dir) / key.hexdigest()[:16]
     tokens_file, starts_file = stem.with_suffix(".tokens.npy"), stem.with_suffix(".starts.npy")
     if (kept := _kept(tokens_file, starts_file)) is None:

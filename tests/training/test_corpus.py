@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -68,6 +69,21 @@ def test_a_text_is_tokenised_once(tiny_tokenizer: Tokenizer, tmp_path: Path, mon
     path.write_text("another fox\n", encoding="utf-8")
     with pytest.raises(AssertionError, match="tokenised again"):
         local_corpus(str(path), tiny_tokenizer, tmp_path / "cache")
+
+
+def test_a_text_that_only_looks_unchanged_is_tokenised_again(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Archives, copies and checkouts set the time of a file to what they like."""
+    path, other = tmp_path / "text.txt", tmp_path / "other.txt"
+    path.write_text("the fox\n", encoding="utf-8")
+    before = path.stat()
+    assert words(tiny_tokenizer, local_corpus(str(path), tiny_tokenizer, tmp_path / "cache").tokens) == "the fox"
+    path.write_text("the dog\n", encoding="utf-8")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert words(tiny_tokenizer, local_corpus(str(path), tiny_tokenizer, tmp_path / "cache").tokens) == "the dog"
+    other.write_text("new york", encoding="utf-8")
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    other.replace(path)
+    assert words(tiny_tokenizer, local_corpus(str(path), tiny_tokenizer, tmp_path / "cache").tokens) == "new york"
 
 
 def test_a_split_gives_up_the_tail_and_its_starts() -> None:

@@ -355,7 +355,7 @@ class Trainer:
         changed = differences(saved.config.get("training") or {}, self.config.to_mapping())
         if changed:
             self.notes.append(f"other settings than the checkpoint's: {', '.join(changed)}")
-        if not any(name.startswith(MEASURED) for name in changed):
+        if self.folder.best.is_file() and not any(name.startswith(MEASURED) for name in changed):
             self.best_loss, self.best_of = progress["best_loss"], progress["best_of"]
         self.folder.take_over(path, self.step)
 

@@ -130,6 +130,19 @@ def test_the_best_of_a_run_is_not_measured_by_another(
         assert best.step > 8
 
 
+def test_a_run_whose_best_model_is_not_there_saves_another(finished: TrainConfig, cpu: torch.device) -> None:
+    """As on another machine, to which one checkpoint was brought: the same settings, an empty folder."""
+    best = Path(finished.output.checkpoint_dir) / "best_model.pt"
+    path = saved_at(finished, 4)
+    saved = checkpoint.read(path)
+    checkpoint.save(path, replace(saved, progress={"best_loss": -1.0, "best_of": "total"}))
+    Trainer(finished, cpu, resume=path).fit()
+    assert checkpoint.read(best).loss != -1.0
+    best.unlink()
+    Trainer(finished, cpu, resume=path).fit()
+    assert best.is_file()
+
+
 @pytest.mark.parametrize(
     ("changes", "measures"),
     [

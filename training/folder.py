@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -25,9 +26,10 @@ class RunFolder:
         return any(self.path.glob("*.pt"))
 
     def remove_partial_files(self) -> None:
-        """Those of a run that was killed while it saved."""
+        """Those of a run that was killed while it saved, and not of one that is saving."""
         for left in self.path.glob(".*.pt.*.partial"):
-            left.unlink()
+            if not _of_another_process(left):
+                left.unlink(missing_ok=True)
 
     def of_step(self, epoch: int, step: int) -> Path:
         return self.path / f"checkpoint_epoch_{epoch}_step_{step}.pt"
@@ -45,6 +47,20 @@ class RunFolder:
         if resumed.resolve().parent == self.path.resolve():
             steps = {file: _step_of(file) for file in self.path.glob("checkpoint_*.pt")}
             self._own = sorted((file for file, at in steps.items() if 0 <= at <= step), key=_step_of)
+
+
+def _of_another_process(partial: Path) -> bool:
+    """Whether the process in its name lives, on this machine, and is not this one, which has not saved yet."""
+    number = partial.suffixes[-2][1:]
+    if not number.isdecimal() or int(number) == os.getpid():
+        return False
+    try:
+        os.kill(int(number), 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return True
 
 
 def _step_of(path: Path) -> int:

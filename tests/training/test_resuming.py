@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,11 +95,23 @@ def test_a_damaged_state_is_named(finished: TrainConfig, cpu: torch.device, name
 
 
 def test_what_a_killed_run_had_begun_to_save_is_cleared_away(finished: TrainConfig, cpu: torch.device) -> None:
-    left = Path(finished.output.checkpoint_dir) / ".checkpoint_epoch_0_step_9.pt.123.partial"
+    left = Path(finished.output.checkpoint_dir) / ".checkpoint_epoch_0_step_9.pt.999999999.partial"
     left.write_bytes(b"half")
     Trainer(finished, cpu, resume=saved_at(finished, 4))
     assert not left.exists()
     assert saved_at(finished, 8).exists()
+
+
+def test_what_a_living_run_is_saving_is_left(finished: TrainConfig, cpu: torch.device) -> None:
+    """Two runs may share a folder: one that starts must not end the other, whose file would be gone."""
+    folder = Path(finished.output.checkpoint_dir)
+    theirs = folder / f".best_model.pt.{os.getppid()}.partial"
+    ours = folder / f".best_model.pt.{os.getpid()}.partial"  # of a container before this one, where ids begin anew
+    for file in (theirs, ours):
+        file.write_bytes(b"half")
+    Trainer(finished, cpu, resume=saved_at(finished, 4))
+    assert theirs.exists()
+    assert not ours.exists()
 
 
 def test_a_resumed_run_learns_as_its_settings_say(

@@ -55,6 +55,9 @@ MEASURED = (
 )  # fmt: skip
 """If one of these has changed, losses before and after cannot be compared, or `best_model.pt` is in another folder."""
 
+AT_THE_START = ("data.tokenizer_name", "training.init_from")
+"""What a run that goes on has in its checkpoint: its words, and its weights."""
+
 
 class TrainingDiverged(RuntimeError):
     """The loss is no longer a number; the message names the step and the last good checkpoint."""
@@ -353,6 +356,9 @@ class Trainer:
         adopt_settings(self.optimizer, self.model, self.config.training)
         self.scheduler = make_scheduler(self.optimizer, self.config.training, self.n_steps, self.step)
         changed = differences(saved.config.get("training") or {}, self.config.to_mapping())
+        if unused := [name for line in changed if (name := line.partition(" ")[0]) in AT_THE_START]:
+            self.notes.append(f"not used, since the checkpoint has its own: {', '.join(unused)}")
+        changed = [line for line in changed if line.partition(" ")[0] not in AT_THE_START]
         if changed:
             self.notes.append(f"other settings than the checkpoint's: {', '.join(changed)}")
         if self.folder.best.is_file() and not any(name.startswith(MEASURED) for name in changed):

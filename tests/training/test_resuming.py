@@ -130,6 +130,16 @@ def test_a_resumed_run_learns_as_its_settings_say(
     assert "training.learning_rate 0.003 -> 0.01" in said
 
 
+def test_what_a_resumed_run_has_from_its_checkpoint_is_not_said_to_be_used(
+    finished: TrainConfig, train_settings: Settings, cpu: torch.device, tmp_path: Path
+) -> None:
+    changes = {"data.tokenizer_name": str(tmp_path / "none.json"), "training.init_from": str(tmp_path / "none.pt")}
+    trainer = Trainer(train_settings(**changes), cpu, resume=saved_at(finished, 8))
+    assert "not used, since the checkpoint has its own: data.tokenizer_name, training.init_from" in trainer.notes
+    assert not [note for note in trainer.notes if "none." in note]
+    assert trainer.best_loss < math.inf
+
+
 def test_the_best_of_a_run_is_not_measured_by_another(
     finished: TrainConfig, train_settings: Settings, cpu: torch.device, tmp_path: Path
 ) -> None:

@@ -85,8 +85,10 @@ def save(path: str | Path, checkpoint: Checkpoint) -> None:
         if path.exists():
             shutil.copymode(path, partial)
         os.replace(partial, path)
-    except RuntimeError as error:  # as torch says that the disk is full
-        raise OSError(f"{path}: cannot be written: {_first_line(error)}") from error
+    except (RuntimeError, OSError) as error:
+        told = error if isinstance(error, OSError) else error.__context__  # torch has words of its own for a full disk
+        reason = told if isinstance(told, OSError) else error
+        raise OSError(f"{path}: cannot be written: {_first_line(reason)}") from error
     finally:
         partial.unlink(missing_ok=True)
 

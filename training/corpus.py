@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -118,12 +119,22 @@ def local_corpus(names: str, tokenizer: Tokenizer, cache_dir: str | Path, named:
             raise ConfigError(f"{named} is {names!r}: no text in it that this tokenizer knows")
         tokens_file.parent.mkdir(parents=True, exist_ok=True)
         for file, values in ((tokens_file, corpus.tokens), (starts_file, corpus.starts)):
-            partial = file.with_suffix(f".{os.getpid()}.partial.npy")
-            np.save(partial, values)
-            partial.replace(file)
+            _save(file, values)
         kept = _kept(tokens_file, starts_file)
         assert kept is not None
     return kept
+
+
+def _save(file: Path, values: npt.NDArray[Any]) -> None:
+    """All of it or nothing. Raises `OSError`."""
+    partial = file.with_suffix(f".{os.getpid()}.partial.npy")
+    try:
+        np.save(partial, values)
+        partial.replace(file)
+    except OSError as error:  # of a full disk numpy names no file
+        raise OSError(f"{file}: cannot be written: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _readable(path: Path, named: str) -> Iterator[str]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -327,12 +328,25 @@ def test_a_file_replaced_while_it_is_read_is_not_taken_for_the_other(
 
 
 def test_a_disk_that_is_full_is_an_error_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch makes of it says nothing of a disk; what it met does."""
+
     def fail(*_: object) -> None:
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0\nmore")
 
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match=r"model.pt: cannot be written: \[enforce fail"):
-        checkpoint.save(tmp_path / "model.pt", Checkpoint({}, {}, "{}"))
+    def fail_for_want_of_space(*_: object) -> None:
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            fail()
+
+    def write_nothing(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    full = r"\[Errno 28\] No space left on device$"
+    for how, why in ((fail, r"\[enforce fail"), (fail_for_want_of_space, full), (write_nothing, full)):
+        monkeypatch.setattr(torch, "save", how)
+        with pytest.raises(OSError, match=rf"model.pt: cannot be written: {why}"):
+            checkpoint.save(tmp_path / "model.pt", Checkpoint({}, {}, "{}"))
     assert list(tmp_path.iterdir()) == []
 
 

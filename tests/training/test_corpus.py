@@ -138,6 +138,21 @@ def test_what_a_power_cut_leaves_in_the_cache_is_made_anew(
     assert np.array_equal(local_corpus(str(text_file), tiny_tokenizer, tmp_path).tokens, whole)
 
 
+def test_a_cache_without_room_is_named_and_left_clean(
+    text_file: Path, tiny_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(file: Path, _: object) -> None:
+        file.write_bytes(b"half")
+        raise OSError("21848 requested and 1984 written")
+
+    monkeypatch.setattr(np, "save", fail)
+    with pytest.raises(
+        OSError, match=rf"^{tmp_path}/\w+\.tokens\.npy: cannot be written: 21848 requested and 1984 written"
+    ):
+        local_corpus(str(text_file), tiny_tokenizer, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.fixture
 def hub_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that `load_dataset` takes without a network."""

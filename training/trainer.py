@@ -212,11 +212,7 @@ class Trainer:
         apart = trunk_parameters(self.model), gate_parameters(self.model)
         slopes = [clip_grad_norm_(parameters, section.max_grad_norm) for parameters in apart]
         for what, value in (("loss", recon + gate), ("gradient", sum(slopes))):
-            if not math.isfinite(value):
-                good = self.last_saved or "none was saved yet"
-                raise TrainingDiverged(
-                    f"the {what} is not finite at step {self.step + 1}; last good checkpoint: {good}"
-                )
+            self._check_finite(what, value, self.step + 1)
         self.optimizer.step()
         self.learning_rate = float(self.scheduler.get_last_lr()[0])
         self.optimizer.zero_grad(set_to_none=True)
@@ -224,6 +220,11 @@ class Trainer:
         self.step += 1
         self._follow()
         return Losses(recon, gate)
+
+    def _check_finite(self, what: str, value: float | Tensor, step: int) -> None:
+        if not math.isfinite(value):
+            good = self.last_saved or "none was saved yet"
+            raise TrainingDiverged(f"the {what} is not finite at step {step}; last good checkpoint: {good}")
 
     def _follow(self) -> None:
         """The running average follows the encoder, and takes its place once it has learnt."""
@@ -298,6 +299,7 @@ class Trainer:
         if measure != self.best_of:
             self.best_of, self.best_loss = measure, math.inf
         loss = result.recon_loss if measure in ("recon", "one pass") else result.total_loss
+        self._check_finite("validation loss", loss, self.step)  # after the last step nothing else would tell
         if loss < self.best_loss:
             self.best_loss = loss
             if self.processes.first:

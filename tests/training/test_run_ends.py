@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -157,3 +158,11 @@ def test_a_run_that_diverges_at_once_says_that_nothing_was_saved(train_settings:
     trainer.model.inject.weight.data[0, 0] = math.nan
     with pytest.raises(TrainingDiverged, match="at step 1; last good checkpoint: none was saved yet"):
         trainer.fit()
+
+
+def test_a_last_step_that_diverges_is_no_run_that_ended_well(train_settings: Settings, cpu: torch.device) -> None:
+    """No step comes after it that would find out: the run ended with status 0 and without a best model."""
+    config = train_settings(**{"training.learning_rate": 1e30, "training.num_steps": 1})
+    with pytest.raises(TrainingDiverged, match=r"the validation loss is not finite at step 1; .*: none was saved"):
+        Trainer(config, cpu).fit()
+    assert not list(Path(config.output.checkpoint_dir).glob("*.pt"))

@@ -192,18 +192,21 @@ def load_corpora(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Corpus, Cor
     return train, validation
 
 
-def load_tokenizer(name: str) -> Tokenizer:
-    """A `tokenizer.json`, the one inside a checkpoint (`.pt`), or one by its hub name through `transformers`."""
+def load_tokenizer(name: str, named: str = "data.tokenizer_name") -> Tokenizer:
+    """A `tokenizer.json`, the one inside a checkpoint (`.pt`), or one by its hub name through `transformers`.
+
+    Raises `ConfigError`, which calls the setting what it is `named`.
+    """
     if Path(name).is_file():
         try:
             return Tokenizer(checkpoint.read(name).tokenizer) if name.endswith(".pt") else Tokenizer.from_file(name)
         except ValueError as error:
-            raise ConfigError(f"data.tokenizer_name: {error}") from error
+            raise ConfigError(f"{named}: {error}") from error
     if name.endswith((".json", ".pt")):
-        raise ConfigError(f"data.tokenizer_name is {name!r}: no such file")
+        raise ConfigError(f"{named} is {name!r}: no such file")
     from transformers import AutoTokenizer  # noqa: PLC0415 - heavy, and only for users of a hub
 
     try:
         return Tokenizer(AutoTokenizer.from_pretrained(name, use_fast=True).backend_tokenizer.to_str())
     except (OSError, ValueError) as error:  # no network, no such tokenizer, none of BERT's kind
-        raise ConfigError(f"data.tokenizer_name is {name!r}: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{named} is {name!r}: {' '.join(str(error).split())}") from error

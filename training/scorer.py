@@ -122,7 +122,7 @@ def _run(options: argparse.Namespace) -> float:
     options.output.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after
     if options.output.exists() and not options.output.is_file():
         raise ConfigError(f"--output is {str(options.output)!r}: want a file")
-    tokenizer = load_tokenizer(options.tokenizer)
+    tokenizer = load_tokenizer(options.tokenizer, "--tokenizer")
     whole = local_corpus(options.text, tokenizer, options.cache_dir, "--text")
     corpus, held_out = whole.split(min(VALIDATION_TOKENS, len(whole) // 10))
     if len(corpus) < options.length:

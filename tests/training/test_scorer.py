@@ -125,6 +125,7 @@ def files(text_file: Path, tokenizer_file: Path, tmp_path: Path) -> list[str]:
         (["--device", "abacus"], "--device is 'abacus': want cpu, cuda or cuda:N"),
         (["--output", "/dev/null/runs/scorer.pt"], "Not a directory: '/dev/null/runs'"),
         (["--d-model", "30", "--heads", "4"], "d_model is 30: want a multiple of 2 x n_heads = 8"),
+        (["--tokenizer", "none.json"], "--tokenizer is 'none.json': no such file"),
         (["--length", "100000"], "tokens: want"),
     ],
 )

@@ -224,6 +224,13 @@ def test_a_sequence_must_fit_the_model(tiny_model: RDT, length: int) -> None:
         restore(tiny_model, tokens, tokens.bool())
 
 
+def test_all_that_is_within_the_bounds_is_restored(build: Build) -> None:
+    """The longest sequence, the first and the last token, and a model in training mode that drops nothing out."""
+    model = build(dropout=0.0).train()
+    tokens = torch.tensor([0, model.config.vocab_size - 1] * (model.config.max_seq_len // 2))
+    assert restore(model, tokens, tokens == 0, max_steps=1, threshold=0, top_k=model.config.vocab_size).steps == 1
+
+
 def test_a_model_restores_by_itself(tiny_model: RDT) -> None:
     options: dict[str, Any] = {"max_steps": 3, "threshold": 0.0, "halting": "settle", "top_k": 2}
     assert tiny_model.inference(*sequence(), **options) == restore(tiny_model, *sequence(), **options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
@@ -308,6 +309,29 @@ async def test_draining_fails_what_the_grace_period_does_not_cover(engine: Batch
 
 async def test_draining_an_idle_engine_is_instant(engine: BatchingEngine) -> None:
     await asyncio.wait_for(engine.drain(grace_seconds=60), timeout=1)
+
+
+async def test_retiring_waits_for_what_was_accepted(engine: BatchingEngine, held: HeldBackend) -> None:
+    accepted = await submitted(engine, scripted_job(4, depth=2))
+    retiring = asyncio.create_task(engine.retire())
+    held.let_go(1)
+    await asyncio.to_thread(held.wait_until_started)
+    assert not retiring.done()
+    held.let_go(1)
+    assert (await accepted).steps == 2
+    await asyncio.wait_for(retiring, timeout=5)
+    assert not engine.ready
+
+
+async def test_a_stopped_engine_is_let_go_of_at_once() -> None:
+    """With its model: neither its loops hold it, nor a deadline that is an hour away."""
+    engine = BatchingEngine([ScriptedBackend()], LIMITS)
+    await engine.start()
+    await submit(engine, scripted_job(1, depth=1, deadline=time.monotonic() + 3600))
+    await engine.stop()
+    stopped = weakref.ref(engine)
+    del engine
+    assert stopped() is None
 
 
 async def test_stopping_ends_the_worker_thread() -> None:

@@ -30,7 +30,10 @@ class Estimate(NamedTuple):
 
 
 def share(hits: Tensor, counts: Tensor) -> Estimate | None:
-    """hits, counts `(S,)` -> sum over sum; None where there is nothing to count."""
+    """hits, counts `(S,)` -> sum over sum; None where there is nothing to count.
+
+    The interval is the linearised one of a ratio. It wants many segments: of 200 it covers 94 to 95 %, of 10 some 90 %.
+    """
     total = counts.sum().item()
     if total == 0:
         return None

@@ -14,7 +14,7 @@ NEEDS = {
     "rdt-serve": ("pydantic", "service"),
     "rdt-denoise": ("pydantic", "service"),
     "rdt-train": ("yaml", "training"),
-    "rdt-evaluate": ("yaml", "training"),
+    "rdt-evaluate": ("sacrebleu", "training"),
     "rdt-compare": ("sacrebleu", "training"),
     "rdt-scorer": ("tqdm", "training"),
 }

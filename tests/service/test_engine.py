@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-import weakref
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
@@ -131,6 +130,20 @@ async def test_a_caller_who_leaves_frees_the_tokens_within_a_tick(engine: Batchi
     held.let_go(2)
     assert (await follower).steps == 1
     assert len(held.ticks) == 2, "one with the job that was left, one with its follower"
+
+
+async def test_who_leaves_as_the_answer_comes_breaks_no_tick(engine: BatchingEngine, held: HeldBackend) -> None:
+    leaving = asyncio.create_task(submit(engine, scripted_job(4, depth=1)))
+
+    async def staying() -> Result:
+        with engine.reserve() as place:
+            return await engine.submit(scripted_job(4, depth=1), place, lambda _: leaving.cancel())
+
+    held.let_go()
+    assert (await asyncio.wait_for(staying(), timeout=5)).steps == 1
+    await asyncio.wait([leaving])
+    assert leaving.cancelled()
+    assert (len(held.ticks), held.resets) == (1, 0)
 
 
 async def test_a_deadline_in_the_line_is_answered_on_time(
@@ -309,37 +322,6 @@ async def test_draining_fails_what_the_grace_period_does_not_cover(engine: Batch
 
 async def test_draining_an_idle_engine_is_instant(engine: BatchingEngine) -> None:
     await asyncio.wait_for(engine.drain(grace_seconds=60), timeout=1)
-
-
-async def test_retiring_waits_for_what_was_accepted(engine: BatchingEngine, held: HeldBackend) -> None:
-    accepted = await submitted(engine, scripted_job(4, depth=2))
-    retiring = asyncio.create_task(engine.retire())
-    held.let_go(1)
-    await asyncio.to_thread(held.wait_until_started)
-    assert not retiring.done()
-    held.let_go(1)
-    assert (await accepted).steps == 2
-    await asyncio.wait_for(retiring, timeout=5)
-    assert not engine.ready
-
-
-async def test_a_stopped_engine_is_let_go_of_at_once() -> None:
-    """With its model: neither its loops hold it, nor a deadline that is an hour away."""
-    engine = BatchingEngine([ScriptedBackend()], LIMITS)
-    await engine.start()
-    await submit(engine, scripted_job(1, depth=1, deadline=time.monotonic() + 3600))
-    await engine.stop()
-    stopped = weakref.ref(engine)
-    del engine
-    assert stopped() is None
-
-
-async def test_stopping_ends_the_worker_thread() -> None:
-    engine = BatchingEngine([ScriptedBackend()], LIMITS)
-    await engine.start()
-    await submit(engine, scripted_job(1, depth=1))
-    await engine.stop()
-    assert not any(thread.name.startswith("engine") and thread.is_alive() for thread in threading.enumerate())
 
 
 async def test_every_job_ends_once_under_a_mix_of_everything() -> None:

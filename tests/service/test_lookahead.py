@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,12 +15,21 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from rdt_core import RDT, ModelConfig
 from rdt_core.precision import prepare
-from service.engine.eager import Decoded, EagerBackend
+from service.engine.eager import GO_ON, REASONS, Decoded, EagerBackend
 from service.engine.engine import BatchingEngine
 from service.engine.lookahead import LookaheadBackend
 from service.engine.reference import run_reference
 from service.engine.scheduler import Scheduler, SchedulerLimits
-from service.engine.static_batch import Bucket, Buffers, Size, close_up, lay_out, one_pass, sizes_up_to
+from service.engine.static_batch import (
+    Bucket,
+    Buffers,
+    PlainPasses,
+    Size,
+    close_up,
+    lay_out,
+    one_pass,
+    sizes_up_to,
+)
 from service.engine.types import Job, Reading, Result
 from tests.service.test_eager import LIMITS, random_job, run_all
 
@@ -207,6 +217,34 @@ def test_a_pass_asks_for_no_value_and_fits_every_size(tiny_config: ModelConfig, 
             buffers.level[0].item()
 
 
+def test_a_batch_that_has_every_place_taken_leaves_the_last_to_the_dead_rows(tiny_model: RDT) -> None:
+    buffers = Buffers.of(tiny_model, 96, 13)
+    buffers.masked[:], buffers.reason[:] = True, 0  # as whoever lay there before left it
+    bucket = lay_out(buffers, [5, 7, 4], Size(64, 4))
+    assert bucket.sequence_ids.tolist() == [0] * 5 + [1] * 7 + [2] * 4 + [3] * 48
+    assert bucket.offsets.tolist() == [0, 5, 12, 16, 16]
+    assert buffers.masked.nonzero().squeeze(1).tolist() == [*range(16), *range(64, 96)]
+    assert REASONS[buffers.reason[3]] == "gate", "it is frozen"
+    assert buffers.reason[:3].tolist() == [GO_ON] * 3
+
+
+def test_what_carries_out_passes_is_prepared_once_and_first(tiny_model: RDT) -> None:
+    called: list[object] = []
+
+    class Told(PlainPasses):
+        def prepare(self, buffers: Buffers, sizes: Sequence[Size]) -> None:
+            called.append((buffers.hidden.shape[0], sizes[-1]))
+
+        def __call__(self, buffers: Buffers, bucket: Bucket) -> None:
+            called.append("a pass")
+            super().__call__(buffers, bucket)
+
+    backend = LookaheadBackend(tiny_model, 80, 8, Told(tiny_model))
+    [result] = run_all(backend, [plain_job(depth=2)], random.Random(0))
+    assert result.steps == 2
+    assert called == [(80, Size(80, 9)), *["a pass"] * (len(called) - 1)]
+
+
 def test_closing_up_moves_rows_and_places_together(tiny_model: RDT) -> None:
     buffers = Buffers.of(tiny_model, 64, 9)
     buffers.hidden[:16] = torch.arange(16.0)[:, None]
@@ -220,6 +258,7 @@ def test_sizes_have_room_for_the_budget_and_the_batch() -> None:
     assert [size.n_rows for size in sizes_up_to(400, 10)] == [64, 96, 128, 192, 256, 384, 400]
     assert sizes_up_to(80, 64)[-1] == Size(80, 65), "as many sequences as may be live"
     assert sizes_up_to(64, 1) == [Size(64, 2)]
+    assert [size.n_places for size in sizes_up_to(400, 30)] == [9, 13, 17, 25, 31, 31, 31]
     assert sizes_up_to(16_384, 512)[-1] == Size(16_384, 513), "attention looks at every place, taken or not"
 
 

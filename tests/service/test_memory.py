@@ -118,6 +118,16 @@ async def test_no_memory_for_anything_ends_the_process(metrics: Metrics) -> None
     await engine.stop()
 
 
+async def test_memory_for_the_shortest_text_is_enough_to_go_on() -> None:
+    engine = BatchingEngine([Small(room=3)], LIMITS)
+    await engine.start()
+    with pytest.raises(ResourceExhausted, match="up to 3 tokens"):
+        await submit(engine, scripted_job(6, 1))
+    assert (await submit(engine, scripted_job(3, 2))).steps == 2
+    assert not engine.failed.is_set()
+    await engine.stop()
+
+
 async def test_callers_who_left_do_not_come_back(engine: BatchingEngine, backend: Small) -> None:
     leaving = asyncio.create_task(submit(engine, scripted_job(8, 10**6)))
     while not backend.ticks:
@@ -132,6 +142,7 @@ async def test_warming_finds_how_much_there_is_room_for(backend: Small, metrics:
     await engine.warm([[scripted_job(8, 1)] * n for n in (4, 2, 1)])
     assert engine.largest_tick == 8
     assert [plan.n_tokens for plan in backend.ticks] == [8]
+    assert backend.resets == 3, "nothing of it stays"
     await engine.start()
     assert (await submit(engine, scripted_job(8, 3))).steps == 3
     await engine.stop()

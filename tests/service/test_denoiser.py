@@ -292,6 +292,20 @@ async def test_null_is_what_is_not_given(service: Service) -> None:
     assert (nulls.text, nulls.trace, nulls.corrupted_text) == (given.text, None, None)
 
 
+async def test_what_is_asked_for_goes_before_what_the_model_would_do(service: Service) -> None:
+    await ask(service, "a [MASK]", max_steps=3, threshold=0.0, halting="settle", top_k=2, timeout_ms=250)
+    [job] = service.engine.jobs
+    assert (job.max_steps, job.threshold, job.halting, job.top_k) == (3, 0.0, "settle", 2)
+    assert job.deadline == service.clock.now + 0.25
+
+
+@pytest.mark.parametrize(("timeout_ms", "seconds_left"), [(250, 9.0), (9000, 0.25)])
+async def test_of_two_deadlines_the_nearer_counts(service: Service, timeout_ms: int, seconds_left: float) -> None:
+    request = service.denoiser.read({"text": "a [MASK]", "timeout_ms": timeout_ms})
+    await service.denoiser.denoise(request, "grpc", seconds_left)
+    assert service.engine.jobs[0].deadline == service.clock.now + 0.25
+
+
 async def test_items_of_a_batch_that_were_never_begun_are_counted(service: Service) -> None:
     items = [service.denoiser.read({"text": "a [MASK]"}) for _ in range(64)]
     batch = asyncio.create_task(service.denoiser.denoise_batch(items, "rest"))

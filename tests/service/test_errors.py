@@ -1,0 +1,44 @@
+"""How a caller's mistake is put into words."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from service.errors import MAX_SHOWN_CHARACTERS, MAX_SHOWN_PROBLEMS, FieldProblem, InvalidArgument, printable, shown
+
+
+def test_as_many_problems_as_are_shown_are_all_there_are() -> None:
+    problem = FieldProblem.of("top_k", -1, "a whole number")
+    for n, rest in ((1, ""), (MAX_SHOWN_PROBLEMS, ""), (MAX_SHOWN_PROBLEMS + 2, "; and 2 more")):
+        error = InvalidArgument.of([problem] * n)
+        assert error.message == "; ".join([problem.message] * min(n, MAX_SHOWN_PROBLEMS)) + rest
+        assert len(error.problems) == min(n, MAX_SHOWN_PROBLEMS)
+
+
+@pytest.mark.parametrize(
+    ("value", "scalar", "in_a_sentence"),
+    [
+        (None, None, "null"),
+        (True, True, "true"),
+        (2**53 - 1, 2**53 - 1, "9007199254740991"),
+        (-(2**53), "a whole number of 54 bits", "a whole number of 54 bits"),
+        (0.5, 0.5, "0.5"),
+        (math.nan, "NaN", "NaN"),
+        (-math.inf, "-Infinity", "-Infinity"),
+        ("3", "3", '"3"'),
+        ("\ud800", "\\ud800", '"\\\\ud800"'),
+        ([1], "an array", "an array"),
+        ({}, "an object", "an object"),
+    ],
+)
+def test_what_was_sent_is_told_as_json_would_have_it(value: object, scalar: object, in_a_sentence: str) -> None:
+    assert printable(value) == scalar
+    assert type(printable(value)) is type(scalar)
+    assert shown(value) == in_a_sentence
+
+
+def test_long_values_are_cut_where_they_become_long() -> None:
+    assert printable("a" * MAX_SHOWN_CHARACTERS) == "a" * MAX_SHOWN_CHARACTERS
+    assert printable("a" * (MAX_SHOWN_CHARACTERS + 1)) == "a" * MAX_SHOWN_CHARACTERS + "…"

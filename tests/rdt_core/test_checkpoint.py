@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import pickle
 import re
@@ -88,6 +89,17 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_part(
         save(path, Checkpoint({}, {}, ""))
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_takes_the_place_of_the_old_file_is_on_the_disk_before(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls: list[str] = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: (calls.append(name), real(*args)))
+    save(tmp_path / "model.pt", Checkpoint({}, {}, ""))
+    assert calls == ["fsync", "replace"]
 
 
 class Trap:
@@ -302,6 +314,15 @@ def test_a_release_that_could_not_be_served_replaces_nothing(values: Values, tmp
     values["config"]["model"]["vocab_size"] += 1
     with pytest.raises(CheckpointError, match=r"the tokenizer has \d+ entries, the model's vocab_size is"):
         checkpoint.export_release(write(tmp_path / "train.pt", values), release)
+    values["config"]["model"]["vocab_size"] -= 1
+    weights = values["model_state_dict"]
+    name = next(iter(weights))
+    for broken, problem in (
+        ({**weights, name: "x"}, "model_state_dict is not a dictionary of tensors"),
+        ({**weights, name: weights[name] * math.nan}, f"{name} holds values that are not finite numbers$"),
+    ):
+        with pytest.raises(CheckpointError, match=problem):
+            checkpoint.export_release(write(tmp_path / "train.pt", {**values, "model_state_dict": broken}), release)
     for name, value in (("tokenizer", {}), ("config", "x")):
         values[name] = value
         with pytest.raises(CheckpointError, match=name):

@@ -14,7 +14,16 @@ from rdt_core import Tokenizer
 from tests.training.conftest import Settings
 from training import corpus as module
 from training.config import ConfigError
-from training.corpus import Corpus, clean, hub_corpus, load_corpora, load_tokenizer, local_corpus
+from training.corpus import (
+    Corpus,
+    clean,
+    hub_corpus,
+    is_local,
+    load_corpora,
+    load_tokenizer,
+    local_corpus,
+    tokenise,
+)
 
 
 def words(tokenizer: Tokenizer, ids: Any) -> str:
@@ -29,6 +38,8 @@ def words(tokenizer: Tokenizer, ids: Any) -> str:
         (" = Valkyria = \n", ""),
         (" = = Plot = = ", ""),
         (" 1 = 1 ", "1 = 1"),
+        (" = 2 is what it comes to ", "= 2 is what it comes to"),
+        (" the rest = ", "the rest ="),
         ("plain text", "plain text"),
         ("   \n", ""),
     ],
@@ -91,6 +102,19 @@ def test_a_split_gives_up_the_tail_and_its_starts() -> None:
     head, tail = corpus.split(4)
     assert (head.tokens.tolist(), head.starts.tolist()) == ([0, 1, 2, 3, 4, 5], [0, 4])
     assert (tail.tokens.tolist(), tail.starts.tolist()) == ([6, 7, 8, 9], [2])
+    head, tail = corpus.split(6)
+    assert (head.starts.tolist(), tail.starts.tolist()) == ([0], [0, 4]), "a paragraph at the cut is the tail's"
+
+
+def test_a_paragraph_without_a_token_starts_nowhere(tiny_tokenizer: Tokenizer) -> None:
+    assert tokenise(["the fox", "\u200b", "dog"], tiny_tokenizer).starts.tolist() == [0, 2]
+
+
+def test_a_file_that_is_there_is_local_whatever_it_is_called(tmp_path: Path) -> None:
+    (tmp_path / "wikitext-2").write_text("the fox", encoding="utf-8")
+    assert is_local(str(tmp_path / "wikitext-2"))
+    assert is_local("not-there.txt")
+    assert not is_local("wikitext-2-nowhere")
 
 
 def test_validation_text_is_the_end_of_a_local_text_or_a_text_of_its_own(

@@ -85,6 +85,16 @@ def test_chain_supervises_newly_revealed_tokens_and_the_place_in_the_chain(model
     torch.testing.assert_close(losses.gate, torch.stack(gate).mean())
 
 
+def test_a_pass_that_reveals_nothing_does_not_make_the_others_cheaper(model: RDT, batch: Batch) -> None:
+    packing = batch.packing(CPU)
+    section = TrainingSection(total_steps=8)
+    short = batch._replace(due_passes=torch.where(batch.due_passes == 1, 1, 0), start_steps=torch.ones(4).long())
+    one, three = (chain_losses(model, short, packing, n_passes, section) for n_passes in (1, 3))
+    assert one.recon > 0
+    torch.testing.assert_close(three.recon, one.recon)
+    assert chain_losses(model, unmasked(batch), packing, 2, section).recon == 0, "nothing at all is a loss, too"
+
+
 def test_passes_left_counts_down_to_the_last_change() -> None:
     will_change = torch.tensor([[1, 1, 0], [0, 1, 0], [1, 0, 0], [0, 0, 0]]).float()
     sequences = torch.tensor([0, 0, 1])

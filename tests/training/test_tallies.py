@@ -11,7 +11,7 @@ from torch import Tensor
 from rdt_core import Tokenizer
 from training.config import ConfigError
 from training.evaluation import tallies
-from training.evaluation.measures import BleuCounter, paired_difference, resamples
+from training.evaluation.measures import BleuCounter, paired_difference, resamples, share
 from training.report import Row
 
 ROWS = [
@@ -31,6 +31,10 @@ def test_a_difference_is_that_of_the_shares_with_its_paired_interval() -> None:
     assert found == paired_difference(ours[0], theirs[0], ours[1])
     assert found is not None
     assert found.value == pytest.approx((ours[0].sum() - theirs[0].sum()).item() / 400)
+
+
+def test_a_share_is_estimated_as_one() -> None:
+    assert tallies.estimate(shares(0), resamples(40, seed=0)) == share(*shares(0))
 
 
 def test_a_method_differs_from_itself_by_nothing(tiny_tokenizer: Tokenizer) -> None:

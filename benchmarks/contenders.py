@@ -69,7 +69,7 @@ def serve(backend: Backend, jobs: Sequence[Job], token_budget: int, max_live: in
     results: dict[Ticket, Result] = {}
     for job in jobs:
         with scheduler.line.reserve() as place:
-            tickets.append(scheduler.submit(job, place, now=0.0))
+            tickets.append(scheduler.line.join(job, place, now=0.0))
     while not scheduler.idle:
         plan = scheduler.plan(now=0.0)
         results.update(scheduler.commit(plan, backend.run(plan), now=0.0))

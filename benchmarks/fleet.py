@@ -58,7 +58,7 @@ class Replica:
         self.run(until=arrival.time)
         try:
             with self._scheduler.line.reserve() as place:
-                ticket = self._scheduler.submit(arrival.job, place, arrival.time)
+                ticket = self._scheduler.line.join(arrival.job, place, arrival.time)
         except ResourceExhausted:
             self.books.n_refused += 1
             return

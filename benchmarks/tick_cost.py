@@ -130,7 +130,7 @@ def _run(model: RDT, jobs: Sequence[Job], limits: SchedulerLimits) -> list[Tick]
     scheduler, backend = Scheduler(limits), EagerBackend(model)
     for job in jobs:
         with scheduler.line.reserve() as place:
-            scheduler.submit(job, place, now=0.0)
+            scheduler.line.join(job, place, now=0.0)
     ticks = []
     while not scheduler.idle:
         began = time.perf_counter()

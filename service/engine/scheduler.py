@@ -1,6 +1,6 @@
 """Who runs in the next tick. Pure logic: no torch, no clock of its own, no futures.
 
-    submit -> waiting line -> plan: admit what fits -> one pass over all live -> commit: depths, results
+    Line.join -> plan: admit what fits -> one pass over all live -> commit: depths, results
 
 A tick advances every live sequence by one pass. Sequences join and leave at every tick, so nobody waits
 for another's depth. Admission is first come first served within a budget of packed tokens. If the first of the
@@ -110,10 +110,6 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         return not self._live and self._line.n_queued == 0
-
-    def submit(self, job: Job, place: Place, now: float) -> Ticket:
-        """As `Line.join`, in the line that this scheduler admits from."""
-        return self._line.join(job, place, now)
 
     def cancel(self, ticket: Ticket) -> None:
         """The caller left: out of the line at once, out of the live batch with the next plan."""

@@ -47,7 +47,7 @@ def run_all(backend: EagerBackend, jobs: list[Job], rng: random.Random) -> list[
 
     for job in jobs:
         with scheduler.line.reserve() as place:
-            tickets.append(scheduler.submit(job, place, now=0.0))
+            tickets.append(scheduler.line.join(job, place, now=0.0))
         if rng.random() < 0.5:
             tick()
     while not scheduler.idle:

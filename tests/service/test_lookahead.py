@@ -86,7 +86,7 @@ def plain_job(n_masked: int = 2, depth: int = 3, **changes: object) -> Job:
 def test_readings_come_a_tick_late_and_last_ones_two(tiny_model: RDT) -> None:
     backend, scheduler = backend_of(tiny_model), Scheduler(LIMITS)
     with scheduler.line.reserve() as place:
-        scheduler.submit(plain_job(depth=2), place, now=0.0)
+        scheduler.line.join(plain_job(depth=2), place, now=0.0)
     told: list[list[Reading]] = []
     while not scheduler.idle:
         plan = scheduler.plan(now=0.0)
@@ -103,7 +103,7 @@ def test_readings_come_a_tick_late_and_last_ones_two(tiny_model: RDT) -> None:
 def test_an_answer_is_told_in_the_tick_before_its_deadline(tiny_model: RDT, ahead: bool, deadline: float) -> None:
     backend, scheduler = backend_of(tiny_model) if ahead else EagerBackend(tiny_model), Scheduler(LIMITS)
     with scheduler.line.reserve() as place:
-        scheduler.submit(plain_job(depth=1000, deadline=deadline), place, now=0.0)
+        scheduler.line.join(plain_job(depth=1000, deadline=deadline), place, now=0.0)
     now, finished = 0.0, []
     while not finished:
         plan = scheduler.plan(now, tick_seconds=1.0, ticks_late=backend.ticks_late)
@@ -120,7 +120,7 @@ def test_who_is_dropped_is_gone_and_the_others_stay(tiny_model: RDT) -> None:
     tickets = []
     for job in jobs:
         with scheduler.line.reserve() as place:
-            tickets.append(scheduler.submit(job, place, now=0.0))
+            tickets.append(scheduler.line.join(job, place, now=0.0))
     results: dict[int, Result] = {}
     for tick in range(20):
         if tick == 2:
@@ -267,7 +267,7 @@ def test_what_is_read_after_every_pass_is_not_computed_twice(tiny_model: RDT, ch
     backend, scheduler = backend_of(tiny_model), Scheduler(LIMITS)
     job = replace(plain_job(depth=1), **changes)
     with scheduler.line.reserve() as place:
-        scheduler.submit(job, place, now=0.0)
+        scheduler.line.join(job, place, now=0.0)
     plan = scheduler.plan(now=0.0)
     [(_, result)] = scheduler.commit(plan, backend.run(plan), now=0.0)
     assert result.steps == 1

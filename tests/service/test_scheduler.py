@@ -27,7 +27,7 @@ class Bench:
 
     def submit(self, job: Job) -> Ticket:
         with self.scheduler.line.reserve() as place:
-            return self.scheduler.submit(job, place, self.now)
+            return self.scheduler.line.join(job, place, self.now)
 
     def tick(self) -> Plan:
         plan = self.scheduler.plan(self.now)

@@ -145,7 +145,7 @@ def test_a_scheduler_takes_its_share_and_leaves_the_rest_in_the_line() -> None:
     first, second = (Scheduler(LIMITS, line) for _ in range(2))
     for _ in range(3):
         with line.reserve() as place:
-            first.submit(scripted_job(4, depth=1), place, now=0.0)
+            line.join(scripted_job(4, depth=1), place, now=0.0)
     assert first.plan(now=0.0, share=6.0).live == (1, 2)  # the job that reaches the share is still taken
     assert second.plan(now=0.0, share=6.0).live == (3,)
     assert len(line) == 0

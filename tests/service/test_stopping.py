@@ -11,6 +11,7 @@ import weakref
 import pytest
 
 from service.engine.engine import BatchingEngine
+from service.engine.replica import THREADS
 from service.engine.scheduler import SchedulerLimits
 from service.engine.types import Job, Result
 from service.errors import Unavailable
@@ -52,11 +53,14 @@ async def test_a_stopped_engine_is_let_go_of_at_once() -> None:
 
 
 async def test_stopping_ends_the_worker_thread(caplog: pytest.LogCaptureFixture) -> None:
+    before = {*threading.enumerate()}  # another test may have left one that is ending
     engine = BatchingEngine([ScriptedBackend()], LIMITS)
     await engine.start()
     await submit(engine, scripted_job(1, depth=1))
+    own = [thread for thread in {*threading.enumerate()} - before if thread.name.startswith(THREADS)]
+    assert len(own) == 1
     await engine.stop()
-    assert not any(thread.name.startswith("engine") and thread.is_alive() for thread in threading.enumerate())
+    assert not own[0].is_alive()
     assert caplog.text == "", "nothing went wrong"
 
 

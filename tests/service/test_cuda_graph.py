@@ -1,4 +1,4 @@
-"""Captured passes: the rules of capturing, with a graph of our own making. `tests/gpu` has the real thing."""
+"""Captured passes: the rules of capturing, with a tape for a graph. `tests/gpu` has the real thing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import gc
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 from weakref import WeakSet
@@ -14,17 +14,18 @@ from weakref import WeakSet
 import pytest
 import torch
 
-from rdt_core import RDT
+from rdt_core import RDT, ModelConfig, layers
 from service.engine import cuda_graph
 from service.engine.cuda_graph import CapturedPasses
 from service.engine.lookahead import LookaheadBackend
 from service.engine.reference import run_reference
 from service.engine.static_batch import Bucket, Buffers
+from tests.service.tape import Tape
 from tests.service.test_eager import LIMITS, random_job, run_all
 
 
 class Recording:
-    """A graph on a CPU: remembers the pass that was made while it recorded, and makes it again."""
+    """A graph on a CPU."""
 
     current: Recording | None = None
     made = 0
@@ -33,20 +34,12 @@ class Recording:
     alive: ClassVar[WeakSet[Recording]] = WeakSet()
 
     def __init__(self) -> None:
-        self.pass_of: tuple[RDT, Buffers, Bucket] | None = None
+        self.tape = Tape()
         Recording.made += 1
         Recording.alive.add(self)
 
     def replay(self) -> None:
-        assert self.pass_of is not None
-        model, buffers, bucket = self.pass_of
-        lengths = (buffers.offsets.diff()[: bucket.n_places]).tolist()  # what varlen attention reads on the device
-        dead = bucket.n_rows - sum(lengths)
-        seen = [length for length in lengths if length] + [dead] * (dead > 0)
-        assert max(lengths) <= bucket.longest, "what a graph was captured for is enough"
-        places = bucket.offsets, bucket.positions, bucket.sequence_ids
-        static = Bucket(tuple(seen), *places, bucket.n_rows, bucket.n_places, max(lengths))
-        real_one_pass(model, buffers, static)
+        self.tape.replay()
 
 
 real_one_pass = cuda_graph.one_pass
@@ -54,7 +47,10 @@ real_one_pass = cuda_graph.one_pass
 
 @pytest.fixture
 def graphs_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Captures record instead of computing, as on a card; passes to warm up spoil whatever they touch."""
+    """Captures record instead of computing, as on a card; passes to warm up spoil whatever they touch.
+
+    Attention is the variable-length one while something is recorded, and by lengths on the host anywhere else.
+    """
 
     @contextlib.contextmanager
     def graph(recording: Recording, stream: Any, **_: Any) -> Iterator[None]:
@@ -62,15 +58,18 @@ def graphs_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         assert stream is Recording.warmed_on[-1], "captured where it was warmed, not on a stream of another card"
         Recording.current = recording
         time.sleep(0)  # another thread may try
-        yield
-        Recording.current = None
+        try:
+            with recording.tape:
+                yield
+        finally:
+            Recording.current = None
 
     def one_pass(model: RDT, buffers: Buffers, bucket: Bucket) -> None:
         if Recording.current is None:
             for buffer in buffers:
                 buffer.fill_(1)
         else:
-            Recording.current.pass_of = (model, buffers, bucket)
+            real_one_pass(model, buffers, bucket)
 
     class Stream:
         def __init__(self, _device: Any = None) -> None:
@@ -83,6 +82,7 @@ def graphs_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         Recording.warmed_on.append(on)
         return contextlib.nullcontext()
 
+    monkeypatch.setattr(layers, "has_varlen_attention", lambda *_: Recording.current is not None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     serving = Stream()
@@ -98,15 +98,60 @@ def graphs_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("graphs_on_cpu")
-def test_replays_answer_as_the_reference_does(tiny_model: RDT) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"level_conditioning": True, "n_prelude_layers": 1},
+        {"norm": "post", "positions": "learned", "decoder_type": "dense"},
+    ],
+)
+def test_replays_answer_as_the_reference_does(tiny_config: ModelConfig, changes: dict[str, object]) -> None:
     """What a graph holds is a size, never a batch: every batch of that size comes out right."""
+    torch.manual_seed(0)
+    model = RDT(tiny_config.with_changes(**changes)).eval().requires_grad_(False)
     rng = random.Random(1)
-    jobs = [random_job(rng, tiny_model.config.vocab_size) for _ in range(40)]
-    backend = LookaheadBackend(tiny_model, LIMITS.token_budget, LIMITS.max_live, CapturedPasses(tiny_model))
+    jobs = [random_job(rng, model.config.vocab_size) for _ in range(40)]
+    backend = LookaheadBackend(model, LIMITS.token_budget, LIMITS.max_live, CapturedPasses(model))
     for job, result in zip(jobs, run_all(backend, jobs, rng), strict=True):
-        alone = run_reference(tiny_model, job)
+        alone = run_reference(model, job)
         assert (result.tokens, result.steps, result.reason) == (alone.tokens, alone.steps, alone.reason)
+        assert result.levels == pytest.approx(alone.levels, abs=1e-5)
     assert Recording.made == 2, "sizes of 64 and 80 rows, once each"
+
+
+def peek_at_the_level(buffers: Buffers) -> object:
+    return buffers.level[0].item()
+
+
+def pick_rows_by_mask(buffers: Buffers) -> object:
+    return buffers.hidden[buffers.masked]
+
+
+def send_numbers(buffers: Buffers) -> object:
+    return buffers.level + torch.tensor([0.5])
+
+
+@pytest.mark.usefixtures("graphs_on_cpu")
+@pytest.mark.parametrize("wrong", [peek_at_the_level, pick_rows_by_mask, send_numbers])
+def test_a_pass_that_waits_for_the_device_would_not_be_captured(
+    tiny_model: RDT,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    wrong: Callable[[Buffers], object],
+) -> None:
+    passes, buffers = CapturedPasses(tiny_model), Buffers.of(tiny_model, 64, 9)
+    right = cuda_graph.one_pass
+
+    def one_pass(model: RDT, buffers: Buffers, bucket: Bucket) -> None:
+        right(model, buffers, bucket)
+        wrong(buffers)
+
+    monkeypatch.setattr(cuda_graph, "one_pass", one_pass)
+    with torch.inference_mode():
+        passes.prepare(buffers, [cuda_graph.Size(64, 9)])
+    assert not passes.graphs
+    assert "not permitted when stream is capturing" in caplog.text
 
 
 @pytest.mark.usefixtures("graphs_on_cpu")

@@ -1,4 +1,4 @@
-"""Looking a tick ahead must not be seen in any answer. On a CPU nothing is asynchronous; all else is as on a card."""
+"""Looking a tick ahead must not be seen in any answer. Only `Card` is asynchronous here; all else is as on a card."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from rdt_core import RDT, ModelConfig
+from rdt_core import RDT, ModelConfig, packing
 from rdt_core.precision import prepare
+from service.engine import lookahead, static_batch
 from service.engine.eager import GO_ON, REASONS, Decoded, EagerBackend
 from service.engine.engine import BatchingEngine
 from service.engine.lookahead import LookaheadBackend
@@ -31,6 +32,7 @@ from service.engine.static_batch import (
     sizes_up_to,
 )
 from service.engine.types import Job, Reading, Result
+from tests.service.tape import Card
 from tests.service.test_eager import LIMITS, random_job, run_all
 
 
@@ -75,6 +77,25 @@ def test_models_with_other_parts(tiny_config: ModelConfig, changes: dict[str, ob
     jobs = [random_job(rng, tiny_config.vocab_size) for _ in range(20)]
     for job, result in zip(jobs, run_all(make(model), jobs, rng), strict=True):
         assert_same(result, run_reference(model, job))
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_card_is_waited_for_only_where_its_results_are_read(
+    tiny_model: RDT, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Nothing is read before it is there, and nothing but readings makes the host wait."""
+    rng = random.Random(seed)
+    jobs = [random_job(rng, tiny_model.config.vocab_size) for _ in range(30)]
+    jobs = [replace(job, halting="gate", stream=False) for job in jobs]  # others are read after every pass
+    backend = backend_of(tiny_model)
+    card = Card(*tiny_model.parameters(), *tiny_model.buffers(), *backend._buffers)
+    monkeypatch.setattr(lookahead, "to_host", card.to_host)
+    for module in (lookahead, packing, static_batch):
+        monkeypatch.setattr(module, "to_device", card.to_device)
+    with card:
+        results = run_all(backend, jobs, rng)
+    for job, result in zip(jobs, results, strict=True):
+        assert_same(result, run_reference(tiny_model, job))
 
 
 def plain_job(n_masked: int = 2, depth: int = 3, **changes: object) -> Job:

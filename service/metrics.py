@@ -84,44 +84,100 @@ class Metrics:
         self.declared: list[Declaration] = []
         ends = ("ok", *(code for code in CODES if code != "failed_precondition"))  # of a reload, which is no request
         self.requests = self._counter(
-            "requests", "Requests by end: ok or the error's code.", transport=get_args(Transport), outcome=ends
+            "requests",
+            "Requests by how they ended: ok, or the error's code. Each text of a batch counts as one.",
+            transport=get_args(Transport),
+            outcome=ends,
         )
         self.request_duration = self._histogram(
-            "request_duration_seconds", "Seconds from a valid request's arrival to its answer.", SECONDS
+            "request_duration_seconds",
+            "Seconds from a valid request's arrival to its answer, of answered requests.",
+            SECONDS,
         )
         self.queue_duration = self._histogram(
-            "queue_duration_seconds", "Seconds in the queue, of answered requests.", SECONDS
+            "queue_duration_seconds",
+            "Seconds in the queue, of answered requests. High: more arrives than is computed.",
+            SECONDS,
         )
         self.compute_duration = self._histogram(
-            "compute_duration_seconds", "Seconds from admission to the last pass, of answered requests.", SECONDS
+            "compute_duration_seconds",
+            "Seconds from leaving the queue to the last pass, of answered requests. High: many passes or long ticks.",
+            SECONDS,
         )
-        self.steps_taken = self._histogram("steps_taken", "Passes made for an answered request.", STEPS)
+        self.steps_taken = self._histogram(
+            "steps_taken", "Passes that an answered request took. High: more work for each request.", STEPS
+        )
         self.halts = self._counter(
-            "halts", "Answered requests by what ended the recursion.", reason=get_args(HaltReason)
+            "halts",
+            "Answered requests by what ended their passes: gate (done early), max_steps (all were made) or deadline.",
+            reason=get_args(HaltReason),
         )
-        self.passes = self._counter("passes", "Passes made for answered requests.")
+        self.passes = self._counter("passes", "Passes made for answered requests, all together.")
         self.tokens = self._counter(
             "tokens", "Tokens of answered requests, masked or visible.", kind=("masked", "visible")
         )
         self.refused = self._counter(
-            "refused", "Requests refused for want of room, or while not ready.", reason=get_args(RefusalReason)
+            "refused",
+            "Requests refused for want of room (queue_requests, queue_tokens, memory), or while not ready "
+            "(the others).",
+            reason=get_args(RefusalReason),
         )
-        self.tick_duration = self._histogram("tick_duration_seconds", "Seconds of one engine tick.", SECONDS)
-        self.tick_tokens = self._histogram("tick_tokens", "Packed tokens of one engine tick.", TICK_TOKENS)
-        self.decoded_rows = self._counter("decoded_rows", "Rows that went through the vocabulary projection.")
-        self.decode_seconds = self._counter("decode_seconds", "Seconds of ticks spent in the vocabulary projection.")
-        self.broken_ticks = self._counter("broken_ticks", "Ticks that failed, and with them their live requests.")
-        self.out_of_memory = self._counter("out_of_memory", "Ticks without enough memory, tried again with less.")
-        self.workers_lost = self._counter("workers_lost", "API processes whose connection to the engine ended.")
-        self.reloads = self._counter("model_reloads", "Attempts to take in the checkpoint file again.", outcome=RELOADS)
+        self.tick_duration = self._histogram(
+            "tick_duration_seconds",
+            "Seconds of one engine tick, in which a replica makes one pass over all it computes. Every "
+            "request waits for whole ticks.",
+            SECONDS,
+        )
+        self.tick_tokens = self._histogram(
+            "tick_tokens",
+            "Tokens of one engine tick, of all texts together. Near rdt_tick_tokens_limit: busy, as it should "
+            "be under load.",
+            TICK_TOKENS,
+        )
+        self.decoded_rows = self._counter(
+            "decoded_rows",
+            "Rows, one for each decoded token, through the vocabulary projection. High: many masks, or restore=all.",
+        )
+        self.decode_seconds = self._counter(
+            "decode_seconds",
+            "Seconds of ticks spent in the vocabulary projection, a part of rdt_tick_duration_seconds.",
+        )
+        self.broken_ticks = self._counter(
+            "broken_ticks", "Ticks that failed, and with them all requests in them. Any is a fault; the log says which."
+        )
+        self.out_of_memory = self._counter(
+            "out_of_memory",
+            "Ticks that memory did not suffice for. Their requests begin anew, in smaller ticks if need be.",
+        )
+        self.workers_lost = self._counter(
+            "workers_lost",
+            "API workers whose connection to the engine ended without notice. Each loses its callers' requests.",
+        )
+        self.reloads = self._counter(
+            "model_reloads",
+            "Reloads of the checkpoint file: swapped (a new model serves), unchanged (the same file), failed "
+            "(the old one stays).",
+            outcome=RELOADS,
+        )
         self.ready = self._gauge("ready", "1 while requests are taken, else 0.")
-        self.live_requests = self._gauge("live_requests", "Requests being computed now.")
-        self.waiting_requests = self._gauge("waiting_requests", "Requests queued now.")
-        self.waiting_tokens = self._gauge("waiting_tokens", "Tokens of the requests queued now.")
-        self.waiting_requests_limit = self._gauge("waiting_requests_limit", "Requests that may wait.")
-        self.waiting_tokens_limit = self._gauge("waiting_tokens_limit", "Tokens that may wait.")
-        self.replicas = self._gauge("replicas", "Batches computed side by side.")
-        self.tick_tokens_limit = self._gauge("tick_tokens_limit", "Packed tokens of one engine tick at the most.")
+        self.live_requests = self._gauge("live_requests", "Requests being computed now, in all replicas.")
+        self.waiting_requests = self._gauge(
+            "waiting_requests", "Requests in the queue now. At rdt_waiting_requests_limit further ones are refused."
+        )
+        self.waiting_tokens = self._gauge(
+            "waiting_tokens",
+            "Tokens of the requests in the queue now. At rdt_waiting_tokens_limit further ones are refused.",
+        )
+        self.waiting_requests_limit = self._gauge(
+            "waiting_requests_limit", "Requests that the queue may hold, as set by RDT_MAX_WAITING."
+        )
+        self.waiting_tokens_limit = self._gauge(
+            "waiting_tokens_limit", "Tokens that the queue may hold, as set by RDT_MAX_WAITING_TOKENS."
+        )
+        self.replicas = self._gauge("replicas", "Replicas, that is, batches computed side by side.")
+        self.tick_tokens_limit = self._gauge(
+            "tick_tokens_limit", "Most tokens of one engine tick now: the token budget, or less after memory ran short."
+        )
         self._model_info: Info | None = None  # until there is a model
         ProcessCollector(registry=self.registry)  # memory, CPU, start time, of this process
         labels = dict.fromkeys(("name", "digest", "device", "precision"), ())

@@ -35,53 +35,108 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, cli_prog_name="rdt-serve", cli_avoid_json=True)
 
-    checkpoint: Path = Field(Path("models/rdt-small/best_model.pt"), description="The checkpoint file to serve.")
+    checkpoint: Path = Field(
+        Path("models/rdt-small/best_model.pt"), description="The checkpoint file to serve. A reload reads it again."
+    )
     device: str = Field(
         "auto",
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
-        description="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one.",
+        description="Where to compute: auto, cpu, cuda or cuda:N. auto takes a GPU if there is one.",
     )
     devices: str = Field(
         "",
         pattern=r"^(\d+(,\d+)*)?$",
-        description="Several CUDA devices by their numbers, such as 0,1: each computes, all fed from one queue.",
+        description="Several CUDA devices by their numbers, such as 0,1, in place of RDT_DEVICE: each computes, all "
+        "fed from one queue.",
     )
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16", "int8"] = Field(
         "auto",
-        description="Number format of the matrix products; fp32 is the reference, the others are faster where the "
-        "processor has instructions for them; auto: fp32 on a CPU, bf16 on CUDA, fp16 before Ampere.",
+        description="Number format of the matrix products. fp32 answers exactly as the reference; the others are "
+        "faster where the processor has instructions for them. auto: fp32 on a CPU, bf16 on CUDA, fp16 "
+        "before Ampere.",
     )
-    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on.")
-    http_port: int = Field(8000, ge=0, le=65_535, description="Port of the REST interface; 0 picks a free one.")
-    grpc_port: int = Field(50_051, ge=0, le=65_535, description="Port of the gRPC interface; 0 picks a free one.")
+    host: str = Field(
+        "127.0.0.1",
+        min_length=1,
+        description="Address to listen on. The default serves this machine only; 0.0.0.0 serves whoever reaches the "
+        "ports, so set RDT_API_KEY with it.",
+    )
+    http_port: int = Field(
+        8000, ge=0, le=65_535, description="Port of REST, health, metrics and the page; 0 picks a free one."
+    )
+    grpc_port: int = Field(50_051, ge=0, le=65_535, description="Port of gRPC; 0 picks a free one.")
     token_budget: int = Field(
         0,
         ge=0,
         le=MOST,
-        description="Packed tokens of a replica's tick, at least the model's max_seq_len; 0: 512 on a CPU, on CUDA up "
-        "to 16384, as memory allows.",
+        description="Most tokens that a replica computes in one tick, at least the model's max_seq_len. More give "
+        "more throughput, up to a point, and longer ticks. 0: 512 on a CPU, on CUDA up to 16384, as "
+        "memory allows.",
     )
     max_live: int = Field(
-        0, ge=0, le=MOST, description="Sequences of one tick of a replica; 0: 64 on a CPU, 512 on CUDA."
+        0,
+        ge=0,
+        le=MOST,
+        description="Most texts that a replica computes in one tick. Raise it if requests wait while ticks have few "
+        "tokens. 0: 64 on a CPU, 512 on CUDA.",
     )
     # Six seconds of requests, ten of tokens at full throughput: the bundled model on two cores.
-    max_waiting: int = Field(256, ge=1, le=MOST, description="Requests that may wait; more are refused.")
-    max_waiting_tokens: int = Field(16_384, ge=1, le=MOST, description="Tokens that may wait; more are refused.")
-    shed: Literal["off", "depth"] = Field(
-        "off", description="Under load: refuse when the queue is full (off), or make fewer passes before (depth)."
+    max_waiting: int = Field(
+        256,
+        ge=1,
+        le=MOST,
+        description="Most requests in the queue; more are refused at once. Lower it to shorten the longest wait; "
+        "raise it for a server that empties it faster.",
     )
-    shed_min_steps: int = Field(2, ge=1, le=MOST, description="Passes that shedding leaves to every request.")
-    max_steps_limit: int = Field(100, ge=1, le=MOST, description="Largest max_steps a request may ask for.")
-    max_top_k: int = Field(20, ge=0, le=MOST, description="Largest top_k a request may ask for.")
-    max_batch_items: int = Field(64, ge=1, le=MOST, description="Most texts in one batch.")
+    max_waiting_tokens: int = Field(
+        16_384,
+        ge=1,
+        le=MOST,
+        description="Most tokens of all requests in the queue together; more are refused at once. It bounds the wait "
+        "where texts are long.",
+    )
+    shed: Literal["off", "depth"] = Field(
+        "off",
+        description="What to do under load. off: full depth, and refuse when the queue is full. depth: also make "
+        "fewer passes, the fuller the queue is.",
+    )
+    shed_min_steps: int = Field(
+        2,
+        ge=1,
+        le=MOST,
+        description="With RDT_SHED=depth, passes that shedding leaves to every request. Set it below the passes that "
+        "requests usually make, or nothing is shed.",
+    )
+    max_steps_limit: int = Field(
+        100,
+        ge=1,
+        le=MOST,
+        description="Largest max_steps a request may ask for. Lower it to bound what one request costs.",
+    )
+    max_top_k: int = Field(
+        20,
+        ge=0,
+        le=MOST,
+        description="Largest top_k a request may ask for, that is, candidates for each restored token.",
+    )
+    max_batch_items: int = Field(
+        64, ge=1, le=MOST, description="Most texts in one batch request. Each of them takes a place in the queue."
+    )
     max_body_bytes: int = Field(
-        1_048_576, ge=1, le=MOST, description="Largest request body, or gRPC message, in bytes."
+        1_048_576, ge=1, le=MOST, description="Largest REST body or gRPC message, in bytes; larger ones are refused."
     )
     grace_seconds: float = Field(
-        30.0, ge=0, allow_inf_nan=False, description="Seconds that accepted requests get to finish after SIGTERM."
+        30.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Seconds that accepted requests get to finish after SIGTERM; what is left then fails. Raise it "
+        "for long requests, and let whatever stops the server wait longer than that.",
     )
     api_key: Key | None = Field(
-        None, min_length=1, description="Key that callers must send; better set in the environment than as a flag."
+        None,
+        min_length=1,
+        description="Key that callers must send; without one nobody is asked for it. Better set in the environment "
+        "than as a flag, which others on the machine can read.",
     )
     admin_key: Key | None = Field(
         None, min_length=1, description="Key of POST /model/reload, which is there only if this is set."
@@ -90,25 +145,39 @@ class Settings(BaseSettings):
         0,
         ge=0,
         le=1024,
-        description="Batches computed side by side on each device; 0: on a CPU cores divided by threads, on CUDA one.",
+        description="Batches computed side by side on each device. Lower it to save memory or to leave cores to "
+        "others. 0: on a CPU cores divided by threads, on CUDA one.",
     )
     stuck_seconds: float = Field(
         60.0,
         ge=0,
         allow_inf_nan=False,
-        description="Seconds after which a tick that has not come back ends the process, for a restart; 0: never.",
+        description="Seconds after which a tick that has not come back ends the process, for a restart. Raise it if "
+        "good ticks can take that long. 0: never.",
     )
-    threads: int = Field(1, ge=1, le=1024, description="Compute threads of each replica on a CPU.")
+    threads: int = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="Compute threads of each replica on a CPU. One each, and more replicas, was faster where it was "
+        "measured.",
+    )
     api_workers: int = Field(
-        0, ge=0, le=64, description="Processes that answer callers, apart from the engine's; 0: all in one process."
+        0,
+        ge=0,
+        le=64,
+        description="Processes that answer callers, apart from the engine's. They help where a GPU waits for the one "
+        "process; on a CPU they take cores from the replicas. 0: all in one process.",
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity to log.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severity to log; debug adds a line for each request."
+    )
     log_format: Literal["text", "json"] = Field("text", description="Form of the log: text, or one JSON object a line.")
     otel_endpoint: str | None = Field(
         None,
         pattern=r"^https?://[^\s/]+/?$",
-        description="OTLP collector that traces are sent to by gRPC, such as http://127.0.0.1:4317; wants the extra "
-        "otel.",
+        description="OTLP collector that traces are sent to by gRPC, such as http://127.0.0.1:4317; without one there "
+        "are no traces. Needs the extra otel.",
     )
 
     @property

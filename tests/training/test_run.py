@@ -1,0 +1,74 @@
+"""`training/run.sh`: from text to tables in one line, which goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rdt_core import checkpoint
+from training.__main__ import main
+from training.config_file import load_config
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "training" / "configs"
+STAGES = ["training.one_pass_steps=4", "training.gate_steps=2", "training.gate_passes=2", "training.warmup_steps=2"]
+SMALL = [
+    "mixed_precision=false", "model.d_model=16", "model.n_heads=2", "model.n_encoder_layers=1", "model.d_ff=32",
+    "model.gate_hidden_dim=8", "model.gate_shortlist=4", "training.batch_size=4", *STAGES, "data.max_seq_length=16",
+    "data.num_workers=0", "data.pin_memory=false", "output.eval_every_n_steps=100000",
+]  # fmt: skip
+EVALUATED = ["--length=16", "--segments=4", "--mask-ratios=0.3", "--max-depth=2", "--budgets=2", "--mask-predict=2",
+             "--ancestral=2", "--settle-passes=2", "--device=cpu"]  # fmt: skip
+
+
+@pytest.fixture
+def arguments(text_file: Path, tokenizer_file: Path, tmp_path: Path) -> list[str]:
+    local = [f"data.dataset_name={text_file}", f"data.tokenizer_name={tokenizer_file}", f"data.cache_dir={tmp_path}"]
+    config = [f"--config={CONFIGS / 'base.yaml'}", f"--override={CONFIGS / 'one-card.yaml'}", "--device=cpu"]
+    return [*config, *SMALL, *local]
+
+
+def run(folder: Path, text: Path, *arguments: str, limit: float = 0) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [ROOT / "training" / "run.sh", folder, text, *arguments],
+        env={**os.environ, "PYTHON": sys.executable, "LIMIT": str(limit), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+
+
+def test_a_run_goes_on_where_it_was_stopped_and_ends_with_its_tables(
+    arguments: list[str], text_file: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    written = [f"output.checkpoint_dir={folder}", f"output.log_dir={folder / 'logs'}"]
+    assert main([*arguments, *written, "training.num_steps=9", "training.gate_steps=0"]) == 0
+    finished = run(folder, text_file, *arguments, "training.num_steps=12", "--", *EVALUATED)
+    assert finished.returncode == 0, finished.stderr
+    assert "training.num_steps 9 -> 12" in finished.stdout
+    assert checkpoint.load(folder / "release.pt").checkpoint.step == 12
+    evaluated = json.loads((folder / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))
+    assert evaluated["segments"] == 4
+
+
+def test_a_run_that_is_out_of_time_says_so_and_releases_nothing(
+    arguments: list[str], text_file: Path, tmp_path: Path
+) -> None:
+    assert run(tmp_path / "run", text_file, *arguments, "training.num_steps=12", limit=0.05).returncode == 124
+    assert not (tmp_path / "run" / "release.pt").exists()
+
+
+def test_without_arguments_it_says_how_it_is_called() -> None:
+    called = subprocess.run([ROOT / "training" / "run.sh"], capture_output=True, text=True, check=False)
+    assert called.returncode == 2
+    assert "training/run.sh FOLDER TEST_TEXT" in called.stderr
+
+
+def test_the_learning_rate_falls_while_passes_are_unrolled() -> None:
+    section = load_config(CONFIGS / "base.yaml", CONFIGS / "one-card.yaml", []).training
+    n_encoder_steps = (section.num_steps or 0) - section.gate_steps
+    assert round(section.decay_ratio * n_encoder_steps) == n_encoder_steps - section.one_pass_steps

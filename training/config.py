@@ -183,6 +183,10 @@ SHARES = (
     "training.gate_change_share", "data.full_length_share",
 )  # fmt: skip
 DECAYS = ("training.adam_beta2", "training.average_decay")
+NAMES = (
+    "name", "data.tokenizer_name", "data.cache_dir", "training.init_from", "output.checkpoint_dir", "output.log_dir",
+)  # fmt: skip
+LISTS_OF_NAMES = ("data.dataset_name", "data.validation_name")
 ONE_OF: dict[str, tuple[str, ...]] = {
     "training.scheduler": ("cosine", "linear", "warmup_stable_decay"),
     "training.scheme": ("unroll", "chain"),
@@ -209,7 +213,17 @@ def _check(config: TrainConfig) -> None:
     for key, allowed in ONE_OF.items():
         if _get(config, key) not in allowed:
             raise ConfigError(f"{key} is {_get(config, key)!r}: want one of {', '.join(allowed)}")
+    _check_names(config)
     _check_together(config)
+
+
+def _check_names(config: TrainConfig) -> None:
+    for key in NAMES:
+        if (name := _get(config, key)) is not None and not name.strip():
+            raise ConfigError(f"{key} is {name!r}: want a name")
+    for key in LISTS_OF_NAMES:
+        if (names := _get(config, key)) is not None and not all(name.strip() for name in names.split(",")):
+            raise ConfigError(f"{key} is {names!r}: want a name, or several between commas")
 
 
 def _check_together(config: TrainConfig) -> None:

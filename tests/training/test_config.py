@@ -116,6 +116,30 @@ def test_a_value_out_of_its_range_is_refused(key: str, value: Any, wanted: str) 
     assert wanted in message
 
 
+@pytest.mark.parametrize("blank", ["", "  ", "\t"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "name",
+        "data.dataset_name",
+        "data.validation_name",
+        "data.tokenizer_name",
+        "data.cache_dir",
+        "training.init_from",
+        "output.checkpoint_dir",
+        "output.log_dir",
+    ],
+)
+def test_a_blank_name_is_refused(key: str, blank: str) -> None:
+    assert refusal(key, blank).startswith(f"{key} is {blank!r}: want a name")
+
+
+@pytest.mark.parametrize("key", ["data.dataset_name", "data.validation_name"])
+@pytest.mark.parametrize("names", [",", " , ", "a.txt,", ",a.txt", "a.txt, ,b.txt"])
+def test_a_list_of_texts_has_no_gaps(key: str, names: str) -> None:
+    assert refusal(key, names) == f"{key} is {names!r}: want a name, or several between commas"
+
+
 def test_a_chain_has_no_stage_for_the_gate() -> None:
     with pytest.raises(ConfigError, match=r"training.gate_steps is for scheme unroll"):
         parse_config({"training": {"scheme": "chain", "gate_steps": 10}})

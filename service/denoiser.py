@@ -82,9 +82,9 @@ class Denoiser:
         """Raises `InvalidArgument` naming every bad field."""
         return read_request(fields, self._limits)
 
-    def read_batch(self, fields: object) -> list[BatchItem]:
+    def read_batch(self, fields: object, options_at: str = "") -> list[BatchItem]:
         """Raises `InvalidArgument` for a batch that is none; a bad item is returned as its error."""
-        return read_batch(fields, self._limits)
+        return read_batch(fields, self._limits, options_at)
 
     async def denoise(
         self,

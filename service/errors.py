@@ -173,6 +173,10 @@ class FieldProblem:
     def missing(cls, field: str, wanted: str) -> FieldProblem:
         return cls(field, f"{field} is missing: want {wanted}", None)
 
+    def under(self, path: str) -> FieldProblem:
+        """The same of a field of the field `path`: messages begin with the field's name."""
+        return replace(self, field=f"{path}.{self.field}", message=f"{path}.{self.message}") if path else self
+
 
 def printable(value: object) -> Printable:
     """A caller's value as a short JSON scalar: never NaN, a lone surrogate, or a thousand digits."""

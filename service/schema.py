@@ -177,9 +177,9 @@ def read_request(fields: object, limits: Limits) -> DenoiseRequest:
     return _validated(fields, limits)
 
 
-def read_batch(fields: object, limits: Limits) -> list[BatchItem]:
+def read_batch(fields: object, limits: Limits, options_at: str = "") -> list[BatchItem]:
     """`{"items": [...], ...}` -> requests; the fields beside `items` are options of every item that does not give its
-    own, and null is one of its own.
+    own, and null is one of its own. `options_at` is where these options stand for the caller, if not beside `items`.
 
     Raises `InvalidArgument` for what is wrong with the whole; what is wrong with an item stands in its place.
     """
@@ -188,7 +188,7 @@ def read_batch(fields: object, limits: Limits) -> list[BatchItem]:
     shared = {name: fields[name] for name in OPTIONS if name in fields}
     problems = _unknown(fields, ("items", *OPTIONS))
     problems += _list_problems(fields, limits)
-    problems += _problems({"text": "-", **shared}, limits)
+    problems += [problem.under(options_at) for problem in _problems({"text": "-", **shared}, limits)]
     if problems:
         raise InvalidArgument.of(problems)
     return [_read_item(item, shared, f"items[{index}]", limits) for index, item in enumerate(fields["items"])]

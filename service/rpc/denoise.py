@@ -60,7 +60,8 @@ class DenoiserCalls:
         async with mapped_errors(context):
             with self._metrics.failure("grpc"):
                 denoiser = self._lifecycle.denoiser
-                items = denoiser.read_batch(batch_fields(self._parsed(pb.DenoiseBatchRequest, message)))
+                fields = batch_fields(self._parsed(pb.DenoiseBatchRequest, message))
+                items = denoiser.read_batch(fields, options_at="options")
             left, total = seconds_left(context), context.time_remaining()
             to_cut = None if left is None or total is None else (left + total) / 2  # half of the margin for stragglers
             ends = await denoiser.denoise_batch(items, "grpc", left, to_cut)

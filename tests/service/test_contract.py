@@ -269,8 +269,13 @@ async def test_shared_options_and_items_that_override_them(service: Service, cal
 async def test_a_batch_that_is_none(
     service: Service, callers: tuple[Rest, Rpc], batch: Fields, named: tuple[str, ...]
 ) -> None:
-    failure = await both(callers, lambda caller: caller.batch(batch))
-    assert (failure.code, failure.fields) == ("invalid_argument", named)
+    """What is wrong is named as the transport has it: a message has the shared options in one of its own."""
+    for caller, options in zip(callers, ("", "options."), strict=True):
+        failure = await caller.batch(batch)
+        assert isinstance(failure, Failure)
+        paths = tuple(name if name == "items" else options + name for name in named)
+        assert (failure.code, failure.fields) == ("invalid_argument", paths)
+        assert [problem.split()[0] for problem in failure.message.split("; ")] == list(paths)
     assert service.engine.jobs == []
 
 

@@ -83,14 +83,24 @@ def create_app(
     if tracer is not NO_TRACER or logging.getLogger(Observer.__module__).isEnabledFor(logging.DEBUG):
         app.add_middleware(Observer, tracer=tracer)
     app.add_middleware(RequestId)  # added last, runs first
+    _document_bodies(app)
     _document_components(app)
     _document_keys(app, (PATH,) if api_key is None else set(app.openapi()["paths"]) - set(open_paths) | {PATH})
     return app
 
 
+def _document_bodies(app: FastAPI) -> None:
+    """What requests hold, once more: FastAPI makes a float of every bound, and 2**63 - 1 is none."""
+    paths = app.openapi()["paths"]  # built once and kept by FastAPI
+    for route in app.routes:
+        if isinstance(route, PlainRoute) and route.openapi_extra:
+            for method in route.methods or ():
+                paths[route.path][method.lower()].update(route.openapi_extra)
+
+
 def _document_components(app: FastAPI) -> None:
     """Put into the schema's components what the routes refer to and FastAPI does not see."""
-    components = app.openapi()["components"]["schemas"]  # built once and kept by FastAPI
+    components = app.openapi()["components"]["schemas"]
     for document in (Problem, DenoisePass):
         schema = document.model_json_schema(ref_template="#/components/schemas/{model}")
         components.update(schema.pop("$defs", {}))

@@ -236,6 +236,13 @@ async def test_the_openapi_document(service: Service) -> None:
     assert set(schema["components"]["schemas"]["DenoiseAnswer"]["properties"]) == set(DenoiseAnswer.model_fields)
 
 
+async def test_bounds_in_the_openapi_document_are_whole_numbers(service: Service) -> None:
+    async with service.client() as client:
+        document = (await client.get("/openapi.json")).text
+    assert '"maximum":9223372036854775807' in document
+    assert re.findall(r'"(?:min|max)\w*": ?\d+[.e]\S*', document) == []
+
+
 async def test_the_model_card(service: Service, tiny_config: ModelConfig) -> None:
     async with service.client() as client:
         card = (await client.get("/model")).json()

@@ -15,7 +15,8 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from service import calls
-from service.errors import DRAINING
+from service.errors import DRAINING, RETRY_SECONDS, Unavailable
+from service.rest.errors import STATUS, problem_of
 from service.rest.problem import PROBLEM_JSON, Problem
 
 log = logging.getLogger(__name__)
@@ -220,12 +221,13 @@ class Http(HttpToolsProtocol):
         self._deadline = self.loop.call_later(PARTING_SECONDS, self.transport.abort)
 
     def _say(self, status: int, detail: str) -> None:
-        call = calls.fresh_id()
-        problem = Problem(
-            type="about:blank", title=HTTPStatus(status).phrase, status=status, detail=detail, request_id=call
-        )
+        call, phrase = calls.fresh_id(), HTTPStatus(status).phrase
+        problem = Problem(type="about:blank", title=phrase, status=status, detail=detail, request_id=call)
+        head = f"HTTP/1.1 {status} {phrase}\r\nContent-Type: {PROBLEM_JSON}\r\nX-Request-Id: {call}\r\n"
+        if status == STATUS["unavailable"]:  # not of HTTP alone
+            problem = problem_of(Unavailable.draining(), call)
+            head += f"Retry-After: {RETRY_SECONDS}\r\n"
         body = problem.model_dump_json().encode("ascii")
-        head = f"HTTP/1.1 {status} {problem.title}\r\nContent-Type: {PROBLEM_JSON}\r\nX-Request-Id: {call}\r\n"
         self.transport.write(f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode("ascii") + body)
 
     def pause_writing(self) -> None:

@@ -9,11 +9,13 @@ import re
 import socket
 import time
 from collections.abc import AsyncIterator
+from http import HTTPStatus
 
 import pytest
 
 from rdt_core import ModelConfig, Tokenizer
 from service.rest import protocol
+from service.rest.errors import TITLE
 from service.runtime import FrontEnd, listen
 from service.settings import Settings
 from service.tracing import NO_TRACER
@@ -123,8 +125,11 @@ async def test_head_is_get_without_a_body(port: int, path: str, status: int) -> 
     assert heads[0].startswith(b"HTTP/1.1 %d " % status)
 
 
-async def last_words(port: int, *pieces: bytes) -> tuple[int, str]:
-    """What the server says before it hangs up, as status and detail: (0, "") if it hangs up in silence."""
+async def last_words(port: int, *pieces: bytes, code: str | None = None) -> tuple[int, str]:
+    """What the server says before it hangs up, as status and detail: (0, "") if it hangs up in silence.
+
+    `code` is that of the error, None for one of HTTP alone.
+    """
     async with asyncio.timeout(5):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         for piece in pieces:
@@ -138,7 +143,11 @@ async def last_words(port: int, *pieces: bytes) -> tuple[int, str]:
     assert b"\r\nContent-Type: application/problem+json" in head
     assert b"\r\nConnection: close" in head
     problem = json.loads(body)
-    assert head.startswith(b"HTTP/1.1 %d %s\r\n" % (problem["status"], problem["title"].encode()))
+    phrase = HTTPStatus(problem["status"]).phrase
+    assert head.startswith(b"HTTP/1.1 %d %s\r\n" % (problem["status"], phrase.encode()))
+    kind = "about:blank" if code is None else f"urn:rdt:problem:{code}"
+    assert (problem["type"], problem["title"]) == (kind, phrase if code is None else TITLE[code])  # type: ignore[index]
+    assert (b"\r\nRetry-After: 1" in head) == (code == "unavailable")
     return problem["status"], problem["detail"]
 
 
@@ -195,7 +204,7 @@ async def test_at_shutdown_a_request_that_is_still_arriving_is_told_so(
     server: tuple[FrontEnd, int], n_bytes: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     front, port = server
-    telling = asyncio.create_task(last_words(port, request(b"")[:n_bytes]))
+    telling = asyncio.create_task(last_words(port, request(b"")[:n_bytes], code="unavailable"))
     await asyncio.sleep(0.1)
     async with asyncio.timeout(2):
         await front.close()

@@ -144,6 +144,8 @@ class Http(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
+        if [name for name, _ in self.headers].count(b"host") > 1:  # whom is it for? RFC 9112, 3.2
+            raise ValueError("several hosts")  # stops the parser
         super().on_headers_complete()
         headers = dict(self.headers)
         self.headers = []  # for trailers, which must not pass for headers

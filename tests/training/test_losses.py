@@ -184,6 +184,20 @@ def test_the_gate_loss_is_what_its_docstring_says(model: RDT, batch: Batch) -> N
     torch.testing.assert_close(gate_losses(model, batch, packing, section, settle=False), expected / 4)
 
 
+def test_the_gate_loss_of_a_settling_run_is_of_the_tokens_still_open(model: RDT, batch: Batch) -> None:
+    model.eval()
+    packing, rows = batch.packing(CPU), batch.masked.nonzero().squeeze(1)
+    run = deep_run(model, batch, packing, 4, settle=True)
+    expected, n_partly_open = torch.zeros(()), 0
+    for state, doubts, still_open in zip(run.states, run.doubts, run.open_rows, strict=True):
+        levels = model.token_level(state.hidden, packing, rows[still_open])
+        expected += F.binary_cross_entropy(levels, doubts[still_open])
+        n_partly_open += int(still_open.any() and not still_open.all())
+    assert n_partly_open == 3
+    section = TrainingSection(gate_passes=4, total_steps=8)
+    torch.testing.assert_close(gate_losses(model, batch, packing, section, settle=True), expected / 4)
+
+
 @pytest.mark.parametrize("settle", [True, False])
 def test_the_gate_is_taught_in_float32_whatever_the_rest_is(model: RDT, batch: Batch, settle: bool) -> None:
     section = TrainingSection(gate_passes=4, total_steps=8)

@@ -93,16 +93,22 @@ class _OneLineParser(argparse.ArgumentParser):
 
 def _denoise_parser() -> argparse.ArgumentParser:
     parser = _OneLineParser(prog="rdt-denoise", description="Restore masked text with a checkpoint, without a server.")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="the checkpoint file, such as best_model.pt")
+    parser.add_argument("--checkpoint", type=_file, required=True, help="the checkpoint file, such as best_model.pt")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", help="a text with [MASK] where tokens are missing")
-    source.add_argument("--file", type=Path, help="a UTF-8 file; every line that is not blank is a text")
+    source.add_argument("--file", type=_file, help="a UTF-8 file; every line that is not blank is a text")
     source.add_argument("--interactive", action="store_true", help="read lines until end of file, Ctrl-D or 'exit'")
     parser.add_argument("--max_steps", "--max-steps", type=int, help="most passes to spend (default: the checkpoint's)")
     parser.add_argument("--threshold", type=float, help="halt below this level (default: the checkpoint's)")
     parser.add_argument("--halting", help="gate or settle (default: the checkpoint's)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     return parser
+
+
+def _file(name: str) -> Path:
+    if not name.strip():  # Path takes it for the current folder
+        raise argparse.ArgumentTypeError("no name: want that of a file")
+    return Path(name)
 
 
 def _texts(options: argparse.Namespace) -> Iterable[tuple[str, str]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 
@@ -27,7 +27,14 @@ def _sendable(key: SecretStr) -> SecretStr:
     return key
 
 
+def _not_blank(name: object) -> object:
+    if isinstance(name, str) and not name.strip():
+        raise PydanticCustomError("blank", "want a name")
+    return name
+
+
 Key = Annotated[SecretStr, AfterValidator(_sendable)]
+NotBlank = BeforeValidator(_not_blank)  # before an empty path becomes the current folder
 
 
 class Settings(BaseSettings):
@@ -35,7 +42,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, cli_prog_name="rdt-serve", cli_avoid_json=True)
 
-    checkpoint: Path = Field(
+    checkpoint: Annotated[Path, NotBlank] = Field(
         Path("models/rdt-small/best_model.pt"), description="The checkpoint file to serve. A reload reads it again."
     )
     device: str = Field(
@@ -55,9 +62,8 @@ class Settings(BaseSettings):
         "faster where the processor has instructions for them. auto: fp32 on a CPU, bf16 on CUDA, fp16 "
         "before Ampere.",
     )
-    host: str = Field(
+    host: Annotated[str, NotBlank] = Field(
         "127.0.0.1",
-        min_length=1,
         description="Address to listen on. The default serves this machine only; 0.0.0.0 serves whoever reaches the "
         "ports, so set RDT_API_KEY with it.",
     )

@@ -65,7 +65,10 @@ def test_only_the_name_of_a_flag_is_rewritten() -> None:
         (["--grace_seconds", "-1"], "grace_seconds"),
         (["--threads", "0"], "threads"),
         (["--log_level", "loud"], "log_level"),
-        (["--host", ""], "host"),
+        (["--host", ""], 'host (RDT_HOST) is "": want a name'),
+        (["--host", "  "], 'host (RDT_HOST) is "  ": want a name'),
+        (["--checkpoint", ""], 'checkpoint (RDT_CHECKPOINT) is "": want a name'),
+        (["--checkpoint", "  "], 'checkpoint (RDT_CHECKPOINT) is "  ": want a name'),
     ],
 )
 def test_a_bad_setting_is_named(flags: list[str], named: str) -> None:
@@ -109,6 +112,18 @@ def test_help_describes_every_setting(capsys: pytest.CaptureFixture[str]) -> Non
         assert f"--{name}" in text
         assert field.description
         assert field.description[:30] in text
+
+
+@pytest.mark.parametrize("blank", ["", "  "])
+@pytest.mark.parametrize("name", Settings.model_fields)
+def test_a_blank_variable_is_named(monkeypatch: pytest.MonkeyPatch, name: str, blank: str) -> None:
+    """But for the one that is empty if it is not set."""
+    monkeypatch.setenv(f"RDT_{name.upper()}", blank)
+    if (name, blank) == ("devices", ""):
+        assert read_settings([]).devices == ""
+    else:
+        with pytest.raises(SettingsError, match=rf"^{name} \(RDT_{name.upper()}\)"):
+            read_settings([])
 
 
 @pytest.mark.parametrize("name", ["api_key", "admin_key"])

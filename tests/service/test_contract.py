@@ -173,6 +173,9 @@ GOOD: dict[str, Fields] = {
         "trace": True, "timeout_ms": 5000,
     },
     "no mask": {"text": "a"},
+    "nothing but masks": {"text": "[MASK][MASK]"},
+    "byte order mark": {"text": "\ufeffthe [MASK]"},
+    "largest numbers": {"text": "a", "threshold": 1.7976931348623157e308, "timeout_ms": 3_600_000},
     "corruption": {"text": "the quick brown fox", "mask_ratio": 0.5, "seed": 2**62},
     "zeroes": {"text": "the [MASK]", "threshold": 0, "top_k": 0, "trace": False, "mask_ratio": 0, "seed": 0},
 }  # fmt: skip
@@ -180,6 +183,8 @@ GOOD: dict[str, Fields] = {
 BAD: dict[str, tuple[Fields, Code, set[str]]] = {
     "empty text": ({"text": ""}, "invalid_argument", {"text"}),
     "no token": ({"text": "\u200b"}, "invalid_argument", {"text"}),
+    "spaces": ({"text": "  \n"}, "invalid_argument", {"text"}),
+    "byte order mark alone": ({"text": "\ufeff"}, "invalid_argument", {"text"}),
     "NUL": ({"text": "a\0"}, "invalid_argument", {"text"}),
     "max_steps": ({"text": "a", "max_steps": 0}, "invalid_argument", {"max_steps"}),
     "threshold": ({"text": "a", "threshold": -1.0}, "invalid_argument", {"threshold"}),

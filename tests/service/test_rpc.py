@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import subprocess
 import sys
 import time
@@ -88,6 +89,15 @@ async def test_bytes_that_are_no_message(service: Service, channel: grpc.aio.Cha
             await channel.unary_unary(f"/{SERVICE}/{method}")(message)
         assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert service.sample("rdt_requests_total", transport="grpc", outcome="malformed") == 2
+
+
+@pytest.mark.parametrize(("value", "shown"), [(math.nan, "NaN"), (math.inf, "Infinity"), (-math.inf, "-Infinity")])
+async def test_numbers_that_are_not_finite(channel: grpc.aio.Channel, value: float, shown: str) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await DenoiserStub(channel).Denoise(pb.DenoiseRequest(text="a", threshold=value, mask_ratio=value))
+    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    for message in (f"threshold is {shown}: want a finite", f"mask_ratio is {shown}: want a number from 0 to 1"):
+        assert message in (refused.value.details() or "")
 
 
 async def test_the_largest_limit_that_settings_allow(service: Service) -> None:

@@ -177,7 +177,7 @@ def main() -> None:
     device = torch.device(options.device)
     options.peak = matrix_peak(device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    print(f"{name}: {options.peak / 1e12:.2f} TFLOP/s in bfloat16", flush=True)
+    print(f"{name}: {options.peak / 1e12:.3g} TFLOP/s in bfloat16", flush=True)
     agreements: dict[str, Any] = {}
     results: dict[str, list[dict[str, Any]]] = {}
     models: dict[str, Any] = {}

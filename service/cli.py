@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from service.local import LocalAnswer
 
 EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130  # as shells have it
 
 log = logging.getLogger(__name__)
 
@@ -60,15 +61,15 @@ def _serve(settings: Settings) -> int:
 
 
 def denoise(arguments: Sequence[str] | None = None) -> int:
-    """Restore a text, the lines of a file, or what is typed. 0: done; 2: bad input, each named in one line.
+    """Restore a text, the lines of a file, or what is typed. 0: done; 2: bad input, each in one line; 130: Ctrl-C.
 
     Of a file and of what is typed a bad line is left out, and the others are restored.
     """
     options = _denoise_parser().parse_args(arguments)
 
-    from service.local import LocalDenoiser  # noqa: PLC0415 - torch takes seconds; --help and bad flags need not wait
-
     try:
+        from service.local import LocalDenoiser  # noqa: PLC0415 - torch takes seconds; --help and bad flags do not wait
+
         denoiser = LocalDenoiser(options.checkpoint, options.device)
         wanted = {name: getattr(options, name) for name in ("max_steps", "threshold", "halting")}
         status = 0
@@ -81,6 +82,8 @@ def denoise(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # who reads has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
     except (ServiceError, OSError, ValueError) as error:  # a CheckpointError is a ValueError
         return _complain("rdt-denoise", error, EXIT_BAD_INPUT)
     return status

@@ -4,6 +4,7 @@ import io
 import os
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -77,6 +78,16 @@ def test_a_reader_who_has_seen_enough_is_no_error(
         monkeypatch.setattr("sys.stdout", closed)
         assert denoise([*checkpoint, "--text", "the [MASK]"]) == 0
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("source", [["--text", "the [MASK]"], ["--interactive"]])
+def test_ctrl_c_ends_it_without_a_traceback(
+    checkpoint: list[str], source: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("the [MASK]\n"))
+    monkeypatch.setattr("service.local.run_reference", Mock(side_effect=KeyboardInterrupt))
+    assert denoise([*checkpoint, *source]) == 130
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("ending", ["exit\nthe [MASK]\n", ""])

@@ -97,6 +97,7 @@ class Host:
         loaded, *more = await asyncio.to_thread(read_models, self._settings)
         engine = await self._warm_engine(loaded, *more)
         self._open(loaded, engine)
+        garbage.settle()
         self._at_rest.set()
         log.info("ready after %.1f s: %s on %s", time.monotonic() - began, loaded.name, loaded.model.device)
 
@@ -120,7 +121,7 @@ class Host:
         try:
             change = await self._replace(serving)
             if isinstance(change, str):
-                gc.collect()  # its traceback still holds the model; what serves is frozen and not looked at
+                gc.collect()  # its traceback still holds the model; nearly all else is frozen and not looked at
                 raise FailedPrecondition(f"the checkpoint cannot be served, {serving.label} stays: {change}")
             outcome = change.outcome
         finally:
@@ -194,7 +195,6 @@ class Host:
         if self._watching is not None:
             self._watching.cancel()  # it would keep the old engine, and so the old weights, for ever
         self._watching = asyncio.create_task(self._watch(engine))
-        garbage.settle()
         return card
 
     async def _retire(self) -> None:
@@ -202,6 +202,7 @@ class Host:
         await self._lifecycle.handed_over()
         await self._retiring.retire()
         self._retiring = None
+        gc.collect()  # errors that its requests ended with may still hold it
         self._rest()
 
     def _rest(self) -> None:

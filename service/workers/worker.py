@@ -94,7 +94,8 @@ class Worker:
             engine = RemoteEngine(self.link, wire, serving, self._queue)
             denoiser = build_denoiser(serving, self._tokenizer, engine, self.metrics, self._tracer)
             self.lifecycle.open(denoiser)
-            garbage.settle()
+            if not self._adopted.is_set():
+                garbage.settle()
             await self.lifecycle.handed_over()
             wire.send(Adopted(serving.digest))
             self._adopted.set()

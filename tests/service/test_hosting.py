@@ -159,6 +159,20 @@ async def test_the_old_model_does_not_stay_in_memory(hosted: Hosted, path: Path)
     assert old() is None, "gone at once: what is frozen is never collected"
 
 
+async def test_the_old_model_does_not_stay_for_an_error_on_its_way(hosted: Hosted, path: Path) -> None:
+    old = weakref.ref(hosted.lifecycle.denoiser.engine)
+    items = hosted.lifecycle.denoiser.read_batch({"items": [{}, ENDLESS]})
+    batch = asyncio.create_task(hosted.lifecycle.denoiser.denoise_batch(items, "rest"))
+    await hosted.until(lambda: hosted.host.live == 1)
+    write_other_model(path)
+    await hosted.host.reload()
+    batch.cancel()
+    await asyncio.wait([batch])
+    del batch, items
+    await hosted.until(lambda: hosted.host._retiring is None)
+    assert old() is None
+
+
 async def test_several_devices_are_fed_from_one_queue(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model once on each; here they are all the same CPU."""
     asked: list[str] = []

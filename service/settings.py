@@ -58,9 +58,9 @@ class Settings(BaseSettings):
     )
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16", "int8"] = Field(
         "auto",
-        description="Number format of the matrix products. fp32 answers exactly as the reference; the others are "
-        "faster where the processor has instructions for them. auto: fp32 on a CPU, bf16 on CUDA, fp16 "
-        "before Ampere.",
+        description="Number format of the matrix products. fp32 answers as the reference does, but for ties in the "
+        "last digit; the others are faster where the processor has instructions for them. auto: fp32 on a CPU, bf16 "
+        "on CUDA, fp16 before Ampere.",
     )
     host: Annotated[str, NotBlank] = Field(
         "127.0.0.1",

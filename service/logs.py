@@ -26,14 +26,16 @@ def configure(level: str, form: Format) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines() if form == "json" else TextLines())
     logging.basicConfig(level=level.upper(), handlers=[handler])
-    logging.getLogger("grpc._cython.cygrpc").addFilter(_quotes_no_metadata)
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_worth_a_line)
     if form == "json":
         logging.captureWarnings(True)  # they would be the only lines that are no JSON
 
 
-def _quotes_no_metadata(record: logging.LogRecord) -> bool:
-    """gRPC quotes metadata that is no UTF-8 whole, a caller's key as anything else."""
-    return not str(record.msg).startswith("Invalid encoding on")
+def _worth_a_line(record: logging.LogRecord) -> bool:
+    """Not so what gRPC says of metadata that is no UTF-8, quoted whole, a caller's key as anything else; nor that an
+    answer could not be sent, which it takes for an error where a caller has just left.
+    """
+    return not str(record.msg).startswith(("Invalid encoding on", "ExecuteBatchError raised in core"))
 
 
 def complain(program: str, problem: object) -> None:

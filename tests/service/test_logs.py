@@ -108,12 +108,14 @@ def test_why_a_program_ends_is_a_line_like_others_only_among_json(capsys: pytest
     assert (said["level"], said["logger"], said["message"]) == ("critical", "rdt-serve", "cannot start: no such file")
 
 
-def test_metadata_that_is_no_text_is_not_quoted() -> None:
-    """grpcio logs it whole, and it may be a key in another encoding."""
+def test_grpc_quotes_no_metadata_and_blames_nobody_for_a_caller_who_left() -> None:
+    """grpcio logs metadata that is no text whole, and it may be a key in another encoding."""
     script = (
         "import logging; from service import logs; logs.configure('info', 'json');"
         "log = logging.getLogger('grpc._cython.cygrpc');"
-        "log.error('Invalid encoding on %s', b's\\xffcret'); log.error('something else')"
+        "log.error('Invalid encoding on %s', b's\\xffcret');"
+        "log.exception('ExecuteBatchError raised in core by servicer method [%s]', '/rdt.v1.Denoiser/Denoise');"
+        "log.error('something else')"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     (line,) = run.stderr.splitlines()

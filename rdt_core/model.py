@@ -77,7 +77,7 @@ class RDT(nn.Module):
         self.decoder_bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.projection: nn.Module | None = None  # onto the vocabulary, when it is not the plain tied one
         self.precision = "fp32"  # of the matrix products, see `rdt_core.precision`
-        self.row_multiple = 1  # layers run on a multiple of so many rows
+        self.row_counts = RowCounts()
         n_others = config.vocab_size - len(config.suppress_tokens) - config.gate_shortlist
         self.gate = Gate(config.d_model, config.gate_hidden_dim, n_others if config.gate_shortlist else None)
         self.fixed_shortlist: tuple[Tensor, Tensor] | None = None  # that of weights that will not change
@@ -213,17 +213,30 @@ class RDT(nn.Module):
             return x
         rotary = None
         if self.position_embedding is None:
-            positions = rounded_up(packing.positions, self.row_multiple)
+            positions = self.row_counts.filled(packing.positions)
             rotary = rotary_angles(positions, self.config.d_model // self.config.n_heads)
-        x = rounded_up(x, self.row_multiple)
+        x = self.row_counts.filled(x)
         if condition is not None:
-            condition = rounded_up(condition, self.row_multiple)
+            condition = self.row_counts.filled(condition)
         for layer in layers:
             x = layer(x, packing, rotary, condition)
         return x[: packing.n_tokens]
 
 
-def rounded_up(rows: Tensor, multiple: int) -> Tensor:
-    """`(R, ...)` with dead rows of zeros after it, up to a multiple."""
-    n_dead = -len(rows) % multiple
-    return rows if n_dead == 0 else torch.cat((rows, rows.new_zeros(n_dead, *rows.shape[1:])))
+class RowCounts(NamedTuple):
+    """How many rows the layers run on: multiples of `step`, and where `finely`, fewer rows in finer steps."""
+
+    step: int = 1
+    finely: bool = False
+
+    def holding(self, n_rows: int) -> int:
+        """The smallest such number for so many rows. Fine steps are a quarter of the power of two below, or 1."""
+        step = self.step
+        if self.finely:
+            step = min(step, max(1, (1 << max(n_rows - 1, 0).bit_length()) // 8))
+        return -(-n_rows // step) * step
+
+    def filled(self, rows: Tensor) -> Tensor:
+        """`(R, ...)` with dead rows of zeros after it, up to such a number."""
+        n_dead = self.holding(len(rows)) - len(rows)
+        return rows if n_dead == 0 else torch.cat((rows, rows.new_zeros(n_dead, *rows.shape[1:])))

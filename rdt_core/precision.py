@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rdt_core.layers import FeedForward, SelfAttention, rotate_pairs
-from rdt_core.model import RDT, rounded_up
+from rdt_core.model import RDT, RowCounts
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16", "int8"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
@@ -36,6 +36,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 INT8_MAX = 127
 ROW_MULTIPLE = 32
 """oneDNN compiles a kernel for every number of rows it meets, which takes as long as a pass: let it meet few."""
+
+FULL_ROWS = RowCounts(ROW_MULTIPLE)
+
+FEW_ROWS = RowCounts(ROW_MULTIPLE, finely=True)
+"""In fp32. A text alone has few rows, and on 32 of them its passes take up to twice as long. The other formats keep to
+full rows: int8 gains nothing by fewer, and what bf16's kernels for fewer round to has not been looked at."""
 
 
 def prepare(model: RDT, precision: Precision = "fp32") -> RDT:
@@ -74,7 +80,8 @@ def prepare(model: RDT, precision: Precision = "fp32") -> RDT:
                 activation=nn.Identity(),
                 down=_ready(module.down, precision),
             )
-    model.row_multiple = ROW_MULTIPLE if packs else 1
+    if packs:
+        model.row_counts = FEW_ROWS if precision == "fp32" else FULL_ROWS
     vocabulary = _vocabulary(model)
     halves = precision in DTYPES and model.device.type == "cuda"
     projection = SummedLinear(vocabulary, DTYPES[precision]) if halves else _ready(vocabulary, precision)
@@ -115,6 +122,7 @@ class PackedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.dtype, self.out_dtype, self.gelu = dtype, out_dtype, gelu
+        self.counts = FEW_ROWS if dtype == torch.float32 else FULL_ROWS
         self.packed = linear.weight.device.type == "cpu" and _has_onednn() and _packs(dtype)
         weight = linear.weight.detach().to(dtype)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None) if self.packed else weight
@@ -124,7 +132,7 @@ class PackedLinear(nn.Module):
         """`(R, I)` -> `(R, O)`"""
         n_rows, x = len(x), x.to(self.dtype)
         if self.packed:
-            x, after = rounded_up(x, ROW_MULTIPLE), "gelu" if self.gelu else "none"
+            x, after = self.counts.filled(x), "gelu" if self.gelu else "none"
             y = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, after, [], "none")
         else:
             y = F.linear(x, self.weight, self.bias)
@@ -168,7 +176,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(R, I)` -> `(R, O)`"""
-        n_rows, x = len(x), rounded_up(x, ROW_MULTIPLE)
+        n_rows, x = len(x), FULL_ROWS.filled(x)
         scale = _largest(x) / INT8_MAX  # (R, 1)
         rounded = (x / scale).round_().to(torch.int8)
         y = _int8_product(rounded, self.weight, self.weight_scale, self.weight_zero)

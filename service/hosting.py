@@ -39,8 +39,8 @@ from service.tracing import NO_TRACER, Tracer
 
 log = logging.getLogger(__name__)
 
-WARM_TICKS, WARM_TOKENS = 16, 2048
-"""So many sizes of tick are run before the first request, up to this one at the most."""
+WARM_TICKS, WARM_TOKENS, FEW_TOKENS = 16, 2048, (16, 8, 4)
+"""So many sizes of tick are run before the first request, up to this one at the most, then those of one short text."""
 
 UNSERVABLE = (ValueError, OSError, RuntimeError, OutOfMemory)
 """Faults of a checkpoint: what it holds (`CheckpointError`), how it reads, its size. Others are defects of ours."""
@@ -280,7 +280,8 @@ def rehearsals(loaded: LoadedModel, limits: SchedulerLimits) -> list[list[Job]]:
         ticks.append([_rehearsal(loaded.tokenizer, [True] * longest) for _ in range(texts)])
         n_tokens = 0 if loaded.model.device.type == "cpu" else n_tokens // 2
     most = min(limits.token_budget, WARM_TOKENS, limits.max_live * longest)
-    for n_tokens in range(most, 2, -max(1, most // WARM_TICKS)):
+    step = max(1, most // WARM_TICKS)
+    for n_tokens in (*range(most, 2, -step), *(n for n in FEW_TOKENS if n < step)):
         lengths = [longest] * (n_tokens // longest) + [n_tokens % longest] * (n_tokens % longest > 2)
         ticks.append([_rehearsal(loaded.tokenizer, [row % 8 == 1 for row in range(length)]) for length in lengths])
     return ticks

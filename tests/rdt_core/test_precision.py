@@ -11,6 +11,7 @@ from torch._subclasses import FakeTensorMode
 
 from rdt_core import RDT, ModelConfig, Packing, State
 from rdt_core import precision as precision_module
+from rdt_core.model import RowCounts
 from rdt_core.precision import (
     PRECISIONS,
     Int8Linear,
@@ -19,6 +20,7 @@ from rdt_core.precision import (
     SummedLinear,
     _int8_weight_max,
     _linear,
+    _packs,
     natural_precision,
     prepare,
 )
@@ -142,8 +144,26 @@ def test_an_unknown_precision_is_named(model: RDT) -> None:
         prepare(model, "fp4")  # type: ignore[arg-type]
 
 
-def test_few_row_counts_reach_the_kernels(model: RDT, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_counts() -> None:
+    fine, plain = RowCounts(32, finely=True), RowCounts(32)
+    assert [fine.holding(n) for n in (1, 7, 8, 9, 17, 33, 65, 129, 257)] == [1, 7, 8, 10, 20, 40, 80, 160, 288]
+    assert all(n <= fine.holding(n) <= max(n, 1.25 * n) for n in range(1, 600)), "at most a quarter is dead"
+    assert len({fine.holding(n) for n in range(1, 513)}) == 36, "kernels to compile"
+    assert [plain.holding(n) for n in (1, 32, 33)] == [32, 32, 64]
+    assert [RowCounts().holding(n) for n in (1, 2, 33)] == [1, 2, 33]
+    assert torch.equal(fine.filled(torch.ones(9, 2)), torch.tensor([1.0] * 9 + [0.0])[:, None].expand(10, 2))
+
+
+@pytest.mark.parametrize(
+    ("precision", "counts"),
+    [("fp32", {RowCounts(32, finely=True).holding(n) for n in range(1, 70)}), ("bf16", {32, 64, 96})],
+)
+def test_few_row_counts_reach_the_kernels(
+    model: RDT, monkeypatch: pytest.MonkeyPatch, precision: Precision, counts: set[int]
+) -> None:
     """A kernel is compiled for each; a server that met every number of packed tokens would compile for ever."""
+    if precision == "bf16" and not _packs(torch.bfloat16):
+        pytest.skip("this processor has no products of bfloat16")
     seen: set[int] = set()
     original = torch.ops.mkldnn._linear_pointwise
 
@@ -151,14 +171,14 @@ def test_few_row_counts_reach_the_kernels(model: RDT, monkeypatch: pytest.Monkey
         seen.add(len(x))
         return original(x, *rest)
 
-    prepared = prepare(copy.deepcopy(model))
+    prepared = prepare(copy.deepcopy(model), precision)
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", linear)
     with torch.inference_mode():
         for length in range(1, 70):
             packing = Packing.of([length])
             state = prepared.begin(torch.full((length,), 5), torch.ones(length, dtype=torch.bool), packing)
             prepared.decode(prepared(state, packing).hidden, packing, torch.arange(length))
-    assert seen == {32, 64, 96}
+    assert seen == counts
 
 
 @pytest.mark.parametrize("precision", sorted(set(PRECISIONS) - set(TOLERANCE)))

@@ -13,6 +13,8 @@ from rdt_core import RDT, ModelConfig, Packing, State
 from rdt_core import precision as precision_module
 from rdt_core.model import RowCounts
 from rdt_core.precision import (
+    FEW_ROWS,
+    FULL_ROWS,
     PRECISIONS,
     Int8Linear,
     PackedLinear,
@@ -145,7 +147,7 @@ def test_an_unknown_precision_is_named(model: RDT) -> None:
 
 
 def test_row_counts() -> None:
-    fine, plain = RowCounts(32, finely=True), RowCounts(32)
+    fine, plain = FEW_ROWS, FULL_ROWS
     assert [fine.holding(n) for n in (1, 7, 8, 9, 17, 33, 65, 129, 257)] == [1, 7, 8, 10, 20, 40, 80, 160, 288]
     assert all(n <= fine.holding(n) <= max(n, 1.25 * n) for n in range(1, 600)), "at most a quarter is dead"
     assert len({fine.holding(n) for n in range(1, 513)}) == 36, "kernels to compile"
@@ -154,12 +156,9 @@ def test_row_counts() -> None:
     assert torch.equal(fine.filled(torch.ones(9, 2)), torch.tensor([1.0] * 9 + [0.0])[:, None].expand(10, 2))
 
 
-@pytest.mark.parametrize(
-    ("precision", "counts"),
-    [("fp32", {RowCounts(32, finely=True).holding(n) for n in range(1, 70)}), ("bf16", {32, 64, 96})],
-)
+@pytest.mark.parametrize(("precision", "counts"), [("fp32", FEW_ROWS), ("bf16", FULL_ROWS)])
 def test_few_row_counts_reach_the_kernels(
-    model: RDT, monkeypatch: pytest.MonkeyPatch, precision: Precision, counts: set[int]
+    model: RDT, monkeypatch: pytest.MonkeyPatch, precision: Precision, counts: RowCounts
 ) -> None:
     """A kernel is compiled for each; a server that met every number of packed tokens would compile for ever."""
     if precision == "bf16" and not _packs(torch.bfloat16):
@@ -178,7 +177,7 @@ def test_few_row_counts_reach_the_kernels(
             packing = Packing.of([length])
             state = prepared.begin(torch.full((length,), 5), torch.ones(length, dtype=torch.bool), packing)
             prepared.decode(prepared(state, packing).hidden, packing, torch.arange(length))
-    assert seen == counts
+    assert seen == {counts.holding(n) for n in range(1, 70)}
 
 
 @pytest.mark.parametrize("precision", sorted(set(PRECISIONS) - set(TOLERANCE)))

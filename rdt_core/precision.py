@@ -41,7 +41,7 @@ FULL_ROWS = RowCounts(ROW_MULTIPLE)
 
 FEW_ROWS = RowCounts(ROW_MULTIPLE, finely=True)
 """In fp32. A text alone has few rows, and on 32 of them its passes take up to twice as long. The other formats keep to
-full rows: int8 gains nothing by fewer, and what bf16's kernels for fewer round to has not been looked at."""
+full rows: int8 gained nothing by fewer, and what bf16's kernels for fewer round to has not been looked at."""
 
 
 def prepare(model: RDT, precision: Precision = "fp32") -> RDT:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One whole run: train, release, evaluate. It goes on from the folder's newest checkpoint, so that a run longer than the
-# machine is to be had needs the same line again. Exit status 124: LIMIT has passed, all is saved, call again. Paths are
-# from the project's folder.
+# machine is to be had needs the same line again. Exit status 124: LIMIT has passed, what was learnt is saved, call
+# again. Paths are from the project's folder.
 #
 #   [LIMIT=SECONDS] training/run.sh FOLDER TEST_TEXT TRAINING_ARGUMENTS... [-- EVALUATION_ARGUMENTS...]
 #   LIMIT=540 training/run.sh runs/base test.raw.xz --config training/configs/base.yaml \

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rdt_core.packing import Packing, sequence_mean
+from rdt_core.packing import Packing, sequence_mean, sequence_sum
 
 
 class GateState(NamedTuple):
@@ -64,8 +64,8 @@ class Gate(nn.Module):
             summary = sequence_mean(features, masked, packing)  # (N, G)
             seen = torch.cat((summary, summary - state.summary, state.level[:, None]), dim=1)
             shrink = torch.sigmoid(self.sequence(F.gelu(self.mix(seen))).squeeze(1))  # (N,)
-            masks = torch.zeros_like(state.level).index_add_(0, packing.sequence_ids, masked.float())
-            return GateState(state.level * shrink * (masks > 0), summary)
+            n_masked = sequence_sum(masked.float(), packing)  # (N,)
+            return GateState(state.level * shrink * (n_masked > 0), summary)
 
     def token_level(self, hidden: Tensor, shortlisted: Tensor | None) -> Tensor:
         """hidden `(M, D)`, logits of the shortlist `(M, K)`, None without one -> `(M,)` in [0, 1].

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rdt_core.halting import settling_order
-from rdt_core.packing import Packing
+from rdt_core.packing import Packing, sequence_sum
 from service.engine.types import HaltReason
 
 REASONS: tuple[HaltReason | None, ...] = (None, "gate", "max_steps", "deadline")
@@ -52,8 +52,7 @@ def settling_rows(candidates: Tensor, token_level: Tensor, waits: Tensor, packin
 
 def settled_level(left_open: Tensor, packing: Packing, terms: Terms) -> Tensor:
     """Share of masked rows still open, weighted by token level `(T,)`, 0 for all others; never rising `(N,)`."""
-    left = torch.zeros_like(terms.level).index_add(0, packing.sequence_ids, left_open)
-    return torch.minimum(left / terms.n_masked.clamp(min=1), terms.level)
+    return torch.minimum(sequence_sum(left_open, packing) / terms.n_masked.clamp(min=1), terms.level)
 
 
 def reasons_of(

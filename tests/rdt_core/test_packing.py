@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from unittest.mock import Mock
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rdt_core import Packing, pack, unpack
-from rdt_core.packing import rows_of, sequence_mean, to_device
+from rdt_core.packing import rows_of, sequence_mean, sequence_sum, to_device
 
 quick = settings(max_examples=40)
 some_lengths = st.lists(st.integers(1, 7), min_size=1, max_size=6)
@@ -76,6 +77,21 @@ def test_sequence_mean_is_a_plain_weighted_mean(lengths: list[int], seed: int) -
         total = sum((row * weight for row, weight in zip(own_rows, own_weights, strict=True)), torch.zeros(3))
         expected = total / own_weights.sum() if own_weights.any() else torch.zeros(3)
         torch.testing.assert_close(mean, expected)
+
+
+@quick
+@given(some_lengths, st.integers(0, 1000))
+def test_a_sequence_sums_to_the_same_digits_alone_and_among_others(lengths: list[int], seed: int) -> None:
+    rows = torch.randn(sum(lengths), 3, generator=torch.Generator().manual_seed(seed))
+    sums = sequence_sum(rows, Packing.of(lengths))
+    for own_sum, own_rows in zip(sums, rows.split(lengths), strict=True):
+        assert torch.equal(own_sum, sequence_sum(own_rows, Packing.of([len(own_rows)]))[0])
+        torch.testing.assert_close(own_sum, own_rows.sum(0))
+
+
+def test_rows_after_the_last_sequence_are_not_summed() -> None:
+    rows = torch.tensor([[1.0], [2.0], [4.0], [math.nan]])
+    assert sequence_sum(rows, Packing.of([2, 1])).tolist() == [[3.0], [4.0]]
 
 
 def test_what_goes_to_a_card_goes_by_pinned_memory_and_is_not_waited_for() -> None:

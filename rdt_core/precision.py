@@ -65,7 +65,9 @@ def prepare(model: RDT, precision: Precision = "fp32") -> RDT:
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums are float32 to their end
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    vocabulary = _vocabulary(model)  # as it will stay: made at every decoding, its biases would come from the host
     if precision in ("fp32", "tf32") and not packs:
+        _replace(model, projection=vocabulary)
         return model
     for module in (*model.prelude.modules(), *model.encoder.modules(), *model.decoder.modules()):
         if isinstance(module, SelfAttention):
@@ -82,7 +84,6 @@ def prepare(model: RDT, precision: Precision = "fp32") -> RDT:
             )
     if packs:
         model.row_counts = FEW_ROWS if precision == "fp32" else FULL_ROWS
-    vocabulary = _vocabulary(model)
     halves = precision in DTYPES and model.device.type == "cuda"
     projection = SummedLinear(vocabulary, DTYPES[precision]) if halves else _ready(vocabulary, precision)
     _replace(model, inject=_ready(model.inject, precision), projection=projection)

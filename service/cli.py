@@ -132,6 +132,8 @@ def _lines(file: Path) -> Iterator[tuple[str, str]]:
 
 
 def _typed_lines() -> Iterator[str]:
+    if sys.stdin is None:  # closed before the program began
+        return
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # as in a file: a bad line is refused, and no other
     while True:

@@ -101,6 +101,15 @@ def test_interactive_reads_until_it_is_told_to_end(
     assert printed.err.count("\n") == 1, "the bad line is named, and the session goes on"
 
 
+def test_nobody_types_where_there_is_no_input(
+    checkpoint: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`rdt-denoise --interactive <&-`"""
+    monkeypatch.setattr("sys.stdin", None)
+    assert denoise([*checkpoint, "--interactive"]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
 def test_a_typed_line_that_is_no_text_is_left_out(
     checkpoint: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rdt_core.packing import Packing, sequence_mean, sequence_sum
+from rdt_core.rows import few_outputs, same_sums
 
 
 class GateState(NamedTuple):
@@ -63,7 +64,8 @@ class Gate(nn.Module):
             features = self._features(hidden)  # (T, G)
             summary = sequence_mean(features, masked, packing)  # (N, G)
             seen = torch.cat((summary, summary - state.summary, state.level[:, None]), dim=1)
-            shrink = torch.sigmoid(self.sequence(F.gelu(self.mix(seen))).squeeze(1))  # (N,)
+            mixed = F.gelu(same_sums(self.mix, seen))
+            shrink = torch.sigmoid(few_outputs(self.sequence, mixed)).squeeze(1).float()  # (N,)
             n_masked = sequence_sum(masked.float(), packing)  # (N,)
             return GateState(state.level * shrink * (n_masked > 0), summary)
 
@@ -74,13 +76,15 @@ class Gate(nn.Module):
         log-sum-exp, and how far their best lies below it; without a shortlist these are all there are.
         """
         with torch.autocast(hidden.device.type, enabled=False):
-            gap, *others = self.token(self._features(hidden)).unbind(1)
+            gap, *others = few_outputs(self.token, self._features(hidden)).unbind(1)
             if shortlisted is None or self.log_others is None:
-                return torch.sigmoid(gap)
+                return torch.sigmoid(gap).float()
             # The log-sum-exp of the other tokens: that of as many zeros, and what this row adds to it.
             mass = others[0] + self.log_others
-            best = torch.maximum(shortlisted.amax(1), mass - F.softplus(gap))
-            return -torch.expm1(best - torch.logaddexp(shortlisted.logsumexp(1), mass)).clamp(max=0.0)
+            top = shortlisted.amax(1).clamp(min=torch.finfo(shortlisted.dtype).min)  # (M,), not minus infinity
+            listed = top + (shortlisted - top[:, None]).exp().sum(1).double().log()  # log-sum-exp of the shortlist
+            best = torch.maximum(top.double(), mass - F.softplus(gap))
+            return -torch.expm1(best - torch.logaddexp(listed, mass)).clamp(max=0.0).float()
 
     def _features(self, hidden: Tensor) -> Tensor:
-        return F.gelu(self.features(self.norm(hidden.detach().float())))
+        return F.gelu(same_sums(self.features, self.norm(hidden.detach().float())))

@@ -29,6 +29,7 @@ from rdt_core.config import ModelConfig
 from rdt_core.gate import Gate, GateState
 from rdt_core.layers import AdaptiveNorm, EncoderLayer, rotary_angles
 from rdt_core.packing import Packing
+from rdt_core.rows import RowCounts, same_sums
 
 if TYPE_CHECKING:
     from rdt_core.inference import Restoration
@@ -161,7 +162,9 @@ class RDT(nn.Module):
             shortlisted = None
             if self.config.gate_shortlist > 0:
                 with torch.no_grad():
-                    shortlisted = F.linear(self.features(hidden, packing, rows), *self.shortlist)  # (M, K)
+                    weight, bias = self.shortlist
+                    features = self.features(hidden, packing, rows)
+                    shortlisted = same_sums(lambda some: F.linear(some, weight, bias), features)  # (M, K)
             return self.gate.token_level(hidden[rows], shortlisted)
 
     @property
@@ -221,22 +224,3 @@ class RDT(nn.Module):
         for layer in layers:
             x = layer(x, packing, rotary, condition)
         return x[: packing.n_tokens]
-
-
-class RowCounts(NamedTuple):
-    """How many rows the layers run on: multiples of `step`, and where `finely`, fewer rows in finer steps."""
-
-    step: int = 1
-    finely: bool = False
-
-    def holding(self, n_rows: int) -> int:
-        """The smallest such number for so many rows. Fine steps are a quarter of the power of two below, or 1."""
-        step = self.step
-        if self.finely:
-            step = min(step, max(1, (1 << max(n_rows - 1, 0).bit_length()) // 8))
-        return -(-n_rows // step) * step
-
-    def filled(self, rows: Tensor) -> Tensor:
-        """`(R, ...)` with dead rows of zeros after it, up to such a number."""
-        n_dead = self.holding(len(rows)) - len(rows)
-        return rows if n_dead == 0 else torch.cat((rows, rows.new_zeros(n_dead, *rows.shape[1:])))

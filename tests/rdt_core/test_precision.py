@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -11,11 +12,11 @@ from torch._subclasses import FakeTensorMode
 
 from rdt_core import RDT, ModelConfig, Packing, State
 from rdt_core import precision as precision_module
-from rdt_core.model import RowCounts
 from rdt_core.precision import (
     FEW_ROWS,
     FULL_ROWS,
     PRECISIONS,
+    BlasLinear,
     Int8Linear,
     PackedLinear,
     Precision,
@@ -23,9 +24,11 @@ from rdt_core.precision import (
     _int8_weight_max,
     _linear,
     _packs,
+    _prefers_blas,
     natural_precision,
     prepare,
 )
+from rdt_core.rows import RowCounts
 
 CONFIGS = {
     "plain": ModelConfig(vocab_size=90, d_model=32, n_heads=4, n_encoder_layers=2, d_ff=64, suppress_tokens=(0, 3)),
@@ -67,8 +70,11 @@ def passes(model: RDT, n: int) -> tuple[State, torch.Tensor]:
         return state, model.decode(state.hidden, packing, masked.nonzero().squeeze(1))
 
 
-@pytest.mark.parametrize("precision", TOLERANCE)
-def test_a_prepared_model_computes_the_same(model: RDT, precision: Precision) -> None:
+@pytest.mark.parametrize(("precision", "blas"), [*((precision, False) for precision in TOLERANCE), ("fp32", True)])
+def test_a_prepared_model_computes_the_same(
+    model: RDT, monkeypatch: pytest.MonkeyPatch, precision: Precision, blas: bool
+) -> None:
+    monkeypatch.setattr(precision_module, "_prefers_blas", lambda: blas)
     plain, plain_logits = passes(model, 4)
     state, logits = passes(prepare(copy.deepcopy(model), precision), 4)
     for got, wanted in ((state.hidden, plain.hidden), (state.gate.level, plain.gate.level)):
@@ -125,6 +131,7 @@ def test_gelu_may_be_part_of_a_layer() -> None:
     linear, rows = nn.Linear(16, 24), torch.randn(5, 16)
     for plain, active in (
         (PackedLinear(linear, torch.float32), PackedLinear(linear, torch.float32, gelu=True)),
+        (BlasLinear(linear), BlasLinear(linear, gelu=True)),
         (Int8Linear(linear), Int8Linear(linear, gelu=True)),
     ):
         torch.testing.assert_close(active(rows), nn.functional.gelu(plain(rows)))
@@ -151,14 +158,54 @@ def test_an_unknown_precision_is_named(model: RDT) -> None:
         prepare(model, "fp4")  # type: ignore[arg-type]
 
 
-def test_row_counts() -> None:
-    fine, plain = FEW_ROWS, FULL_ROWS
-    assert [fine.holding(n) for n in (1, 7, 8, 9, 17, 33, 65, 129, 257)] == [1, 7, 8, 10, 20, 40, 80, 160, 288]
-    assert all(n <= fine.holding(n) <= max(n, 1.25 * n) for n in range(1, 600)), "at most a quarter is dead"
-    assert len({fine.holding(n) for n in range(1, 513)}) == 36, "kernels to compile"
-    assert [plain.holding(n) for n in (1, 32, 33)] == [32, 32, 64]
-    assert [RowCounts().holding(n) for n in (1, 2, 33)] == [1, 2, 33]
-    assert torch.equal(fine.filled(torch.ones(9, 2)), torch.tensor([1.0] * 9 + [0.0])[:, None].expand(10, 2))
+def test_which_products_layers_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With AVX2 alone those of the BLAS, but for the vocabulary."""
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    for capability, kind in (("AVX2", BlasLinear), ("AVX512", PackedLinear), ("DEFAULT", PackedLinear)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda found=capability: found)
+        _prefers_blas.cache_clear()
+        prepared = prepare(RDT(CONFIGS["plain"]), "fp32")
+        assert isinstance(prepared.inject, kind)
+        assert all(isinstance(layer.feed_forward.up, kind) for layer in prepared.encoder)
+        assert isinstance(prepared.projection, PackedLinear)
+        assert isinstance(prepare(RDT(CONFIGS["plain"]), "bf16").inject, PackedLinear)
+    monkeypatch.undo()
+    _prefers_blas.cache_clear()
+
+
+@pytest.mark.parametrize("blas", [True, False])
+def test_a_text_alone_has_the_digits_it_has_among_others(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, blas: bool
+) -> None:
+    """Of hidden states, levels, logits and token levels, in fp32 and by one thread."""
+    if not _prefers_blas():
+        pytest.skip("looked at with AVX2 alone")
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(1)
+    monkeypatch.setattr(precision_module, "_prefers_blas", lambda: blas)
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=300, d_model=64, n_heads=2, n_encoder_layers=2, d_ff=128, gate_shortlist=32)
+    model = prepare(RDT(config))
+    lengths = [3, 17, 5, 40, 8, 3, 29, 64]
+    tokens = [torch.randint(4, 300, (length,)) for length in lengths]
+    masked = [torch.arange(length) % 3 == 1 for length in lengths]
+
+    def computed(which: list[int]) -> list[tuple[torch.Tensor, ...]]:
+        packing = Packing.of([lengths[i] for i in which])
+        marks = torch.cat([masked[i] for i in which])
+        state = model.begin(torch.cat([tokens[i] for i in which]), marks, packing)
+        for _ in range(3):
+            state = model(state, packing)
+        rows = marks.nonzero().squeeze(1)
+        n_rows = [int(masked[i].sum()) for i in which]
+        logits, doubts = model.decode(state.hidden, packing, rows), model.token_level(state.hidden, packing, rows)
+        hidden = state.hidden.split(packing.lengths)
+        return list(zip(hidden, state.gate.level, logits.split(n_rows), doubts.split(n_rows), strict=True))
+
+    with torch.inference_mode():
+        for i, among_others in enumerate(computed(list(range(len(lengths))))):
+            [alone] = computed([i])
+            assert all(torch.equal(ours, theirs) for ours, theirs in zip(alone, among_others, strict=True))
 
 
 @pytest.mark.parametrize(("precision", "counts"), [("fp32", FEW_ROWS), ("bf16", FULL_ROWS)])

@@ -95,9 +95,8 @@ def sequence_sum(rows: Tensor, packing: Packing) -> Tensor:
 
     rows `(T, ...)` of a floating type -> `(N, ...)`.
     """
-    return torch.segment_reduce(
-        rows, "sum", offsets=packing.offsets, axis=0, unsafe=True
-    )  # checks would ask the device
+    # "unsafe": without checks, which would ask the device
+    return torch.segment_reduce(rows, "sum", offsets=packing.offsets, axis=0, unsafe=True)
 
 
 def sequence_mean(rows: Tensor, weights: Tensor, packing: Packing) -> Tensor:

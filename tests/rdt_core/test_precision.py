@@ -158,8 +158,9 @@ def test_an_unknown_precision_is_named(model: RDT) -> None:
         prepare(model, "fp4")  # type: ignore[arg-type]
 
 
-def test_which_products_layers_take(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_products_layers_take(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With AVX2 alone those of the BLAS, but for the vocabulary."""
+    request.addfinalizer(_prefers_blas.cache_clear)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     for capability, kind in (("AVX2", BlasLinear), ("AVX512", PackedLinear), ("DEFAULT", PackedLinear)):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda found=capability: found)
@@ -169,8 +170,6 @@ def test_which_products_layers_take(monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(isinstance(layer.feed_forward.up, kind) for layer in prepared.encoder)
         assert isinstance(prepared.projection, PackedLinear)
         assert isinstance(prepare(RDT(CONFIGS["plain"]), "bf16").inject, PackedLinear)
-    monkeypatch.undo()
-    _prefers_blas.cache_clear()
 
 
 @pytest.mark.parametrize("blas", [True, False])
@@ -215,6 +214,7 @@ def test_few_row_counts_reach_the_kernels(
     """A kernel is compiled for each; a server that met every number of packed tokens would compile for ever."""
     if precision == "bf16" and not _packs(torch.bfloat16):
         pytest.skip("this processor has no products of bfloat16")
+    monkeypatch.setattr(precision_module, "_prefers_blas", lambda: False)  # or the vocabulary alone would be seen
     seen: set[int] = set()
     original = torch.ops.mkldnn._linear_pointwise
 

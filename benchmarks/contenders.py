@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.peer_servers import batched
 from rdt_core import RDT, restore
-from rdt_core.flops import sequence_flops
+from rdt_core.flops import sequence_flops, unread_flops
 from rdt_core.inference import Restoration
 from service.engine.backend import Backend
 from service.engine.eager import EagerBackend
@@ -78,14 +78,21 @@ def serve(backend: Backend, jobs: Sequence[Job], token_budget: int, max_live: in
 
 def useful_flops(model: RDT, jobs: Sequence[Job]) -> int:
     """What the answers need: every token its own sequence's passes, every masked row one decoding."""
-    return sum(sequence_flops(model.config, len(job.tokens), sum(job.masked), job.max_steps) for job in jobs)
+    return sum(_needed_flops(model, len(job.tokens), sum(job.masked), job.max_steps) for job in jobs)
 
 
 def static_flops(model: RDT, jobs: Sequence[Job], size: int) -> int:
-    """What padded batches spend: every row the longest, every pass the deepest."""
+    """What padded batches spend: every sequence as long as the longest, and as many passes as the deepest."""
     return sum(
-        sequence_flops(model.config, max(len(job.tokens) for job in batch), 0, max(job.max_steps for job in batch))
-        * len(batch)
-        + sum(sequence_flops(model.config, 1, sum(job.masked), 0) for job in batch)
+        _needed_flops(
+            model, max(len(one.tokens) for one in batch), sum(job.masked), max(one.max_steps for one in batch)
+        )
         for batch in batches(jobs, size)
+        for job in batch
     )
+
+
+def _needed_flops(model: RDT, length: int, n_masked: int, steps: int) -> int:
+    """Of one sequence, of whose last pass only masked rows are read."""
+    all_rows = sequence_flops(model.config, length, n_masked, steps)
+    return all_rows - (length - n_masked) * unread_flops(model.config)

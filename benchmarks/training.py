@@ -49,8 +49,10 @@ class Counting(Trainer):
         with_gradient = min(self.drawn, self.config.training.grad_passes)
         outer = (config.n_prelude_layers + config.n_coda_layers * with_gradient) * flops.layer_flops(config, length)
         passes = (self.drawn + 2 * with_gradient) * flops.pass_flops(config, length)
-        decoded = 3 * with_gradient * int(batch.masked.sum()) * flops.decode_flops(config)
-        self.useful_flops += n_tokens * (3 * outer + passes) + decoded
+        n_masked = int(batch.masked.sum())
+        decoded = 3 * with_gradient * n_masked * flops.decode_flops(config)
+        unread = 3 * (n_tokens - n_masked) * flops.unread_flops(config)
+        self.useful_flops += n_tokens * (3 * outer + passes) + decoded - unread
         self.n_tokens += n_tokens
         return losses
 

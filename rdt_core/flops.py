@@ -17,6 +17,15 @@ def pass_flops(config: ModelConfig, length: int) -> int:
     return config.n_encoder_layers * layer_flops(config, length) + 2 * config.d_model**2
 
 
+def unread_flops(config: ModelConfig) -> int:
+    """What each row spares that is not decoded after its sequence's last pass: in the last layer its own output.
+
+    Others attend to it, so its queries, keys, values and attention are not spared.
+    """
+    spared = config.d_model**2 + 2 * config.d_model * config.d_ff
+    return 2 * spared if config.n_coda_layers == 0 else 0
+
+
 def decode_flops(config: ModelConfig) -> int:
     """The vocabulary projection of one row, and what only that row needs before it."""
     return _projection_flops(config, config.vocab_size)
@@ -34,7 +43,10 @@ def _projection_flops(config: ModelConfig, n_tokens: int) -> int:
 
 
 def sequence_flops(config: ModelConfig, length: int, n_decoded: int, steps: int) -> int:
-    """A whole restoration: prelude, `steps` passes, decoder layers, and `n_decoded` rows through the vocabulary."""
+    """A whole restoration: prelude, `steps` passes, decoder layers, and `n_decoded` rows through the vocabulary.
+
+    All passes are of all rows; see `unread_flops`.
+    """
     outer = config.n_prelude_layers + config.n_coda_layers
     encoder = length * (steps * pass_flops(config, length) + outer * layer_flops(config, length))
     return encoder + n_decoded * decode_flops(config)

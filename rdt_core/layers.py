@@ -127,11 +127,12 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(d_model, 3 * d_model)
         self.out = nn.Linear(d_model, d_model)
 
-    def forward(self, x: Tensor, packing: Packing, rotary: Rotary | None) -> Tensor:
+    def forward(self, x: Tensor, packing: Packing, rotary: Rotary | None, rows: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(x).view(x.shape[0], 3, self.n_heads, -1).unbind(1)  # (T, H, C) each
         if rotary is not None:
             q, k = self.rotate(q, *rotary), self.rotate(k, *rotary)
-        return self.out(self.attend(q, k, v, packing).reshape(x.shape))
+        mixed = self.attend(q, k, v, packing).reshape(x.shape)
+        return self.out(mixed if rows is None else mixed.index_select(0, rows))
 
 
 class FeedForward(nn.Module):
@@ -146,7 +147,10 @@ class FeedForward(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """One transformer layer, of pre-norms unless `post`; `condition` `(T, D)` modulates both norms if given."""
+    """One transformer layer, of pre-norms unless `post`; `condition` `(T, D)` modulates both norms if given.
+
+    With `rows` `(R,)`, only these come out, `(R, D)`: they attend to all others, whose own outputs are never computed.
+    """
 
     def __init__(
         self, d_model: int, n_heads: int, d_ff: int, dropout: float, *, post: bool = False, conditioned: bool = False
@@ -159,9 +163,22 @@ class EncoderLayer(nn.Module):
         self.feed_forward = FeedForward(d_model, d_ff)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, packing: Packing, rotary: Rotary | None, condition: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        packing: Packing,
+        rotary: Rotary | None,
+        condition: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """`(T, D)` -> `(T, D)`, or `(R, D)`."""
+        normed = x if self.post else self.attention_norm(x, condition)
+        attended = self.dropout(self.attention(normed, packing, rotary, rows))
+        if rows is not None:
+            x = x.index_select(0, rows)
+            condition = None if condition is None else condition.index_select(0, rows)
         if self.post:
-            x = self.attention_norm(x + self.dropout(self.attention(x, packing, rotary)), condition)
+            x = self.attention_norm(x + attended, condition)
             return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)), condition)
-        x = x + self.dropout(self.attention(self.attention_norm(x, condition), packing, rotary))
+        x = x + attended
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x, condition)))

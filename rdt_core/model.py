@@ -125,14 +125,23 @@ class RDT(nn.Module):
         hidden = self._layers(self.prelude, hidden, packing)
         return State(hidden, embedded, masked, self.gate.start(packing))
 
-    def forward(self, state: State, packing: Packing) -> State:
-        """One pass of the shared encoder over every live sequence, then the gate's reading."""
+    def forward(self, state: State, packing: Packing, rows: Tensor | None = None) -> State:
+        """One pass of the shared encoder over every live sequence, then the gate's reading.
+
+        `rows` `(R,)` are all that will be read of what comes out: those of sequences that go on, masked ones of the
+        others, or all. The last layer computes these alone, and the rest of `hidden` is zeros. With coda layers, which
+        read everything, `rows` have no effect.
+        """
+        if len(self.decoder) > 0:
+            rows = None
         x = self.hidden_norm(state.hidden) + self.inject(state.embedded)  # (T, D)
         condition = None
         if self.level_embedding is not None:
             levels = self.level_embedding(state.gate.level.detach()[:, None].to(x.dtype))  # (N, D)
             condition = F.silu(levels)[packing.sequence_ids]  # (T, D)
-        hidden = self._layers(self.encoder, x, packing, condition)
+        hidden = self._layers(self.encoder, x, packing, condition, rows)
+        if rows is not None:
+            hidden = hidden.new_zeros(x.shape).index_copy(0, rows, hidden)
         return state._replace(hidden=hidden, gate=self.gate(hidden, state.masked, packing, state.gate))
 
     def decode(self, hidden: Tensor, packing: Packing, rows: Tensor | None = None) -> Tensor:
@@ -188,12 +197,19 @@ class RDT(nn.Module):
         return state._replace(embedded=embedded, masked=state.masked.index_fill(0, rows, False))
 
     def recursive_forward(
-        self, tokens: Tensor, masked: Tensor, packing: Packing, n_passes: int, n_grad_passes: int = 2
+        self,
+        tokens: Tensor,
+        masked: Tensor,
+        packing: Packing,
+        n_passes: int,
+        n_grad_passes: int = 2,
+        *,
+        rows: Tensor | None = None,
     ) -> list[State]:
         """Several passes, for training: the states after each, gradients through the last few only.
 
         tokens `(T,)`, masked `(T,)` bool -> `n_passes` states; decode those the loss looks at. The
-        embedded input keeps its gradient in every pass that has one.
+        embedded input keeps its gradient in every pass that has one. `rows` are those of the last pass, see `forward`.
         """
         if n_passes < 1 or n_grad_passes < 1:
             raise ValueError(f"n_passes is {n_passes}, n_grad_passes is {n_grad_passes}: want both >= 1")
@@ -201,7 +217,7 @@ class RDT(nn.Module):
         states = []
         for step in range(n_passes):
             with torch.set_grad_enabled(torch.is_grad_enabled() and step >= n_passes - n_grad_passes):
-                state = self(state, packing)
+                state = self(state, packing, rows if step == n_passes - 1 else None)
             states.append(state)
         return states
 
@@ -211,9 +227,18 @@ class RDT(nn.Module):
 
         return restore(self, tokens, masked, **options)
 
-    def _layers(self, layers: nn.ModuleList, x: Tensor, packing: Packing, condition: Tensor | None = None) -> Tensor:
+    def _layers(
+        self,
+        layers: nn.ModuleList,
+        x: Tensor,
+        packing: Packing,
+        condition: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """`(T, D)` -> `(T, D)`, or with `rows` `(R,)`, only these out of the last layer: `(R, D)`."""
         if len(layers) == 0:
             return x
+        n_rows = packing.n_tokens if rows is None else len(rows)
         rotary = None
         if self.position_embedding is None:
             positions = self.row_counts.filled(packing.positions)
@@ -221,6 +246,9 @@ class RDT(nn.Module):
         x = self.row_counts.filled(x)
         if condition is not None:
             condition = self.row_counts.filled(condition)
-        for layer in layers:
+        if rows is not None:
+            rows = self.row_counts.filled(rows)  # dead rows are copies of the first
+        *others, last = layers
+        for layer in others:
             x = layer(x, packing, rotary, condition)
-        return x[: packing.n_tokens]
+        return last(x, packing, rotary, condition, rows)[:n_rows]

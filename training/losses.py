@@ -40,8 +40,8 @@ def reconstruction(model: RDT, hidden: Tensor, packing: Packing, rows: Tensor, t
 
 def unroll_losses(model: RDT, batch: Batch, packing: Packing, n_passes: int, section: TrainingSection) -> Tensor:
     """Reconstruction of every masked token, mean over the passes that carry a gradient."""
-    states = model.recursive_forward(batch.tokens, batch.masked, packing, n_passes, section.grad_passes)
     rows = batch.masked.nonzero().squeeze(1)
+    states = model.recursive_forward(batch.tokens, batch.masked, packing, n_passes, section.grad_passes, rows=rows)
     supervised = states[-section.grad_passes :]
     features = torch.cat([model.features(state.hidden, packing, rows) for state in supervised])
     targets = batch.targets[rows].repeat(len(supervised))
@@ -50,7 +50,8 @@ def unroll_losses(model: RDT, batch: Batch, packing: Packing, n_passes: int, sec
 
 def chain_losses(model: RDT, batch: Batch, packing: Packing, n_passes: int, section: TrainingSection) -> Losses:
     """The seed's scheme: newly revealed tokens only, and the place in the chain for the gate."""
-    states = model.recursive_forward(batch.tokens, batch.masked, packing, n_passes, n_passes)
+    read = batch.masked.nonzero().squeeze(1)
+    states = model.recursive_forward(batch.tokens, batch.masked, packing, n_passes, n_passes, rows=read)
     recon, gate = [], []
     for step, state in enumerate(states, start=1):
         rows = (batch.due_passes == step).nonzero().squeeze(1)

@@ -44,7 +44,8 @@ def validate(
         batch = batches[index].to(device)
         packing = batch.packing(device)
         rows = batch.masked.nonzero().squeeze(1)
-        states = model.recursive_forward(batch.tokens, batch.masked, packing, n_passes or section.max_chain_length)
+        depth = n_passes or section.max_chain_length
+        states = model.recursive_forward(batch.tokens, batch.masked, packing, depth, rows=rows)
         some = batch.first(section.gate_sequences)
         sums += torch.tensor(
             [

@@ -1,8 +1,8 @@
 """What every peer runs: ordinary dynamic batching at its best.
 
-A batch is padded to its longest and run until its slowest has halted, and, unlike most, only masked rows
-are decoded. Padding is not even masked out of the attention, which makes the answers wrong and the passes
-cheaper than they could honestly be.
+A batch is padded to its longest and run until its slowest has halted. Unlike with most, only masked rows are decoded,
+and computed in the last layer of a pass that must be the last. Padding is not even masked out of the attention, which
+makes the answers wrong and the passes cheaper than they could honestly be.
 """
 
 from __future__ import annotations
@@ -53,15 +53,16 @@ def restore(model: RDT, batch: Sequence[Job]) -> list[Restored]:
     tokens, masked = tokens.to(model.device), masked.to(model.device)
     packing = Packing.of([longest] * len(batch), model.device)
     state = model.begin(tokens.flatten(), masked.flatten(), packing)
+    rows = masked.flatten().nonzero().squeeze(1)
+    deepest = max(job.max_steps for job in batch)
     steps = [0] * len(batch)  # 0: not halted
     step = 0
     while 0 in steps:
-        state = model(state, packing)
+        state = model(state, packing, rows if step + 1 == deepest else None)
         step += 1
         for row, (job, level) in enumerate(zip(batch, state.gate.level.tolist(), strict=True)):
             if steps[row] == 0 and (level < job.threshold or step >= job.max_steps):
                 steps[row] = step
-    rows = masked.flatten().nonzero().squeeze(1)
     best = model.decode(state.hidden, packing, rows).argmax(-1)
     choices = best.split(masked.sum(1).tolist())
     return [Restored(chosen.tolist(), own) for chosen, own in zip(choices, steps, strict=True)]

@@ -105,7 +105,7 @@ class EagerBackend:
     def _advance(self, batch: Batch, overdue: frozenset[Ticket]) -> Outcome:
         """One pass, who settles and who stops, the coda for both, and the farewell of those that stop."""
         packing = batch.packing
-        state = self._model(batch.state, packing)
+        state = self._model(batch.state, packing, self._rows_needed(batch))
         terms = batch.terms._replace(step=batch.terms.step + 1)
         settling, level_if_settling = self._settle(state, packing, terms)  # (T,) bool, (N,)
         level = torch.where(terms.settles, level_if_settling, state.gate.level)
@@ -137,6 +137,13 @@ class EagerBackend:
         self._batch = advanced if len(staying) == len(reasons) else _keep(advanced, staying)
         told = dict(zip(batch.tickets, readings, strict=True))
         return Outcome(told, n_decoded=len(rows), decode_seconds=decode_seconds)
+
+    def _rows_needed(self, batch: Batch) -> Tensor | None:
+        """All that will be read after the next pass `(R,)`: of a sequence whose last it is, what is decoded. Or all."""
+        may_go_on = batch.terms.step + 1 < batch.terms.ceiling  # (N,)
+        whole = (may_go_on | batch.terms.decode_all)[batch.packing.sequence_ids]  # (T,)
+        rows = (whole | batch.state.masked).nonzero().squeeze(1)
+        return None if len(rows) == batch.packing.n_tokens else rows
 
     def _settle(self, state: State, packing: Packing, terms: Terms) -> tuple[Tensor, Tensor]:
         """Of sequences that settle: which rows become text now `(T,)` bool, and the level this leaves them `(N,)`."""

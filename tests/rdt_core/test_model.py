@@ -104,6 +104,45 @@ def test_decoding_some_rows_is_decoding_all_and_selecting(build: Build, changes:
     torch.testing.assert_close(model.decode(hidden, packing, rows), everything[rows])
 
 
+@variants
+def test_rows_that_will_be_read_come_out_alone_as_among_all(build: Build, changes: dict[str, object]) -> None:
+    model = perturb(build(n_encoder_layers=2, **changes)).eval()
+    tokens, masked, packing = random_sequences([4, 7, 5])
+    state = model(model.begin(tokens, masked, packing), packing)
+    rows = (masked | (packing.sequence_ids == 1)).nonzero().squeeze(1)  # the second one goes on
+    everything, some = model(state, packing), model(state, packing, rows)
+    torch.testing.assert_close(some.hidden[rows], everything.hidden[rows])
+    torch.testing.assert_close(some.gate, everything.gate)
+    read_by_nobody = torch.ones(16, dtype=torch.bool).index_fill(0, rows, False)
+    assert read_by_nobody.any()
+    if not model.decoder:
+        assert not some.hidden[read_by_nobody].any()
+
+
+@variants
+def test_gradients_are_the_same_when_only_rows_that_are_read_come_out(build: Build, changes: dict[str, object]) -> None:
+    tokens, masked, packing = random_sequences([4, 7])
+    rows = masked.nonzero().squeeze(1)
+
+    def slopes(read: Tensor | None) -> dict[str, Tensor]:
+        model = perturb(build(dropout=0.0, **changes))
+        states = model.recursive_forward(tokens, masked, packing, 3, 2, rows=read)
+        loss = sum(model.decode(state.hidden, packing, rows).logsumexp(-1).mean() for state in states[1:])
+        (loss + states[-1].gate.level.sum()).backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    torch.testing.assert_close(slopes(rows), slopes(None))
+
+
+def test_rows_that_will_be_read_may_be_none_at_all(build: Build) -> None:
+    model = build().eval()
+    tokens, masked, packing = random_sequences([4, 7])
+    state = model.begin(tokens, torch.zeros_like(masked), packing)
+    after = model(state, packing, torch.tensor([], dtype=torch.int64))
+    assert not after.hidden.any()
+    assert after.gate.level.tolist() == [0, 0]
+
+
 def test_learned_positions_tell_places_apart_and_end(build: Build) -> None:
     model = build(norm="post", positions="learned", max_seq_len=9).eval()
     packing = Packing.of([9, 4])

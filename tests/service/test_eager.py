@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import math
 import random
+from dataclasses import replace
 
 import pytest
 from torch import Tensor
 
-from rdt_core import RDT, Packing
+from rdt_core import RDT, Packing, State
 from rdt_core.precision import Precision, prepare
 from service.engine.eager import EagerBackend
 from service.engine.reference import run_reference
@@ -101,6 +102,31 @@ def test_only_open_rows_of_sequences_that_stop_go_through_the_vocabulary(tiny_mo
     three = [masked_job(4, 1), masked_job(5, 2), Job([5] * 9, [False] * 8 + [True], 2, 0.0, "gate")]
     assert backend.run(plan_of(*three)).n_decoded == 4
     assert backend.run(Plan((), (), frozenset(), (), (1, 2), 0)).n_decoded == 6
+
+
+def test_the_last_layer_of_a_last_pass_computes_what_will_be_read(
+    tiny_model: RDT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed = []
+    original = RDT.forward
+
+    def forward(model: RDT, state: State, packing: Packing, rows: Tensor | None = None) -> State:
+        computed.append(None if rows is None else rows.tolist())
+        return original(model, state, packing, rows)
+
+    monkeypatch.setattr(RDT, "forward", forward)
+    backend = EagerBackend(tiny_model)
+    tokens, masked = [5] * 4, [False, True, False, True]
+    last, other = Job(tokens, masked, 1, 0.0, "gate"), Job(tokens, masked, 2, 0.0, "gate")
+    whole, settling = replace(other, decode_all=True), Job(tokens, masked, 2, 0.0, "settle")
+    backend.run(plan_of(last, other, whole, settling))
+    assert computed == [[1, 3, *range(4, 16)]]
+    assert backend._batch is not None
+    (still_open,) = (row for row in (1, 3) if backend._batch.state.masked[8 + row])  # of the one that settles
+    backend.run(Plan((), (), frozenset(), (), (1, 2, 3), 0))
+    assert computed[1] == [1, 3, 4, 5, 6, 7, 8 + still_open]
+    backend.run(plan_of(other))
+    assert computed[2:] == [None]
 
 
 def test_settling_decodes_each_masked_row_once(tiny_model: RDT) -> None:

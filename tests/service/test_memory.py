@@ -190,7 +190,7 @@ def test_whatever_says_so_and_nothing_of_the_tick_stays_in_memory(
 ) -> None:
     tensors: list[weakref.ref[torch.Tensor]] = []
 
-    def scarce(_model: RDT, state: State, _packing: object) -> None:
+    def scarce(_model: RDT, state: State, *_: object) -> None:
         large = state.hidden.clone()
         tensors.append(weakref.ref(large))
         raise error.with_traceback(None)

@@ -1,8 +1,8 @@
 """`python -m benchmarks.engine`: requests a second of the engine and of its rivals, offline, same weights.
 
 Each workload runs all contenders in turn, several rounds, and reports medians, so that a machine that
-drifts drifts for all; of the batch sizes only the best goes on after the first round. Useful FLOP/s counts
-what the answers need; the matrix peak is measured in the same run with products of the model's own shape.
+drifts drifts for all; of the batch sizes the two best go on after the first round. Useful FLOP/s counts what
+the answers need; the matrix peak is measured in the same run with products of the model's own shape.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ PEAK_ROWS, PEAK_REPEATS = 512, 20
 GATE_PARAGRAPHS = 1000
 BY_THE_MODEL = ("gate", "settle")
 """Workloads whose depths are not known before they have run."""
+
+SIZED, FINALISTS = ("static", "sorted"), 2
 
 Run = Callable[[], None]
 
@@ -116,9 +118,10 @@ def measure(weights: Weights, workload: str, options: argparse.Namespace) -> dic
 
 
 def finalists(taken: dict[str, list[float]]) -> set[str]:
-    """Every contender, of static and sorted batches those of the size that was fastest in the first round."""
-    best = {kind: _best(kind, taken) for kind in ("static", "sorted")}
-    return {name for name in taken if name.split()[0] not in best or name in best.values()}
+    """Every contender, of static and sorted batches those of the sizes that were fastest in the first round."""
+    by_time = sorted(taken, key=lambda name: taken[name][0])
+    sized = ([name for name in by_time if name.startswith(kind)][:FINALISTS] for kind in SIZED)
+    return {name for name in taken if not name.startswith(SIZED)}.union(*sized)
 
 
 def figures(
@@ -174,8 +177,10 @@ def seconds(run: Run) -> float:
 
 
 def _best(kind: str, taken: dict[str, list[float]]) -> str | None:
-    """The quickest of a kind in the first round; None where there is none of it."""
-    return min((name for name in taken if name.startswith(kind)), key=lambda name: taken[name][0], default=None)
+    """The quickest of a kind among those that were in every round; None where there is none of it."""
+    rounds = max(map(len, taken.values()))
+    names = [name for name, times in taken.items() if name.startswith(kind) and len(times) == rounds]
+    return min(names, key=lambda name: statistics.median(taken[name]), default=None)
 
 
 def main() -> None:

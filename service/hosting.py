@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import math
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -288,5 +289,6 @@ def rehearsals(loaded: LoadedModel, limits: SchedulerLimits) -> list[list[Job]]:
 
 
 def _rehearsal(tokenizer: Tokenizer, masked: list[bool]) -> Job:
+    """It halts by the gate after one pass. If that had to be its last, less of it would be computed."""
     tokens = [tokenizer.mask_id if hidden else tokenizer.cls_id for hidden in masked]
-    return Job(tokens, masked, max_steps=1, threshold=0.0, halting="gate")
+    return Job(tokens, masked, max_steps=2, threshold=math.inf, halting="gate")

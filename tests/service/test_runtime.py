@@ -12,7 +12,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
+from rdt_core import RDT, Packing, State
 from service import cli
 from service.addresses import address
 from service.client import AsyncClient, ProblemError
@@ -94,6 +96,25 @@ async def test_warming_is_no_load(tiny_checkpoint: Path, caplog: pytest.LogCaptu
     async with running(settings, caplog) as (client, _):
         await client.denoise("a [MASK]", max_steps=1)
         assert "rdt_tick_tokens_count 1.0" in (await client._http.get("/metrics")).text
+
+
+async def test_warming_leaves_nothing_out_of_a_pass(
+    tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a last pass spares would be slow when it is first met."""
+    computed: list[object] = []
+    original = RDT.forward
+
+    def forward(model: RDT, state: State, packing: Packing, rows: Tensor | None = None) -> State:
+        computed.append(rows)
+        return original(model, state, packing, rows)
+
+    monkeypatch.setattr(RDT, "forward", forward)
+    async with running(settings_for(tiny_checkpoint), caplog) as (_, serving):
+        os.kill(os.getpid(), signal.SIGTERM)
+        await serving
+    assert len(computed) > 2
+    assert set(computed) == {None}
 
 
 def test_addresses_are_written_as_in_urls() -> None:

@@ -38,7 +38,7 @@ def settings_for(checkpoint: Path, **changes: object) -> Settings:
 async def running(
     settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> AsyncIterator[tuple[AsyncClient, asyncio.Task[int]]]:
-    """A server that takes requests, a client for it, and the task that ends with its exit status."""
+    """A server that takes requests until this ends, a client for it, and the task that ends with its exit status."""
     serving = asyncio.create_task(serve(settings))
     async with asyncio.timeout(10):
         while (found := re.search(r"listening on (http://\S+)", caplog.text)) is None:
@@ -47,6 +47,9 @@ async def running(
             while not await client.ready():
                 await asyncio.sleep(0.01)
             yield client, serving
+    if not serving.done():
+        os.kill(os.getpid(), signal.SIGTERM)
+        await serving
 
 
 async def test_the_settings_reach_the_model_card(tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -110,9 +113,8 @@ async def test_warming_leaves_nothing_out_of_a_pass(
         return original(model, state, packing, rows)
 
     monkeypatch.setattr(RDT, "forward", forward)
-    async with running(settings_for(tiny_checkpoint), caplog) as (_, serving):
-        os.kill(os.getpid(), signal.SIGTERM)
-        await serving
+    async with running(settings_for(tiny_checkpoint), caplog):
+        pass
     assert len(computed) > 2
     assert set(computed) == {None}
 

@@ -32,6 +32,11 @@ PARTING_SECONDS = 1.0
 HEAD_END = re.compile(rb"\n\r?\n")
 UPGRADE = re.compile(rb"\nupgrade[ \t]*:", re.IGNORECASE)
 NO_HTTP = "Invalid HTTP request received."
+NOT_ONE_HOST = "the request does not say for whom it is: want one header Host"
+
+
+class NotOneHost(ValueError):
+    """Of a request that should have one. RFC 9112, 3.2"""
 
 
 class Http(HttpToolsProtocol):
@@ -136,7 +141,7 @@ class Http(HttpToolsProtocol):
         except httptools.HttpParserError as error:
             if not self._deaf:
                 log.debug("not HTTP", exc_info=error)
-                self._end(400, NO_HTTP)
+                self._end(400, NOT_ONE_HOST if isinstance(error.__context__, NotOneHost) else NO_HTTP)
 
     def on_message_begin(self) -> None:
         if self._deaf:
@@ -144,8 +149,9 @@ class Http(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        if [name for name, _ in self.headers].count(b"host") > 1:  # whom is it for? RFC 9112, 3.2
-            raise ValueError("several hosts")  # stops the parser
+        n_hosts = [name for name, _ in self.headers].count(b"host")
+        if n_hosts > 1 or (n_hosts == 0 and self.parser.get_http_version() == "1.1"):
+            raise NotOneHost  # stops the parser
         super().on_headers_complete()
         headers = dict(self.headers)
         self.headers = []  # for trailers, which must not pass for headers

@@ -266,7 +266,8 @@ async def test_a_body_is_never_a_second_request(port: int) -> None:
     """However its lines read, and wherever the head before it is cut."""
     inner = b"\r\nupgrade: x" * 3 + b"GET /health/live HTTP/1.1\r\nHost: rdt\r\n\r\n"
     body = b"{}" + inner
-    head = b"POST /denoise HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+    kind = b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+    head = b"POST /denoise HTTP/1.1\r\nHost: rdt\r\n" + kind
     for cut in range(len(head) - 5, len(head) + 3):
         whole = head + body
         assert statuses(await everything(port, whole[:cut], whole[cut:])) == [400]
@@ -337,10 +338,9 @@ async def test_the_time_runs_from_the_first_byte_of_each_request(port: int, monk
 @pytest.mark.parametrize(
     "sent",
     [
-        b"CONNECT x:80 HTTP/1.1\r\n\r\n",
-        b"GET http://h HTTP/1.1\r\n\r\n",
-        b"GET http://h:99999999/ HTTP/1.1\r\n\r\n",
-        b"GET / HTTP/1.1\r\nHost: rdt\r\nhost: rdt\r\n\r\n",
+        b"CONNECT x:80 HTTP/1.1\r\nHost: h\r\n\r\n",
+        b"GET http://h HTTP/1.1\r\nHost: h\r\n\r\n",
+        b"GET http://h:99999999/ HTTP/1.1\r\nHost: h\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS
     ],
 )
@@ -351,6 +351,13 @@ async def test_requests_that_no_route_can_have_are_refused_and_nothing_breaks(
     assert statuses(await everything(port, request(b"") + sent)) == [200]  # what was asked before it is answered
     assert statuses(await everything(port, request(b""), sent)) == [200, 400]
     assert [record for record in caplog.records if record.exc_info] == []
+
+
+@pytest.mark.parametrize(("version", "n_hosts", "refused"), [("1.1", 0, True), ("1.1", 2, True), ("1.0", 0, False)])
+async def test_a_request_says_for_whom_it_is(port: int, version: str, n_hosts: int, refused: bool) -> None:
+    said = await everything(port, f"GET /health/live HTTP/{version}\r\n".encode() + b"Host: a\r\n" * n_hosts + b"\r\n")
+    assert statuses(said) == [400 if refused else 200]
+    assert (b"want one header Host" in said) == refused
 
 
 async def test_who_hangs_up_with_a_request_behind_the_first_frees_the_engine(port: int, service: Service) -> None:

@@ -198,6 +198,18 @@ def test_the_gate_loss_of_a_settling_run_is_of_the_tokens_still_open(model: RDT,
     torch.testing.assert_close(gate_losses(model, batch, packing, section, settle=True), expected / 4)
 
 
+def test_the_gate_loss_of_a_run_that_has_settled_early_is_that_of_its_first_passes(model: RDT, batch: Batch) -> None:
+    only = torch.zeros_like(batch.masked).index_fill(0, batch.masked.nonzero()[0], True)
+    alone, packing = batch._replace(masked=only), batch.packing(CPU)
+    run = deep_run(model, alone, packing, 4, settle=True)
+    assert run.open_rows.tolist() == [[True], [False], [False], [False]]
+    one, four = (
+        gate_losses(model, alone, packing, TrainingSection(gate_passes=passes), settle=True) for passes in (1, 4)
+    )
+    assert four > 0
+    torch.testing.assert_close(four, one / 4)
+
+
 @pytest.mark.parametrize("settle", [True, False])
 def test_the_gate_is_taught_in_float32_whatever_the_rest_is(model: RDT, batch: Batch, settle: bool) -> None:
     section = TrainingSection(gate_passes=4, total_steps=8)

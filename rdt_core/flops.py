@@ -18,9 +18,9 @@ def pass_flops(config: ModelConfig, length: int) -> int:
 
 
 def unread_flops(config: ModelConfig) -> int:
-    """What each row spares that is not decoded after its sequence's last pass: in the last layer its own output.
+    """What a row that is not decoded spares in the last pass of its sequence: what it would get from the last layer.
 
-    Others attend to it, so its queries, keys, values and attention are not spared.
+    Its keys and values are needed by others; its query and its attention are computed with theirs.
     """
     spared = config.d_model**2 + 2 * config.d_model * config.d_ff
     return 2 * spared if config.n_coda_layers == 0 else 0

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from rdt_core import PRESETS, RDT, ModelConfig
-from rdt_core.flops import layer_flops, sequence_flops
+from rdt_core.flops import layer_flops, sequence_flops, unread_flops
 
 WHOLE = "want a whole number >="
 BAD_FIELDS: list[tuple[str, Any, str]] = [
@@ -93,6 +93,12 @@ def test_a_linear_decoder_has_no_layers_to_count() -> None:
     dense = ModelConfig(decoder_type="dense")
     assert sequence_flops(dense, 10, 2, 3) == sequence_flops(linear, 10, 2, 3) + 2 * 2 * dense.d_model**2
     assert sequence_flops(layers, 10, 2, 3) == sequence_flops(linear, 10, 2, 3) + 40 * layer_flops(linear, 10)
+
+
+def test_a_row_that_nobody_reads_spares_its_part_of_the_last_layer_but_for_keys_queries_and_values() -> None:
+    linear, layers = ModelConfig(), ModelConfig(n_decoder_layers=4, decoder_type="transformer")
+    assert unread_flops(linear) == layer_flops(linear, 0) - 2 * 3 * linear.d_model**2
+    assert unread_flops(layers) == 0, "the decoder's layers read everything"
 
 
 def test_something_must_be_left_to_answer() -> None:

@@ -341,6 +341,7 @@ async def test_the_time_runs_from_the_first_byte_of_each_request(port: int, monk
         b"CONNECT x:80 HTTP/1.1\r\nHost: h\r\n\r\n",
         b"GET http://h HTTP/1.1\r\nHost: h\r\n\r\n",
         b"GET http://h:99999999/ HTTP/1.1\r\nHost: h\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: rdt\r\nhost: rdt\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS
     ],
 )

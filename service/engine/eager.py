@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ from rdt_core.model import RDT, State
 from rdt_core.packing import Packing, rows_of
 from service.engine.batch_halting import GO_ON, REASONS, Terms, count, reasons_of, settled_level, settling_rows
 from service.engine.memory import or_out_of_memory
-from service.engine.types import Admission, Choice, Outcome, Plan, Reading, Ticket
+from service.engine.types import Admission, Choice, Job, Outcome, Plan, Reading, Ticket
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,16 @@ class Batch:
     """The live sequences, packed in the order of `tickets`."""
 
     tickets: tuple[Ticket, ...]
-    top_k: tuple[int, ...]
+    jobs: tuple[Job, ...]
     packing: Packing
     state: State
     asked: Tensor  # (T,) bool, rows that came in masked
     terms: Terms
+
+    @property
+    def settles(self) -> bool:
+        """Some of it does."""
+        return any(job.halting == "settle" for job in self.jobs)
 
 
 class EagerBackend:
@@ -95,7 +100,7 @@ class EagerBackend:
         )
         return Batch(
             tickets=tuple(admission.ticket for admission in admitted),
-            top_k=tuple(job.top_k for job in jobs),
+            jobs=tuple(jobs),
             packing=packing,
             state=self._model.begin(tokens, masked, packing),
             asked=masked,
@@ -107,36 +112,51 @@ class EagerBackend:
         packing = batch.packing
         state = self._model(batch.state, packing, self._rows_needed(batch))
         terms = batch.terms._replace(step=batch.terms.step + 1)
-        settling, level_if_settling = self._settle(state, packing, terms)  # (T,) bool, (N,)
-        level = torch.where(terms.settles, level_if_settling, state.gate.level)
-        terms = terms._replace(level=level)
+        level, settling, all_settled = state.gate.level, torch.zeros_like(state.masked), None  # (N,), (T,) bool, (N,)
+        if batch.settles:
+            settling, level_if_settling = self._settle(state, packing, terms)
+            level = torch.where(terms.settles, level_if_settling, level)
+            all_settled = terms.settles & (count(state.masked & ~settling, packing) == 0)
         reason = reasons_of(
             level=level,
             threshold=terms.threshold,
             last=terms.step >= terms.ceiling,
             late=torch.tensor([ticket in overdue for ticket in batch.tickets], device=level.device),
-            all_settled=terms.settles & (count(state.masked & ~settling, packing) == 0),
+            all_settled=all_settled,
         )  # (N,)
+        reasons = reason.tolist()
+        readings = [Reading(at, REASONS[code], [], []) for at, code in zip(level.tolist(), reasons, strict=True)]
+        staying = [i for i, code in enumerate(reasons) if code == GO_ON]
 
-        stops = (reason != GO_ON)[packing.sequence_ids]  # (T,)
+        batch = replace(batch, state=state, terms=terms._replace(level=level))
+        n_decoded, decode_seconds = 0, 0.0
+        if len(staying) < len(reasons) or any(job.read_every_pass for job in batch.jobs):
+            batch, n_decoded, decode_seconds = self._decode(batch, settling, reason != GO_ON, readings)
+        self._batch = batch if len(staying) == len(reasons) else _keep(batch, staying)
+        return Outcome(dict(zip(batch.tickets, readings, strict=True)), n_decoded, decode_seconds)
+
+    def _decode(
+        self, batch: Batch, settling: Tensor, stops: Tensor, readings: list[Reading]
+    ) -> tuple[Batch, int, float]:
+        """The coda of rows that settle `(T,)` bool, of sequences that stop `(N,)` bool, and of what is streamed.
+
+        Readings get their choices. Returns the batch with what has settled written in, how many rows, and seconds.
+        """
+        state, packing, terms = batch.state, batch.packing, batch.terms
+        stops = stops[packing.sequence_ids]  # (T,)
         read_all = stops & terms.decode_all[packing.sequence_ids] & ~(batch.asked & ~state.masked)
         fixed = settling | (state.masked & stops) | read_all
         shown = fixed | (state.masked & terms.streams[packing.sequence_ids])
         rows = shown.nonzero().squeeze(1)  # (R,)
         began = time.perf_counter()
-        decoded = Decoded.of(self._model, state.hidden, packing, rows, max(batch.top_k))
+        decoded = Decoded.of(self._model, state.hidden, packing, rows, max(job.top_k for job in batch.jobs))
         decode_seconds = time.perf_counter() - began  # on CUDA: of the launch, whose work the read-back below waits for
 
         writes = fixed[rows]
-        state = self._model.settle(state, rows[writes], decoded.tokens[writes])
-        reasons = reason.tolist()
-        readings = [Reading(at, REASONS[code], [], []) for at, code in zip(level.tolist(), reasons, strict=True)]
         _hand_out(decoded, writes, batch, readings)
-        staying = [i for i, code in enumerate(reasons) if code == GO_ON]
-        advanced = Batch(batch.tickets, batch.top_k, packing, state, batch.asked, terms)
-        self._batch = advanced if len(staying) == len(reasons) else _keep(advanced, staying)
-        told = dict(zip(batch.tickets, readings, strict=True))
-        return Outcome(told, n_decoded=len(rows), decode_seconds=decode_seconds)
+        if batch.settles:
+            state = self._model.settle(state, rows[writes], decoded.tokens[writes])
+        return replace(batch, state=state), len(rows), decode_seconds
 
     def _rows_needed(self, batch: Batch) -> Tensor | None:
         """All that will be read after the next pass `(R,)`: of a sequence whose last it is, what is decoded. Or all."""
@@ -196,7 +216,7 @@ class Decoded(NamedTuple):
 def _hand_out(decoded: Decoded, writes: Tensor, batch: Batch, readings: list[Reading]) -> None:
     """Back to plain values, each row to the reading of the sequence it belongs to."""
     owners = batch.packing.sequence_ids[decoded.rows].tolist()
-    choices = decoded.choices(batch.packing.positions[decoded.rows].tolist(), (batch.top_k[i] for i in owners))
+    choices = decoded.choices(batch.packing.positions[decoded.rows].tolist(), (batch.jobs[i].top_k for i in owners))
     for i, written, choice in zip(owners, writes.tolist(), choices, strict=True):
         (readings[i].chosen if written else readings[i].guesses).append(choice)
 
@@ -210,7 +230,7 @@ def _keep(batch: Batch, sequences: list[int]) -> Batch | None:
     gate = batch.state.gate
     return Batch(
         tickets=tuple(batch.tickets[i] for i in sequences),
-        top_k=tuple(batch.top_k[i] for i in sequences),
+        jobs=tuple(batch.jobs[i] for i in sequences),
         packing=Packing.of([batch.packing.lengths[i] for i in sequences], rows.device),
         state=State(
             hidden=batch.state.hidden[rows],
@@ -232,7 +252,7 @@ def _join(live: Batch, newcomers: Batch) -> Batch:
 
     return Batch(
         tickets=live.tickets + newcomers.tickets,
-        top_k=live.top_k + newcomers.top_k,
+        jobs=live.jobs + newcomers.jobs,
         packing=Packing.of(live.packing.lengths + newcomers.packing.lengths, device),
         state=State(
             hidden=both(live.state.hidden, newcomers.state.hidden),

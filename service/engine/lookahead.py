@@ -135,7 +135,7 @@ class LookaheadBackend:
 
     def _run_beside(self, plan: Plan) -> Outcome:
         """Those that have to be read after every pass."""
-        admitted = tuple(a for a in plan.admitted if _goes_beside(a.job))
+        admitted = tuple(a for a in plan.admitted if a.job.read_every_pass)
         self._beside.update(a.ticket for a in admitted)
         live = tuple(ticket for ticket in plan.live if ticket in self._beside)
         dropped = tuple(ticket for ticket in plan.dropped if ticket in self._beside)
@@ -148,7 +148,7 @@ class LookaheadBackend:
 
     def _arrange(self, plan: Plan) -> None:
         """Those that halted or were dropped go, and newcomers join."""
-        newcomers = [a for a in plan.admitted if not _goes_beside(a.job)]
+        newcomers = [a for a in plan.admitted if not a.job.read_every_pass]
         stay = set(plan.live) - self._halted
         kept = [(place, one) for place, one in enumerate(self._sequences) if one.ticket in stay]
         if not newcomers and len(kept) == len(self._sequences):
@@ -253,11 +253,6 @@ def to_host(*tensors: Tensor) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
     copied = torch.cuda.Event()
     copied.record()
     return copies, copied.synchronize
-
-
-def _goes_beside(job: Job) -> bool:
-    """It has to be read after every pass."""
-    return job.stream or job.halting == "settle"
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:

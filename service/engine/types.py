@@ -29,6 +29,11 @@ class Job:
     deadline: float | None = None  # on the engine's clock, in seconds
     stream: bool = False  # show the best guesses after every pass
 
+    @property
+    def read_every_pass(self) -> bool:
+        """What a pass decodes is wanted before the next."""
+        return self.stream or self.halting == "settle"
+
 
 @dataclass(frozen=True)
 class Result:

@@ -64,8 +64,20 @@ def test_any_mix_of_lengths_depths_thresholds_and_arrivals_answers_as_the_refere
     rng = random.Random(seed)
     jobs = [random_job(rng, tiny_model.config.vocab_size) for _ in range(60)]
     served = prepare(copy.deepcopy(tiny_model)) if prepared else tiny_model
-    for job, result in zip(jobs, run_all(EagerBackend(served), jobs, rng), strict=True):
-        alone = run_reference(tiny_model, job)
+    check_against_the_reference(tiny_model, jobs, run_all(EagerBackend(served), jobs, rng))
+
+
+def test_so_does_a_mix_in_which_nobody_settles(tiny_model: RDT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nobody is asked how sure it is of anything."""
+    rng = random.Random(3)
+    jobs = [replace(random_job(rng, tiny_model.config.vocab_size), halting="gate") for _ in range(60)]
+    monkeypatch.delattr(EagerBackend, "_settle")
+    check_against_the_reference(tiny_model, jobs, run_all(EagerBackend(tiny_model), jobs, rng))
+
+
+def check_against_the_reference(model: RDT, jobs: list[Job], results: list[Result]) -> None:
+    for job, result in zip(jobs, results, strict=True):
+        alone = run_reference(model, job)
         assert result.tokens == alone.tokens
         assert (result.steps, result.reason) == (alone.steps, alone.reason)
         assert (result.rows, result.fixed_at) == (alone.rows, alone.fixed_at)
@@ -74,6 +86,19 @@ def test_any_mix_of_lengths_depths_thresholds_and_arrivals_answers_as_the_refere
         for ours, theirs in zip(result.candidates, alone.candidates, strict=True):
             assert [token for token, _ in ours] == [token for token, _ in theirs]
             assert [share for _, share in ours] == pytest.approx([share for _, share in theirs], abs=1e-5)
+
+
+def test_after_a_pass_that_nobody_ends_with_nothing_is_decoded(
+    tiny_model: RDT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = EagerBackend(tiny_model)
+    monkeypatch.delattr(EagerBackend, "_decode")
+    jobs = [Job([1, 5, 4, 2], [False, False, True, False], n_passes, 0.0, "gate") for n_passes in (3, 4)]
+    admitted = tuple(Admission(ticket, job, job.max_steps) for ticket, job in enumerate(jobs))
+    for newcomers in (admitted, ()):
+        outcome = backend.run(Plan(newcomers, (), frozenset(), (), (0, 1), 8))
+        assert outcome.n_decoded == 0
+        assert [reading.reason for reading in outcome.readings.values()] == [None, None]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8"])

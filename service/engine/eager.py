@@ -6,7 +6,7 @@ One mechanism serves both ways of halting. After a pass some rows are decoded: w
 become text now, with `gate` none until the end, and in both every row still open of a sequence that stops.
 Settled tokens replace their `[MASK]` in the embedded input. Sequences that stop are cut out of the batch. The
 arithmetic is that of `rdt_core.inference`, for all sequences at once and without asking the device
-about any single one. What the host must know is read back once a tick.
+about any single one. What the host must know is read back after the pass: who stops, and what was decoded.
 """
 
 from __future__ import annotations

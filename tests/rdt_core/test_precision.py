@@ -118,6 +118,17 @@ def test_formats_without_kernels_of_their_own_take_plain_products(monkeypatch: p
     assert PackedLinear(linear, torch.float32).packed
 
 
+def test_int8_weights_have_a_bit_less_where_sums_are_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut_off(x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        """Rows of 127 by weights of 127, as without VNNI: rows without a sign, two products added first, in 16 bits."""
+        of_a_pair = min(2 * 127 * (127 + 128), 2**15 - 1) - 2 * 127 * 128
+        return torch.full((len(x), len(x)), x.shape[1] / 2 * of_a_pair)
+
+    monkeypatch.setattr(precision_module, "_int8_product", cut_off)
+    least = _int8_weight_max.__wrapped__()
+    assert 2 * least * (127 + 128) < 2**15
+
+
 def test_int8_rounds_to_a_hundredth() -> None:
     torch.manual_seed(0)
     linear = nn.Linear(256, 128)

@@ -175,6 +175,19 @@ async def test_a_body_over_the_limit_without_a_declared_length(service: Service)
     assert n_sent <= MAX_BODY_BYTES + 2048, "the body was read on after the limit"
 
 
+@pytest.mark.parametrize("declared", [True, False])
+@pytest.mark.parametrize(("over", "status"), [(0, 200), (1, 413)])
+async def test_a_body_may_be_as_large_as_the_limit(service: Service, declared: bool, over: int, status: int) -> None:
+    body = b'{"text": "a"}'.ljust(MAX_BODY_BYTES + over)
+
+    async def chunks() -> AsyncIterator[bytes]:
+        yield body
+
+    async with service.client() as client:
+        response = await client.post("/denoise", content=body if declared else chunks(), headers=JSON)
+    assert response.status_code == status
+
+
 async def test_a_declared_length_over_the_limit_is_refused_unread(service: Service) -> None:
     async def chunks() -> AsyncIterator[bytes]:
         pytest.fail("the body was read")

@@ -233,6 +233,18 @@ def test_shedding_lowers_the_ceiling_with_the_length_of_the_line_down_to_the_flo
     assert all(bench.results[ticket].steps == ceiling for ticket, ceiling in zip(tickets, ceilings, strict=True))
 
 
+def test_what_begins_anew_keeps_the_ceiling_it_was_given() -> None:
+    bench = Bench(replace(LIMITS, max_live=1, max_waiting=10, shed_min_steps=3))
+    first, *others = (bench.submit(scripted_job(1, depth=100, max_steps=13)) for _ in range(10))
+    bench.tick()
+    for ticket in others:
+        bench.scheduler.cancel(ticket)
+    bench.scheduler.start_over()
+    bench.backend.reset()
+    bench.run_dry()
+    assert bench.results[first].max_steps == 4, "of when nine were waiting"
+
+
 def test_shedding_leaves_alone_what_leaves_nobody_waiting() -> None:
     bench = Bench(replace(LIMITS, max_live=2, max_waiting=2, shed_min_steps=2))
     tickets = [bench.submit(scripted_job(1, depth=100, max_steps=20)) for _ in range(2)]

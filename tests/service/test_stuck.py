@@ -7,12 +7,14 @@ import subprocess
 import sys
 import textwrap
 import time
+from typing import Any
 from unittest import mock
 
 import pytest
 
 from service.engine.engine import BatchingEngine
-from service.engine.scheduler import SchedulerLimits
+from service.engine.replica import Replica, Stuck
+from service.engine.scheduler import Scheduler, SchedulerLimits
 from service.engine.types import Outcome, Plan
 from service.errors import Internal, Unavailable
 from tests.service.scripted import HeldBackend, ScriptedBackend, scripted_job
@@ -45,6 +47,22 @@ async def test_everybody_is_told_and_the_engine_gives_up(caplog: pytest.LogCaptu
     await engine.drain(grace_seconds=30)
     await engine.stop()
     assert time.monotonic() - began < 2, "neither waits for what does not come"
+    held.let_go()
+
+
+async def test_all_looks_together_take_the_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+
+    async def wait(futures: set[asyncio.Future[Any]], timeout: float) -> tuple[set[Any], set[asyncio.Future[Any]]]:
+        waited.append(timeout)
+        return set(), futures
+
+    held = HeldBackend()
+    replica = Replica(held, Scheduler(LIMITS), patience=8.0)
+    monkeypatch.setattr(asyncio, "wait", wait)
+    with pytest.raises(Stuck, match="has not come back for 8 s"):
+        await replica.run(Plan((), (), frozenset(), (), (), 0))
+    assert sum(waited) == 8.0
     held.let_go()
 
 

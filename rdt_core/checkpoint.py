@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import init
+from torch.overrides import TorchFunctionMode
 
 from rdt_core.config import REQUEST_DEFAULTS, ModelConfig
 from rdt_core.model import RDT
@@ -203,10 +205,19 @@ def _check_vocabulary(path: str | Path, tokenizer: Tokenizer, config: ModelConfi
         )
 
 
+class _Undrawn(TorchFunctionMode):
+    """Draws no random values: on `meta` there are none, and torch would import its compiler to say so."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (init.uniform_, init.normal_, init.kaiming_uniform_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def _described(path: str | Path, config: ModelConfig) -> RDT:
     """The model without weights."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Undrawn():
             return RDT(config)
     except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond all bounds
         raise CheckpointError(path, f"config: no such model can be made: {_first_line(error)}") from error

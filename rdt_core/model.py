@@ -82,7 +82,8 @@ class RDT(nn.Module):
         n_others = config.vocab_size - len(config.suppress_tokens) - config.gate_shortlist
         self.gate = Gate(config.d_model, config.gate_hidden_dim, n_others if config.gate_shortlist else None)
         self.fixed_shortlist: tuple[Tensor, Tensor] | None = None  # that of weights that will not change
-        self._initialise()
+        if not self.embedding.weight.is_meta:  # a description, which has no values
+            self._initialise()
         self.n_parameters = sum(parameter.numel() for parameter in self.parameters())
 
     def _initialise(self) -> None:

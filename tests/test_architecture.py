@@ -123,6 +123,16 @@ def test_what_an_import_pulls_in(module: str, unwanted: set[str]) -> None:
     assert not set(run.stdout.split()) & unwanted
 
 
+def test_loading_pulls_in_no_compiler() -> None:
+    """It takes a second and 70 MB, and torch imports it for things as small as random values on `meta`."""
+    script = "import sys; from rdt_core import checkpoint; checkpoint.load(sys.argv[1]); print(*sys.modules)"
+    checkpoint = ROOT / "models/rdt-small/best_model.pt"
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(checkpoint)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert not set(run.stdout.split()) & {"torch._dynamo", "torch._inductor", "sympy"}
+
+
 def test_the_engines_words_are_the_models() -> None:
     from rdt_core import config, halting  # noqa: PLC0415 - other tests here measure imports
     from service.engine import types  # noqa: PLC0415

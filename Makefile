@@ -6,11 +6,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraint
 CHECKPOINT ?= models/rdt-small/best_model.pt
 DATA ?= wikitext-2
 
-# An environment that cannot run, moved, copied or half made: its scripts name an interpreter that is elsewhere. Made anew.
+# An environment that was moved or copied: its scripts name an interpreter that is elsewhere. What needs it makes it anew.
+HERE := $(if $(filter /%,$(BIN)),,$(CURDIR)/)$(BIN)/
 ifneq ($(wildcard $(BIN)),)
-ifneq ($(shell $(BIN)/python -c 1 2>&1 && grep -qF "$(CURDIR)/$(BIN)/" $(BIN)/pip && echo runs),runs)
-$(info $(VENV) cannot run: making it anew)
-$(shell rm -rf $(VENV))
+ifneq ($(shell $(BIN)/python -c 1 2>&1 && { [ ! -e $(BIN)/pip ] || grep -qF "$(HERE)" $(BIN)/pip; } && echo runs),runs)
+ANEW := $(BIN)/pip
 endif
 endif
 
@@ -65,15 +65,16 @@ clean:  ## remove the environment, caches and runs
 	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(VENV)/bin/pip:
+.PHONY: $(ANEW)
+$(BIN)/pip:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(if $(ANEW),--clear )$(VENV)
 
 # Stamps: installed again when what is asked for changes.
-$(VENV)/service: pyproject.toml constraints.txt | $(VENV)/bin/pip
+$(VENV)/service: pyproject.toml constraints.txt $(ANEW) | $(BIN)/pip
 	$(PIP) -e '.[service]'
 	touch $@
 
-$(VENV)/all: pyproject.toml constraints.txt | $(VENV)/bin/pip
+$(VENV)/all: pyproject.toml constraints.txt $(ANEW) | $(BIN)/pip
 	$(PIP) -e '.[service,otel,ray,training,dev]'
 	touch $@ $(VENV)/service

@@ -15,6 +15,10 @@ from service.engine.scheduler import SchedulerLimits
 from service.errors import printable
 
 PREFIX = "RDT_"
+NOT_SET = "(not set)"
+"""`--help`'s word for no value. It is also read as that, so it must be nothing that a template writes for a secret it
+does not find: with pydantic's own, `None`, the server would then run without a key."""
+
 MOST = 2**31 - 1
 """Of whatever is counted: more is nobody's wish, and some of those who count for us take no more."""
 
@@ -40,7 +44,9 @@ NotBlank = BeforeValidator(_not_blank)  # before an empty path becomes the curre
 class Settings(BaseSettings):
     """Serve an RDT checkpoint. Every flag can be set as an environment variable: --http_port is RDT_HTTP_PORT."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, cli_prog_name="rdt-serve", cli_avoid_json=True)
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, cli_prog_name="rdt-serve", cli_avoid_json=True, cli_parse_none_str=NOT_SET
+    )
 
     checkpoint: Annotated[Path, NotBlank] = Field(
         Path("models/rdt-small/best_model.pt"), description="The checkpoint file to serve. A reload reads it again."

@@ -103,6 +103,17 @@ def test_unknown_variables_are_found() -> None:
     assert unknown_variables(environment) == ["RDT_", "RDT_HTTPPORT"]
 
 
+@pytest.mark.parametrize("name", ["api_key", "admin_key"])
+@pytest.mark.parametrize("value", ["None", "null", "none"])
+def test_a_secret_that_a_template_did_not_find_is_a_key_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    by_flag = getattr(read_settings([f"--{name}", value]), name)
+    assert by_flag.get_secret_value() == value
+    monkeypatch.setenv(f"RDT_{name.upper()}", value)
+    assert getattr(read_settings([]), name) == by_flag
+
+
 def test_help_describes_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         read_settings(["--help"])

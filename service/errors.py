@@ -7,10 +7,10 @@
     ├── TooLarge              too_large             more text, or more bytes, than the server takes
     ├── Unauthenticated       unauthenticated       no API key, or a wrong one
     ├── Refused
-    │   ├── ResourceExhausted resource_exhausted    the queue is full: try again later
+    │   ├── ResourceExhausted resource_exhausted    the queue is full, or memory short: try again later
     │   └── Unavailable       unavailable           loading, draining or failed
     ├── FailedPrecondition    failed_precondition   the checkpoint to take in cannot be served
-    ├── DeadlineExceeded      deadline_exceeded     the time was over before the first pass
+    ├── DeadlineExceeded      deadline_exceeded     the time was over before there was an answer
     ├── Cancelled             cancelled             the caller left
     └── Internal              internal              our fault
 
@@ -45,6 +45,8 @@ Printable = str | int | float | bool | None
 
 RETRY_SECONDS = 1
 """When a refused caller is told to try again."""
+MEMORY_RETRY_SECONDS = 60
+"""The same for who was refused for want of memory: sooner, no more of it is asked for."""
 
 DRAINING = "the server is shutting down and takes no new work"
 
@@ -105,6 +107,11 @@ class Refused(ServiceError):
     def __init__(self, message: str, reason: RefusalReason) -> None:
         super().__init__(message)
         self.reason = reason
+
+    @property
+    def retry_seconds(self) -> int:
+        """When to try again."""
+        return MEMORY_RETRY_SECONDS if self.reason == "memory" else RETRY_SECONDS
 
 
 class ResourceExhausted(Refused):

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 
-GROWING_SECONDS = 60.0
+from service.errors import MEMORY_RETRY_SECONDS
+
+GROWING_SECONDS = float(MEMORY_RETRY_SECONDS)
 """So long after the last shortage of memory a tick may have twice the tokens again."""
 
 

@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.errors import RETRY_SECONDS, Code, Internal, Refused, ServiceError, printable
+from service.errors import Code, Internal, Refused, ServiceError, printable
 from service.rest.problem import PROBLEM_JSON, BadField, Problem
 
 STATUS: dict[Code, int] = {
@@ -35,10 +35,12 @@ TITLE: dict[Code, str] = {
     "resource_exhausted": "The queue is full",
     "unavailable": "The server takes no requests now",
     "failed_precondition": "The server cannot do that as things are",
-    "deadline_exceeded": "The time was over before the first pass",
+    "deadline_exceeded": "The time was over before there was an answer",
     "cancelled": "The caller left",
     "internal": "The server made a mistake",
 }
+
+OUT_OF_MEMORY = "The server is short of memory"
 
 DENOISE_CODES: tuple[Code, ...] = tuple(code for code in STATUS if code not in ("cancelled", "failed_precondition"))
 """What a caller of the denoising routes who stays can be answered with."""
@@ -53,7 +55,7 @@ def problem_responses(*codes: Code) -> dict[int | str, dict[str, object]]:
 def problem_of(error: ServiceError, request_id: str) -> Problem:
     return Problem(
         type=f"urn:rdt:problem:{error.code}",
-        title=TITLE[error.code],
+        title=OUT_OF_MEMORY if isinstance(error, Refused) and error.reason == "memory" else TITLE[error.code],
         status=STATUS[error.code],
         detail=error.message,
         errors=[BadField(field=bad.field, message=bad.message, value=bad.value) for bad in error.problems],
@@ -64,7 +66,7 @@ def problem_of(error: ServiceError, request_id: str) -> Problem:
 def problem_response(error: ServiceError, request_id: str) -> Response:
     headers = {}
     if isinstance(error, Refused):
-        headers["Retry-After"] = str(RETRY_SECONDS)
+        headers["Retry-After"] = str(error.retry_seconds)
         if error.reason == "draining":
             headers["Connection"] = "close"  # the next try is for another server, on a connection of its own
     if error.code == "unauthenticated":

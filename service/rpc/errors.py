@@ -18,7 +18,7 @@ from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
 from service import calls
-from service.errors import RETRY_SECONDS, Code, Internal, Refused, ServiceError
+from service.errors import Code, Internal, Refused, ServiceError
 from service.rpc.convert import SERVICE
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def status_of(error: ServiceError) -> grpc.Status:
         ]
         details.append(BadRequest(field_violations=violations))
     if isinstance(error, Refused):
-        details.append(RetryInfo(retry_delay=Duration(seconds=RETRY_SECONDS)))
+        details.append(RetryInfo(retry_delay=Duration(seconds=error.retry_seconds)))
     status = Status(code=STATUS[error.code].value[0], message=error.message)
     for detail in details:
         status.details.add().Pack(detail)

@@ -64,21 +64,22 @@ async def test_options_left_out_are_the_checkpoints(service: Service, tiny_confi
 
 
 @pytest.mark.parametrize(
-    ("error", "status", "retry"),
+    ("error", "status", "title", "retry"),
     [
-        (ResourceExhausted("full", "queue_requests"), 429, "1"),
-        (Unavailable("draining", "draining"), 503, "1"),
-        (DeadlineExceeded("late"), 504, None),
-        (Internal("broken"), 500, None),
+        (ResourceExhausted("full", "queue_requests"), 429, "The queue is full", "1"),
+        (ResourceExhausted("short", "memory"), 429, "The server is short of memory", "60"),
+        (Unavailable("draining", "draining"), 503, "The server takes no requests now", "1"),
+        (DeadlineExceeded("late"), 504, "The time was over before there was an answer", None),
+        (Internal("broken"), 500, "The server made a mistake", None),
     ],
 )
 async def test_engine_errors_become_problems(
-    service: Service, error: Exception, status: int, retry: str | None
+    service: Service, error: Exception, status: int, title: str, retry: str | None
 ) -> None:
     service.engine.error = error
     async with service.client() as client:
         response = await client.post("/denoise", json={"text": "a"})
-    problem_of(response, status)
+    assert problem_of(response, status)["title"] == title
     assert response.headers.get("retry-after") == retry
     leaving = isinstance(error, Unavailable)
     assert response.headers.get("connection") == ("close" if leaving else None), "the next try is another server's"

@@ -175,6 +175,13 @@ async def test_reflection_lists_the_service(service: Service) -> None:
     assert source == "rdt/v1/denoiser.proto"
 
 
+async def test_reflection_wants_the_key_too(tiny_tokenizer: Tokenizer, tiny_config: ModelConfig) -> None:
+    service = Service(tiny_tokenizer, tiny_config, api_key=KEY).open()
+    async with service.channel() as channel:
+        call = channel.stream_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")(iter([b""]))
+        assert await call.code() == grpc.StatusCode.UNAUTHENTICATED
+
+
 @pytest.mark.parametrize(
     ("metadata", "opens"),
     [

@@ -13,10 +13,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from rdt_core import ModelConfig, Tokenizer
 from service.engine.scheduler import SchedulerLimits
 from service.errors import InvalidArgument, Unavailable
+from service.metrics import Metrics
 from service.settings import Settings
 from service.workers import metering
+from service.workers.messages import Hello
 from service.workers.metering import Ledger
 from service.workers.worker import Worker
+from tests.fakes import FakeClock
 from tests.service.fleet import Fleet, OneEngine, ask, brief, denoiser_of, running, until
 from tests.service.scripted import ScriptedBackend
 
@@ -155,6 +158,13 @@ async def test_a_new_engine_shows_no_less_than_the_last(
         await ask(other, brief())
         last = await scrape(one)
         assert (last[OK], last[TICKS]) == (4, 4)
+
+
+async def test_of_what_two_workers_remember_of_an_engine_the_later_counts() -> None:
+    ledger = Ledger(Metrics(FakeClock()))
+    for remembered in (5.0, 3.0):
+        ledger.inherit(Hello("0.0", "an engine that died", {PASSES: remembered}))
+    assert ledger.base().counters[PASSES] == 5.0
 
 
 async def test_a_report_is_for_the_engine_that_asks(fleet: Fleet) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from rdt_core import checkpoint
 from service.denoiser import Denoiser
-from service.errors import FailedPrecondition
+from service.errors import FailedPrecondition, Unavailable
 from service.hosting import Host
 from service.lifecycle import Lifecycle
 from service.metrics import Metrics
@@ -105,9 +105,16 @@ def untimed(end: Any) -> Any:
 
 async def test_after_a_reload_every_worker_serves_the_new_model(hosted: Hosted, path: Path) -> None:
     one, other = await hosted.fleet.worker(), await hosted.fleet.worker()
+    engine = hosted.fleet.server.models.engine
+    serving = hosted.fleet.server.models.serving
+    assert serving is not None
+    assert engine(serving.digest)
     write_other_model(path)
     change = await one.reload()
     assert change.outcome == "swapped"
+    await until(lambda: hosted.host._retiring is None)
+    with pytest.raises(Unavailable):
+        engine(serving.digest)
     for worker in (one, other):
         assert worker.lifecycle.denoiser.card.label == change.model
         assert (await ask(worker, BRIEF)).model == change.model

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
+from unittest import mock
 
 import msgpack
 import pytest
 
 from service.engine.types import Choice, Job, Reading, Result
 from service.errors import DeadlineExceeded, FailedPrecondition, Internal, RefusalReason, ResourceExhausted, Unavailable
-from service.workers import messages, wire
+from service.workers import messages, remote, wire
 from service.workers.messages import Message
 from service.workers.wire import Wire
 from tests.service.fleet import until
@@ -147,3 +149,33 @@ async def test_an_end_that_does_not_read_is_cut_off(tmp_path: Path, monkeypatch:
     assert not near.wire.open
     far.wire.abort()
     await until(lambda: near.n_ends and far.n_ends)
+
+
+class Overheard(remote.Link):
+    """Which looks find that the engine has spoken is written down beforehand."""
+
+    looks: Iterator[bool]
+
+    @property
+    def _spoken(self) -> bool:
+        spoken = next(self.looks, None)
+        if spoken is None:  # the end
+            self._lost.set()
+        return spoken is not False
+
+    @_spoken.setter
+    def _spoken(self, _: bool) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("looks", "n_aborts"), [("..x..x..", 0), ("...", 1), ("x...", 1)])
+async def test_silence_is_counted_from_the_last_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looks: str, n_aborts: int
+) -> None:
+    monkeypatch.setattr(remote, "LOOK_SECONDS", 0.0)
+    assert remote.SILENT_LOOKS == 3
+    link = Overheard(tmp_path / "engine", "0.0", lambda *_: None)
+    link.looks = iter([look == "x" for look in looks])
+    connection = mock.Mock(spec=Wire)
+    await asyncio.wait_for(link._watch(connection), timeout=5)
+    assert connection.abort.call_count == n_aborts

@@ -55,11 +55,13 @@ def test_only_a_runs_own_checkpoints_go(finished: TrainConfig, train_settings: S
     assert saved_at(finished, 4).exists()
     assert copy.exists()
 
+    later = folder / "checkpoint_epoch_9_step_20.pt"
+    later.write_bytes(copy.read_bytes())
     more = {"training.num_steps": 10, "training.keep_last_n_checkpoints": 2}
     Trainer(train_settings(**more), cpu, resume=saved_at(finished, 8)).fit()
     assert copy.exists()
     left = {int(file.stem.rpartition("_")[2]) for file in folder.glob("checkpoint_epoch_*_step_*[0-9].pt")}
-    assert left == {8, 10}, "resumed, it goes on where that run was"
+    assert left == {8, 10, 20}, "resumed, it goes on where that run was, and what is later is not its own"
 
 
 @pytest.mark.parametrize("gate_steps", [4, 6])

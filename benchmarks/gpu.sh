@@ -25,6 +25,6 @@ part agreement 80 -m benchmarks.gpu --models models/rdt-small/best_model.pt --wo
 part ladder-rdt-small 60 -m benchmarks.gpu --models models/rdt-small/best_model.pt --agreement 0 "$@"
 part ladder-base 75 -m benchmarks.gpu --models base --agreement 0 "$@"
 part ladder-large 100 -m benchmarks.gpu --models large --agreement 0 --requests 1024 "$@"
-part training 60 -m benchmarks.training --steps 20 training.batch_size=64
+part training 60 -m benchmarks.training --steps 20 training.batch_size=64 data.num_workers=8 data.pin_memory=true
 echo "failed or not finished: ${failed[*]:-none}"
 [ ${#failed[@]} = 0 ]

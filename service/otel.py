@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
 
 from opentelemetry import trace
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
@@ -27,6 +26,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from service.calls import Call, outcome_of
 from service.engine.types import Job, Reading, Result
 from service.tracing import CONTEXT_HEADERS, Timeline
+from service.version import release
 
 CLOSE_SECONDS = 2.0
 """How long the last spans may take to be sent when the server ends."""
@@ -146,7 +146,7 @@ def exporter_to(endpoint: str) -> SpanExporter:
 def _resource() -> Resource:
     """Who sends: "rdt" unless the environment has another name for it."""
     return Resource.create(
-        {"service.name": "rdt", "service.version": version("rdt"), **OTELResourceDetector().detect().attributes}
+        {"service.name": "rdt", "service.version": release(), **OTELResourceDetector().detect().attributes}
     )
 
 

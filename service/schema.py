@@ -144,7 +144,10 @@ class DenoisePass(BaseModel):
 
     step: int = Field(description="Passes made so far.")
     level: float = Field(description="What is left, as in the answer.")
-    text: str = Field(description="What would be the answer's text if this pass were the last.")
+    text: str = Field(
+        description="What would be the answer's text if this pass were the last. With `restore: all`, visible tokens "
+        "are as they were sent: they are read again at the end."
+    )
 
 
 class ModelCard(BaseModel):

@@ -6,9 +6,11 @@ attention). So one graph serves every batch of its size.
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -20,6 +22,9 @@ log = logging.getLogger(__name__)
 
 _CAPTURING = threading.Lock()
 """A process may have one capture under way, on whichever card."""
+
+_FAILED: list[torch.cuda.CUDAGraph] = []
+"""What could not be captured, kept for ever: torch's allocator may go on asking such a graph (2.11)."""
 
 WARM_PASSES = 2
 """Before a capture: libraries choose their kernels and take their workspaces the first time, outside of a graph."""
@@ -78,7 +83,8 @@ class CapturedPasses:
             with _CAPTURING:
                 bucket = self._any_batch(buffers, size)
                 self._warm(buffers, bucket)
-                self._record(buffers, bucket)
+                with _no_collection():
+                    self._record(buffers, bucket)
         finally:
             for buffer, was in zip(buffers, held, strict=True):
                 buffer.copy_(was)
@@ -108,6 +114,7 @@ class CapturedPasses:
             else:
                 # Where capturing fails for another reason, torch may give no memory back to the device until a restart.
                 self._captures = False
+                _FAILED.append(graph)
                 self._graphs.clear()
                 self._made.clear()
         else:
@@ -127,3 +134,15 @@ class CapturedPasses:
             n_places=size.n_places,
             longest_live=longest,
         )
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """An old graph that is collected meanwhile would be destroyed by a call that no capture survives."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()

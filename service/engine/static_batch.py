@@ -34,7 +34,7 @@ class Size(NamedTuple):
 
 
 def sizes_up_to(token_budget: int, max_live: int) -> list[Size]:
-    """64, 96, 128, 192, 256, … rows up to the budget: at most a third of a bucket's rows are dead."""
+    """64, 96, 128, 192, 256, … rows up to the budget. From 43 rows on, at most a third of a bucket's are dead."""
     steps = [SMALLEST_BUCKET]
     while steps[-1] < token_budget:
         steps += [steps[-1] * 3 // 2, steps[-1] * 2]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Collection, Coroutine
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -25,6 +24,7 @@ from service.rest.reload import PATH, Change
 from service.rest.reload import add_routes as add_reload_routes
 from service.schema import DenoisePass
 from service.tracing import NO_TRACER, Tracer
+from service.version import release
 
 
 class PlainRoute(APIRoute):
@@ -60,7 +60,7 @@ def create_app(
     # Behind a proxy a redirect would name an address of its own, and callers send their keys wherever it leads.
     # Spans and metrics are our own: the framework's would come on top wherever OpenTelemetry is set up.
     app = FastAPI(
-        title="RDT", version=_version(), docs_url=None, redoc_url=None, redirect_slashes=False,
+        title="RDT", version=release(), docs_url=None, redoc_url=None, redirect_slashes=False,
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )  # fmt: skip
     app.router.route_class = PlainRoute
@@ -117,10 +117,3 @@ def _document_keys(app: FastAPI, paths: Collection[str]) -> None:
     for path in set(paths) & set(schema["paths"]):
         for operation in schema["paths"][path].values():
             operation["security"] = [{"bearer": []}, {"key": []}]
-
-
-def _version() -> str:
-    try:
-        return version("rdt")
-    except PackageNotFoundError:  # run from a checkout
-        return "0"

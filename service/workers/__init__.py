@@ -14,6 +14,7 @@
                         Adopted         no more jobs for the model before this one
                         Reload, Scrape  asked of any worker, answered by the engine for the whole server
                         Report          the worker's own counters
+                        Leave           this connection ends because I was asked to end
     engine -> worker    Serving         all a worker needs to serve a model: tokenizer, configuration, card, limits
                         Status          does it take work, how full is the queue
                         Base            counters that would go with the engine, should it die

@@ -172,12 +172,16 @@ def test_what_cannot_be_captured_is_launched(
     tiny_model: RDT, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuses(*_: Any, **__: Any) -> None:
+        assert not gc.isenabled(), "no old graph is destroyed meanwhile"
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(torch.cuda, "graph", refuses)
     passes = CapturedPasses(tiny_model)
     backend = LookaheadBackend(tiny_model, LIMITS.token_budget, LIMITS.max_live, passes)
     passes.prepare(backend._buffers, backend._sizes)
+    assert gc.isenabled()
+    gc.collect()
+    assert len(Recording.alive) == 1, "whoever failed may be asked for by the allocator yet"
     backend._prepared = True
     monkeypatch.setattr(cuda_graph, "one_pass", real_one_pass)
     rng = random.Random(2)

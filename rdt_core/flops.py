@@ -1,4 +1,7 @@
-"""The floating-point operations a model needs: the useful work, independent of how it is carried out."""
+"""The floating-point operations a model needs: the useful work, independent of how it is carried out.
+
+The gate's own matrices are left out: below 1 % of what is counted for passes, up to 1.3 % with settling (rdt-small).
+"""
 
 from __future__ import annotations
 

@@ -36,6 +36,7 @@ PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 INT8_MAX = 127
+INT8_ZERO = 128  # of rows, which have no sign
 ROW_MULTIPLE = 32
 """oneDNN compiles a kernel for every number of rows it meets, which takes as long as a pass: let it meet few."""
 
@@ -212,16 +213,19 @@ class Int8Linear(nn.Module):
         """`(R, I)` -> `(R, O)`"""
         n_rows, x = len(x), FULL_ROWS.filled(x)
         scale = _largest(x) / INT8_MAX  # (R, 1)
-        rounded = (x / scale).round_().to(torch.int8)
+        rounded = (x / scale).round_().add_(INT8_ZERO).to(torch.uint8)
         y = _int8_product(rounded, self.weight, self.weight_scale, self.weight_zero)
         y = torch.addcmul(self.bias, y, scale, out=y)[:n_rows]
         return F.gelu(y) if self.gelu else y
 
 
 def _int8_product(x: Tensor, weight: Tensor, weight_scale: Tensor, weight_zero: Tensor) -> Tensor:
-    """int8 rows `(R, I)`, packed int8 weights -> float32 sums, each output times its scale `(R, O)`."""
+    """Rows `(R, I)` of 1 to 255 for -127 to 127, packed int8 weights -> float32 sums times each output's scale `(R, O)`.
+
+    For rows with a sign oneDNN has no fast kernel where there is AVX-512 without AMX.
+    """
     y: Tensor = torch.ops.onednn.qlinear_pointwise(
-        x, 1.0, 0, weight, weight_scale, weight_zero, None, 1.0, 0, torch.float32, "none", [], "none"
+        x, 1.0, INT8_ZERO, weight, weight_scale, weight_zero, None, 1.0, 0, torch.float32, "none", [], "none"
     )
     return y
 
@@ -229,9 +233,9 @@ def _int8_product(x: Tensor, weight: Tensor, weight_scale: Tensor, weight_zero: 
 @cache
 def _int8_weight_max() -> int:
     """127, or 63 where sums of products of 127 are wrong: they are cut off at 16 bits on their way."""
-    most = torch.full((ROW_MULTIPLE, 64), INT8_MAX, dtype=torch.int8)
-    weight = torch.ops.onednn.qlinear_prepack(most, None)
-    found = _int8_product(most, weight, torch.ones(len(most)), torch.zeros(len(most), dtype=torch.int32))
+    rows = torch.full((ROW_MULTIPLE, 64), INT8_ZERO + INT8_MAX, dtype=torch.uint8)
+    weight = torch.ops.onednn.qlinear_prepack(torch.full((ROW_MULTIPLE, 64), INT8_MAX, dtype=torch.int8), None)
+    found = _int8_product(rows, weight, torch.ones(len(rows)), torch.zeros(len(rows), dtype=torch.int32))
     return INT8_MAX if bool((found == 64 * INT8_MAX**2).all()) else INT8_MAX // 2
 
 

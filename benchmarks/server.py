@@ -61,8 +61,9 @@ def wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> tuple[str, 
     give_up = time.monotonic() + START_SECONDS
     while process.poll() is None and time.monotonic() < give_up:
         said = log.read_text(encoding="utf-8")
-        if "ready after" in said:
-            return re.findall(r"listening on (http://\S+)", said)[0], re.findall(r"listening on grpc://(\S+)", said)[0]
+        url, address = (re.search(rf"listening on ({what}\S+)", said) for what in ("http://", "grpc://"))
+        if "ready after" in said and url and address:  # in any order
+            return url[1], address[1].removeprefix("grpc://")
         time.sleep(0.05)
     raise RuntimeError(f"the server did not start:\n{log.read_text(encoding='utf-8')}")
 

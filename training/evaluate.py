@@ -17,8 +17,8 @@ match is over masked tokens. A run is a maximal stretch of adjacent masked word 
 BLEU is of whole segments as word pieces. Intervals are 95 % over segments. Bits are those of the true token at the
 moment its place is written; methods that write in several rounds are then conditioned on their own guesses. Bits
 under a left-to-right model (`--scorer`) are of the restored text. Low ones can also mean dull text: compare them with
-the original's. Passes are per sequence. FLOPs are per token of text, count the model's matrices only, and count each
-round as a whole forward.
+the original's. Passes are per sequence. FLOPs are per token of text, count the model's matrices but for the
+gate's, and count each round as a whole forward.
 """
 
 from __future__ import annotations

@@ -220,7 +220,7 @@ class Int8Linear(nn.Module):
 
 
 def _int8_product(x: Tensor, weight: Tensor, weight_scale: Tensor, weight_zero: Tensor) -> Tensor:
-    """Rows `(R, I)` of 1 to 255 for -127 to 127, packed int8 weights -> float32 sums times each output's scale `(R, O)`.
+    """Rows `(R, I)` of 1 to 255 for -127 to 127, packed int8 weights -> float32 sums by each output's scale `(R, O)`.
 
     For rows with a sign oneDNN has no fast kernel where there is AVX-512 without AMX.
     """

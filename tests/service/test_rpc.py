@@ -188,6 +188,8 @@ async def test_reflection_wants_the_key_too(tiny_tokenizer: Tokenizer, tiny_conf
         ([("authorization", f"Bearer {KEY}")], True),
         ([("authorization", f"bearer  {KEY}")], True),
         ([("x-api-key", KEY)], True),
+        ([("authorization", "Bearer of-a-proxy"), ("x-api-key", KEY)], True),
+        ([("authorization", f"Bearer {KEY}"), ("x-api-key", "wrong")], True),
         ([], False),
         ([("authorization", "Bearer wrong")], False),
         ([("authorization", f"Basic {KEY}")], False),

@@ -6,15 +6,14 @@ attention). So one graph serves every batch of its size.
 
 from __future__ import annotations
 
-import gc
 import logging
 import threading
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 
 import torch
 
 from rdt_core.model import RDT
+from service import garbage
 from service.engine.memory import shortage
 from service.engine.static_batch import Bucket, Buffers, Size, one_pass
 
@@ -83,7 +82,7 @@ class CapturedPasses:
             with _CAPTURING:
                 bucket = self._any_batch(buffers, size)
                 self._warm(buffers, bucket)
-                with _no_collection():
+                with garbage.left_alone():  # an old graph's end is a call that no capture survives
                     self._record(buffers, bucket)
         finally:
             for buffer, was in zip(buffers, held, strict=True):
@@ -134,15 +133,3 @@ class CapturedPasses:
             n_places=size.n_places,
             longest_live=longest,
         )
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """An old graph that is collected meanwhile would be destroyed by a call that no capture survives."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()

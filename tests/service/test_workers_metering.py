@@ -160,7 +160,7 @@ async def test_a_new_engine_shows_no_less_than_the_last(
         assert (last[OK], last[TICKS]) == (4, 4)
 
 
-async def test_of_what_two_workers_remember_of_an_engine_the_later_counts() -> None:
+async def test_of_what_two_workers_remember_of_an_engine_the_larger_counts() -> None:
     ledger = Ledger(Metrics(FakeClock()))
     for remembered in (5.0, 3.0):
         ledger.inherit(Hello("0.0", "an engine that died", {PASSES: remembered}))

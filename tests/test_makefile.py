@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,9 @@ def project(tmp_path: Path) -> Path:
 
 def make(project: Path, *arguments: str) -> list[str]:
     """The lines of what `make` says and, asked for `-n`, would do."""
-    run = subprocess.run(["make", *arguments], cwd=project, capture_output=True, text=True, check=True, timeout=60)
+    alone = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "ARGS"))}
+    command = ["make", *arguments]
+    run = subprocess.run(command, cwd=project, env=alone, capture_output=True, text=True, check=True, timeout=60)
     return run.stdout.splitlines()
 
 

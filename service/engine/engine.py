@@ -147,7 +147,6 @@ class BatchingEngine:
             if self._callers.leave(ticket):
                 for replica in self._replicas:
                     replica.scheduler.cancel(ticket)
-                self._wake()
 
     async def drain(self, grace_seconds: float) -> None:
         """Refuse new work, finish what there is, and fail what is left after the grace period."""
@@ -177,7 +176,7 @@ class BatchingEngine:
     async def _run(self, replica: Replica) -> None:
         """The engine: plan, run, commit, for ever."""
         while True:
-            plan = replica.scheduler.plan(self._clock(), replica.tick_seconds, self._share, replica.backend.ticks_late)
+            plan = replica.scheduler.plan(self._clock(), self._share, replica.backend.ticks_late)
             self._callers.fail(plan.expired, _too_late)
             if plan.empty:
                 if self.live == 0 and self._line.n_queued == 0:
@@ -199,11 +198,9 @@ class BatchingEngine:
                 await self._recover(replica, error)
 
     async def _tick(self, replica: Replica, plan: Plan) -> Outcome:
-        began = self._clock()
         outcome = await replica.run(plan)
-        replica.tick_seconds = self._clock() - began
         if self._watcher is not None:
-            self._watcher.ticked(replica.tick_seconds, plan, outcome)
+            self._watcher.ticked(self._clock() - plan.made_at, plan, outcome)
         return outcome
 
     @property

@@ -32,7 +32,6 @@ class Replica:
         self.backend = backend
         self.scheduler = scheduler
         self.work = asyncio.Event()  # something to plan
-        self.tick_seconds = 0.0  # of the last tick: a guess at the next
         self._patience = patience
         self._stuck = False
         self._doing: Future[Any] | None = None

@@ -11,11 +11,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import count
 
 from service.engine.budget import TickBudget
+from service.engine.pace import Pace
 from service.engine.queue import BoundedQueue, Place
 from service.engine.types import Admission, Choice, HaltReason, Job, Outcome, Plan, Result, Ticket
+
+ANSWER_SECONDS = 0.005
+"""From the end of a tick to the caller: an answer is assembled, written and sent."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,18 @@ class Entry:
     @property
     def n_tokens(self) -> int:
         return len(self.job.tokens)
+
+    @cached_property
+    def n_due(self) -> int:
+        """Rows that are decoded by the time it ends."""
+        return self.n_tokens if self.job.decode_all else sum(self.job.masked)
+
+    @property
+    def n_due_soon(self) -> int:
+        """Rows of it that this tick and the next one decode for certain."""
+        if self.job.stream:
+            return 2 * self.n_due
+        return self.n_due if self.ceiling - len(self.levels) <= 2 else 0
 
     def is_overdue(self, now: float) -> bool:
         return self.job.deadline is not None and now >= self.job.deadline
@@ -85,6 +102,7 @@ class Scheduler:
         self._line = Line(limits) if line is None else line
         self._live: dict[Ticket, Entry] = {}  # in order of admission, which is the backend's order
         self._left: set[Ticket] = set()  # live sequences whose caller is gone
+        self._passing, self._decoding = Pace(), Pace()  # of packed tokens, of rows
 
     @property
     def line(self) -> Line:
@@ -118,13 +136,12 @@ class Scheduler:
         else:
             self._line.withdraw(ticket)
 
-    def plan(self, now: float, tick_seconds: float = 0.0, share: float = math.inf, ticks_late: int = 0) -> Plan:
+    def plan(self, now: float, share: float = math.inf, ticks_late: int = 0) -> Plan:
         """What the next tick does. Everything in it is decided here; the backend only executes.
 
-        `tick_seconds` is how long a tick takes: a sequence that could not finish another one in time stops
-        after this one, so that its answer is there before its deadline; answers come `ticks_late` ticks later
-        than their passes. `share` is how many packed tokens are enough for this batch while others can take
-        what is left in the line.
+        A sequence that could not make another pass in time stops after this one, so that its answer is there before
+        its deadline; answers come `ticks_late` ticks later than their passes. `share` is how many packed tokens are
+        enough for this batch while others can take what is left in the line.
         """
         self.budget.grow(now)
         dropped = tuple(self._left)
@@ -135,19 +152,21 @@ class Scheduler:
         for entry in expired:
             self._line.remove(entry)
         admitted = self._admit(now, share)
-        next_answer = now + (2 + ticks_late) * tick_seconds  # of those that make one more pass after this one
         return Plan(
             admitted=tuple(Admission(entry.ticket, entry.job, entry.ceiling) for entry in admitted),
             dropped=dropped,
-            overdue=frozenset(t for t, entry in self._live.items() if entry.is_overdue(next_answer)),
+            overdue=self._overdue(now, ticks_late),
             expired=tuple(entry.ticket for entry in expired),
             live=tuple(self._live),
             n_tokens=self.live_tokens,
+            made_at=now,
         )
 
     def commit(self, plan: Plan, outcome: Outcome, now: float) -> list[tuple[Ticket, Result]]:
         """Book one pass of every sequence that the outcome tells of; the results of those that stop."""
         self.budget.worked(plan.n_tokens)
+        self._passing.took(plan.n_tokens, now - plan.made_at - outcome.decode_seconds)
+        self._decoding.took(outcome.n_decoded, outcome.decode_seconds)
         finished = []
         for ticket, reading in outcome.readings.items():
             if ticket not in self._live:
@@ -190,6 +209,26 @@ class Scheduler:
         while (entry := self._line.pop()) is not None:
             dropped.append(entry.ticket)
         return tuple(dropped)
+
+    def _overdue(self, now: float, ticks_late: int) -> frozenset[Ticket]:
+        """Those that would be answered too late if they made one more pass after this one.
+
+        Until then two passes are made. What ends for certain is decoded, and what is due no later than the sequence in
+        question, and what is overdue itself: so they are judged from the latest deadline to the nearest.
+        """
+        timed = [entry for entry in self._live.values() if entry.job.deadline is not None]
+        if not timed:
+            return frozenset()
+        passed = now + (2 + ticks_late) * self._passing.expected(self.live_tokens)
+        rows = sum(entry.n_due_soon for entry in self._live.values())
+        rows += sum(entry.n_due for entry in timed if not entry.n_due_soon)
+        overdue = set()
+        for entry in sorted(timed, key=lambda entry: entry.job.deadline or 0.0, reverse=True):
+            if entry.is_overdue(passed + self._decoding.expected(rows) + ANSWER_SECONDS):
+                overdue.add(entry.ticket)
+            elif not entry.n_due_soon:
+                rows -= entry.n_due
+        return frozenset(overdue)
 
     def _admit(self, now: float, share: float) -> list[Entry]:
         admitted: list[Entry] = []

@@ -75,6 +75,7 @@ class Plan:
     expired: tuple[Ticket, ...]  # waited past their deadline: never run
     live: tuple[Ticket, ...]  # (N,) newcomers last
     n_tokens: int
+    made_at: float = 0.0  # on the engine's clock, in seconds
 
     @property
     def empty(self) -> bool:

@@ -39,7 +39,7 @@ class ScriptedBackend:
         assert tuple(self.live) == plan.live
         assert plan.n_tokens == sum(len(job.tokens) for job, _, _ in self.live.values())
         readings = {ticket: self._read(ticket, ticket in plan.overdue) for ticket in plan.live}
-        return Outcome(readings, n_decoded=sum(len(reading.chosen) for reading in readings.values()))
+        return Outcome(readings, n_decoded=sum(len(r.chosen) + len(r.guesses) for r in readings.values()))
 
     def reset(self) -> None:
         self.resets += 1

@@ -127,7 +127,7 @@ def test_an_answer_is_told_in_the_tick_before_its_deadline(tiny_model: RDT, ahea
         scheduler.line.join(plain_job(depth=1000, deadline=deadline), place, now=0.0)
     now, finished = 0.0, []
     while not finished:
-        plan = scheduler.plan(now, tick_seconds=1.0, ticks_late=backend.ticks_late)
+        plan = scheduler.plan(now, ticks_late=backend.ticks_late)
         outcome = backend.run(plan)
         now += 1.0
         finished = scheduler.commit(plan, outcome, now)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from rdt_core import checkpoint as checkpoints
 from rdt_core.checkpoint import Checkpoint
@@ -42,6 +39,7 @@ from training.optimise import (
     trunk_parameters,
 )
 from training.processes import OneProcess, Processes, add_up_gradients, share
+from training.progress import Progress
 from training.stages import Stages
 from training.stopping import leave_signals_to_the_trainer, stop_signal
 from training.validation import Validation, validate
@@ -156,24 +154,24 @@ class Trainer:
     def fit(self) -> bool:
         """Train to the last step; False if a signal ended the run early (its state is saved)."""
         quiet = not self.processes.first
-        writer = None if quiet else SummaryWriter(self.config.output.log_dir, purge_step=self.step + 1)
-        bar: tqdm[Any] = tqdm(total=self.n_steps, initial=self.step, desc="training", unit="step", disable=quiet)
-        with writer or nullcontext(), bar, stop_signal() as self._signals:
+        with (
+            Progress(self.config.output.log_dir, self.step, self.n_steps, quiet=quiet) as progress,
+            stop_signal() as self._signals,
+        ):
             if self.step >= self.n_steps:
                 self.notes.append(f"there is nothing to do: the checkpoint is of step {self.step} of {self.n_steps}")
-            for note in () if quiet else self.notes:
-                bar.write(note)
+            for note in self.notes:
+                progress.say(note)
             for losses in self._steps():
-                bar.update()
-                self._log(writer, bar, losses)
+                progress.advance()
+                self._log(progress, losses)
                 if self._due(self.config.output.eval_every_n_steps, self.config.output.eval_every_n_epochs):
-                    self._validate(writer, bar)
+                    self._validate(progress)
                 if self._due(self.config.training.save_every_n_steps, self.config.training.save_every_n_epochs):
                     self.save()
                 if self._must_stop and self.step < self.n_steps:
                     self.save()
-                    if not quiet:
-                        bar.write(f"stopped at step {self.step}; go on with --checkpoint {self.last_saved}")
+                    progress.say(f"stopped at step {self.step}; go on with --checkpoint {self.last_saved}")
                     return False
         return True
 
@@ -270,28 +268,25 @@ class Trainer:
     def _due(self, every_n_steps: int | None, every_n_epochs: int) -> bool:
         return self.step % (every_n_steps or every_n_epochs * self.steps_an_epoch) == 0 or self.step == self.n_steps
 
-    def _log(self, writer: SummaryWriter | None, bar: tqdm[Any], losses: Losses) -> None:
-        if writer is None or self.step % self.config.output.log_every_n_steps != 0:
+    def _log(self, progress: Progress, losses: Losses) -> None:
+        if self.step % self.config.output.log_every_n_steps != 0:
             return
         section = self.config.training
         recon, gate = losses.recon.item(), losses.gate.item()
         total = section.loss_weight_recon * recon + section.loss_weight_gate * gate
         values = {"total_loss": total, "recon_loss": recon, "gate_loss": gate, "lr": self.learning_rate}
-        for name, value in values.items():
-            writer.add_scalar(f"train/{name}", value, self.step)
-        bar.set_postfix(recon=f"{recon:.3f}", gate=f"{gate:.3f}")
+        progress.draw({f"train/{name}": value for name, value in values.items()}, self.step)
+        progress.show(recon=f"{recon:.3f}", gate=f"{gate:.3f}")
 
-    def _validate(self, writer: SummaryWriter | None, bar: tqdm[Any]) -> None:
+    def _validate(self, progress: Progress) -> None:
         with autocast(self.device, self.config.mixed_precision):
             depth = 1 if self.stages.only_one_pass_taught(self.step) else None
             result = validate(
                 self.model, self.validation_batches, self.config, self.device, self.processes, n_passes=depth
             )
-        if writer is not None:
-            for name, value in result._asdict().items():
-                writer.add_scalar(f"val/{name}", value, self.step)
-            shown = ", ".join(f"{name} {value:.4f}" for name, value in result._asdict().items())
-            bar.write(f"step {self.step}: {shown}")
+        values = result._asdict()
+        progress.draw({f"val/{name}": value for name, value in values.items()}, self.step)
+        progress.say(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
         self._keep_best(result)
 
     def _keep_best(self, result: Validation) -> None:

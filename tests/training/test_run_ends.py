@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -166,3 +167,37 @@ def test_a_last_step_that_diverges_is_no_run_that_ended_well(train_settings: Set
     with pytest.raises(TrainingDiverged, match=r"the validation loss is not finite at step 1; .*: none was saved"):
         Trainer(config, cpu).fit()
     assert not list(Path(config.output.checkpoint_dir).glob("*.pt"))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard writes in one
+def test_a_full_disk_under_the_logs_costs_the_curves_and_no_step(
+    train_settings: Settings, cpu: torch.device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = train_settings()
+    log = Trainer._log
+
+    def fill_disk(self: Trainer, *arguments: Any) -> None:
+        if self.step == 2:
+            (events,) = Path(config.output.log_dir).iterdir()
+            events.unlink()
+            events.symlink_to("/dev/full")
+        log(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "_log", fill_disk)
+    assert Trainer(config, cpu).fit() is True
+    assert saved_at(config, 8).is_file()
+    told = f"output.log_dir is {config.output.log_dir!r}: cannot be written, no more curves: No space left on device"
+    assert capsys.readouterr().out.count(told) == 1
+
+
+def test_a_run_whose_output_nobody_can_take_goes_on(
+    train_settings: Settings, cpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = train_settings(**{"output.eval_every_n_steps": 1})
+    with open("/dev/full", "w", buffering=1, encoding="utf-8") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert Trainer(config, cpu).fit() is True
+        monkeypatch.undo()
+        with pytest.raises(OSError, match="No space"):
+            full.close()  # what it still holds
+    assert saved_at(config, 8).is_file()

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from rdt_core import checkpoint
 from rdt_core.tokenizer import Tokenizer
 from training.config import ConfigError, TrainConfig
+from training.files import make_folder
 
 HUB_NAMES = {
     "wikitext-2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
@@ -114,10 +115,10 @@ def local_corpus(names: str, tokenizer: Tokenizer, cache_dir: str | Path, named:
     stem = Path(cache_dir) / key.hexdigest()[:16]
     tokens_file, starts_file = stem.with_suffix(".tokens.npy"), stem.with_suffix(".starts.npy")
     if (kept := _kept(tokens_file, starts_file)) is None:
+        make_folder(Path(cache_dir), "data.cache_dir" if named.startswith("data.") else "--cache-dir")
         corpus = tokenise(chain.from_iterable(_readable(path, named) for path in paths), tokenizer)
         if np.isin(corpus.tokens, list(tokenizer.special_ids)).all():
             raise ConfigError(f"{named} is {names!r}: no text in it that this tokenizer knows")
-        tokens_file.parent.mkdir(parents=True, exist_ok=True)
         for file, values in ((tokens_file, corpus.tokens), (starts_file, corpus.starts)):
             _save(file, values)
         kept = _kept(tokens_file, starts_file)
@@ -145,10 +146,10 @@ def _readable(path: Path, named: str) -> Iterator[str]:
 
 
 def _kept(tokens: Path, starts: Path) -> Corpus | None:
-    """None if there is nothing, or only what a power cut has left."""
+    """None if there is nothing that can be read, or only what a power cut has left."""
     try:
         return Corpus(np.load(tokens, mmap_mode="r"), np.load(starts))
-    except (FileNotFoundError, EOFError, ValueError):
+    except (OSError, EOFError, ValueError):
         return None
 
 

@@ -47,6 +47,7 @@ from training.evaluation.causal import Scorer, load_scorer
 from training.evaluation.lookups import halting_depths
 from training.evaluation.restoring import Evaluation, Measured, cut_segments
 from training.evaluation.table import Evaluated, Plan, evaluate
+from training.files import make_folder
 from training.report import format_comparisons, format_levels, format_table, plot, written
 from training.stopping import ends_quietly
 
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         plan = _plan(options)
         if options.output is not None:
-            options.output.mkdir(parents=True, exist_ok=True)  # before the work, not after
+            make_folder(options.output, "--output")
         loaded = _load(options)
         scorer = None if options.scorer is None else _scorer(options, loaded)
         if shared := _learned_from(loaded) & {path.name for path in named_files(options.text)}:

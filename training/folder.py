@@ -8,15 +8,19 @@ from pathlib import Path
 
 from rdt_core import checkpoint
 from rdt_core.checkpoint import Checkpoint
+from training.files import make_folder
 
 
 class RunFolder:
-    """The files of one run. Another's in the same folder are replaced where they have the same name, never dropped."""
+    """The files of one run. Another's in the same folder are replaced where they have the same name, never dropped.
+
+    Raises `ConfigError` for a folder that takes none.
+    """
 
     def __init__(self, path: Path, keep_last: int) -> None:
         self.path, self._keep_last = path, keep_last
         self._own: list[Path] = []  # checkpoints of this run, oldest first
-        path.mkdir(parents=True, exist_ok=True)  # who cannot write there learns it now
+        make_folder(path, "output.checkpoint_dir")
 
     @property
     def best(self) -> Path:

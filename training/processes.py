@@ -91,7 +91,10 @@ class ManyProcesses:
 
 def meet(wanted: torch.device) -> Processes:
     """The processes of this run, by the environment that torchrun sets. Raises `ConfigError`."""
-    return ManyProcesses(wanted.type == "cpu") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else OneProcess()
+    count = os.environ.get("WORLD_SIZE", "1")
+    if not count.isdecimal():
+        raise ConfigError(f"WORLD_SIZE is {count!r}: want a whole number, as torchrun sets it")
+    return ManyProcesses(wanted.type == "cpu") if int(count) > 1 else OneProcess()
 
 
 def share(steps: range, a_step: int, processes: Processes) -> Iterator[int]:

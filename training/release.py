@@ -14,6 +14,7 @@ from pathlib import Path
 from rdt_core import checkpoint
 from rdt_core.checkpoint import CheckpointError
 from rdt_core.config import HALTINGS, REQUEST_DEFAULTS
+from training.files import make_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     defaults = {name: getattr(options, name) for name in REQUEST_DEFAULTS}
     try:
+        make_folder(options.output.parent, "the folder of --output")
         checkpoint.export_release(
             options.checkpoint,
             options.output,

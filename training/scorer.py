@@ -28,6 +28,7 @@ from training.data import stable_seed
 from training.devices import device_named
 from training.evaluation.causal import CausalConfig, CausalLM, save_scorer
 from training.evaluation.restoring import cut_segments
+from training.files import make_folder
 from training.mixed_precision import autocast
 from training.stopping import ends_quietly
 from training.vocabulary import vocabulary_loss
@@ -113,13 +114,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> float:
-    for name, minimum in (("steps", 1), ("batch_size", 1), ("length", 3), ("seed", 0)):
+    lowest = {"steps": 1, "batch_size": 1, "length": 3, "d_model": 1, "heads": 1, "layers": 1, "seed": 0}
+    for name, minimum in lowest.items():
         if getattr(options, name) < minimum:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(options, name)}: want >= {minimum}")
     if not 0 < options.learning_rate < math.inf:
         raise ConfigError(f"--learning-rate is {options.learning_rate}: want a number > 0")
+    if options.d_model % (unit := 2 * options.heads) != 0:
+        raise ConfigError(f"--d-model is {options.d_model}: want a multiple of 2 x --heads = {unit}")
     device = device_named(options.device)
-    options.output.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after
+    make_folder(options.output.parent, "the folder of --output")
     if options.output.exists() and not options.output.is_file():
         raise ConfigError(f"--output is {str(options.output)!r}: want a file")
     tokenizer = load_tokenizer(options.tokenizer, "--tokenizer")
@@ -129,12 +133,7 @@ def _run(options: argparse.Namespace) -> float:
         raise ConfigError(f"--text has {len(whole)} tokens: want more than --length = {options.length}")
     tokens = torch.from_numpy(held_out.tokens.astype("int64"))
     segments = cut_segments(tokens, tokenizer, options.length, HELD_OUT_SEGMENTS, named="the end of --text")
-    try:
-        config = CausalConfig(
-            tokenizer.vocab_size, options.d_model, options.heads, options.layers, d_ff=4 * options.d_model
-        )
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    config = CausalConfig(tokenizer.vocab_size, options.d_model, options.heads, options.layers, 4 * options.d_model)
     torch.manual_seed(stable_seed(options.seed))
     model = CausalLM(config)
     if options.init_from is not None:

@@ -27,6 +27,7 @@ from training.compiled import compile_layers
 from training.config import ConfigError, TrainConfig, differences
 from training.corpus import is_local, load_corpora, load_tokenizer, shared_files
 from training.data import Batch, Batches, stable_seed
+from training.files import make_folder
 from training.folder import RunFolder
 from training.losses import Losses, chain_losses, gate_losses, unroll_losses
 from training.mixed_precision import autocast
@@ -77,9 +78,12 @@ class Trainer:
         self.folder = RunFolder(Path(config.output.checkpoint_dir), config.training.keep_last_n_checkpoints)
         if self.processes.first:
             self.folder.remove_partial_files()
+            make_folder(Path(config.output.log_dir), "output.log_dir")
         self.notes: list[str] = []
         """What whoever started the run may not expect."""
         self._note_surprises(resume)
+        if resume is None and (source := config.training.init_from) and not Path(source).exists():
+            raise ConfigError(f"training.init_from is {source!r}: no such file or folder")
         resumed = None if resume is None else (resume, checkpoints.read(resume))
         if resumed is None:
             self.tokenizer = load_tokenizer(config.data.tokenizer_name)

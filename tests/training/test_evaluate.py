@@ -231,7 +231,8 @@ def test_a_file_that_is_no_checkpoint_is_one_line(tmp_path: Path, capsys: pytest
         (["--batch-size", "0"], "--batch-size is 0: want >= 1"),
         (["--device", "meta"], "--device is 'meta': want cpu, cuda or cuda:N"),
         (["--device", "cuda:99"], "--device is 'cuda:99': there is none here"),
-        (["--output", "/dev/null/out"], "[Errno 20] Not a directory: '/dev/null/out'"),
+        (["--output", "/dev/null"], "--output is '/dev/null': want a folder to write in: File exists"),
+        (["--output", "/dev/null/out"], "--output is '/dev/null/out': want a folder to write in: Not a directory"),
         (["--validation", "./x.txt"], "--validation is --text: what is chosen must be chosen on other text"),
     ],
 )

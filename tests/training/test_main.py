@@ -40,7 +40,11 @@ def test_a_run_from_the_command_line(config_file: Path, tmp_path: Path) -> None:
         (["data.tokenizer_name=none.json"], "data.tokenizer_name is 'none.json'"),
         (["--checkpoint", "none.pt"], "none.pt: no such file"),
         (["--override", "none.yaml"], "none.yaml: No such file"),
-        (["output.checkpoint_dir=/dev/null/runs"], "Not a directory: '/dev/null/runs'"),
+        (["output.checkpoint_dir=/dev/null"], "output.checkpoint_dir is '/dev/null': want a folder to write in: File"),
+        (["output.checkpoint_dir=/dev/null/runs"], "output.checkpoint_dir is '/dev/null/runs': want a folder to write"),
+        (["output.log_dir=/dev/null"], "output.log_dir is '/dev/null': want a folder to write in: File exists"),
+        (["data.cache_dir=/dev/null"], "data.cache_dir is '/dev/null': want a folder to write in: File exists"),
+        (["training.init_from=none.pt"], "training.init_from is 'none.pt': no such file or folder"),
         (["--device", "abacus"], "--device is 'abacus': want cpu, cuda or cuda:N"),
     ],
 )
@@ -52,6 +56,14 @@ def test_bad_settings_are_one_line_and_exit_code_2(
     assert printed.startswith("rdt-train: ")
     assert problem in printed
     assert printed.count("\n") == 1
+
+
+def test_an_environment_that_is_not_torchruns(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "x")
+    assert main(["--config", str(config_file), "--device", "cpu"]) == 2
+    assert capsys.readouterr().err == "rdt-train: WORLD_SIZE is 'x': want a whole number, as torchrun sets it\n"
 
 
 @pytest.mark.slow

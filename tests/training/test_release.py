@@ -42,6 +42,12 @@ def test_a_default_out_of_range_is_one_line(
     assert not target.exists()
 
 
+def test_a_place_for_no_release_is_named(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--checkpoint", str(tiny_checkpoint), "--output", "/dev/null/best_model.pt"]) == 2
+    problem = "the folder of --output is '/dev/null': want a folder to write in: File exists"
+    assert capsys.readouterr().err == f"rdt-release: {problem}\n"
+
+
 def test_a_release_that_could_not_be_loaded_leaves_the_old_one(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

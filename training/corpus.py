@@ -58,8 +58,9 @@ def clean(line: str) -> str:
 
 
 def read_paragraphs(path: Path) -> Iterator[str]:
-    """Cleaned, non-empty lines of a `.txt` or `.txt.xz` file."""
-    with lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8") as lines:
+    """Cleaned, non-empty lines of a `.txt` or `.txt.xz` file, with or without a byte-order mark."""
+    utf8 = "utf-8-sig"
+    with lzma.open(path, "rt", encoding=utf8) if path.suffix == ".xz" else path.open(encoding=utf8) as lines:
         yield from filter(None, map(clean, lines))
 
 

@@ -57,6 +57,14 @@ def test_paragraphs_are_one_stream_that_knows_its_starts(tiny_tokenizer: Tokeniz
     assert len(corpus) == 6
 
 
+def test_a_byte_order_mark_is_no_part_of_a_heading(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    text = " = Fox = \nThe dog\n".encode("utf-8-sig")
+    (tmp_path / "a.txt").write_bytes(text)
+    (tmp_path / "b.txt.xz").write_bytes(lzma.compress(text))
+    corpus = local_corpus(f"{tmp_path / 'a.txt'},{tmp_path / 'b.txt.xz'}", tiny_tokenizer, tmp_path)
+    assert words(tiny_tokenizer, corpus.tokens) == "the dog the dog"
+
+
 def test_packed_and_several_files_read_as_one_text(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
     plain, packed = tmp_path / "a.txt", tmp_path / "b.txt.xz"
     plain.write_text("the fox\n", encoding="utf-8")

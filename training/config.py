@@ -100,6 +100,10 @@ class TrainingSection:
     save_every_n_steps: int | None = None
     keep_last_n_checkpoints: int = 3
 
+    def n_warmup_steps(self, n_steps: int) -> int:
+        """Of `n_steps` that teach the encoder."""
+        return round(self.warmup_ratio * n_steps) if self.warmup_steps is None else self.warmup_steps
+
 
 @dataclass(frozen=True)
 class DataSection:

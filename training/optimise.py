@@ -68,7 +68,7 @@ def learning_rate_factor(section: TrainingSection, n_steps: int) -> Callable[[in
     The last `gate_steps`, when the gate learns alone, have a linear schedule of their own.
     """
     n_steps -= section.gate_steps
-    warmup = round(section.warmup_ratio * n_steps) if section.warmup_steps is None else section.warmup_steps
+    warmup = section.n_warmup_steps(n_steps)
     decay = max(1, round(section.decay_ratio * n_steps))
 
     def factor(step: int) -> float:

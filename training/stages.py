@@ -64,8 +64,9 @@ class Stages:
             raise ConfigError(
                 f"training.gate_steps is {section.gate_steps}: the run has {self.n_steps} steps, {wanted}"
             )
-        if 0 < n_learning <= (section.warmup_steps or 0):
-            raise ConfigError(f"training.warmup_steps is {section.warmup_steps}: that is all of the run")
+        if 0 < n_learning <= section.n_warmup_steps(n_learning):
+            key = "warmup_ratio" if section.warmup_steps is None else "warmup_steps"
+            raise ConfigError(f"training.{key} is {getattr(section, key)}: that is all of the run, want less")
         if section.loss_weight_gate == 0:
             return ["the gate will learn nothing: training.loss_weight_gate is 0"]
         if section.scheme == "chain":

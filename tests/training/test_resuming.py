@@ -209,6 +209,9 @@ def test_a_checkpoint_of_the_end_says_that_nothing_is_left(
     assert "there is nothing to do: the checkpoint is of step 8 of 8" in capsys.readouterr().out
 
 
-def test_a_run_that_would_only_warm_up_is_refused(train_settings: Settings, cpu: torch.device) -> None:
-    with pytest.raises(ConfigError, match="warmup_steps is 8: that is all of the run"):
-        Trainer(train_settings(**{"training.warmup_steps": 8}), cpu)
+@pytest.mark.parametrize(("name", "value"), [("warmup_steps", 8), ("warmup_ratio", 1.0), ("warmup_ratio", 0.95)])
+def test_a_run_that_would_only_warm_up_is_refused(
+    train_settings: Settings, cpu: torch.device, name: str, value: float
+) -> None:
+    with pytest.raises(ConfigError, match=rf"training\.{name} is {value}: that is all of the run, want less"):
+        Trainer(train_settings(**{f"training.{name}": value}), cpu)

@@ -181,6 +181,9 @@ AT_LEAST = {
     2: ("training.gate_passes",),
     3: ("data.min_seq_length",),
 }  # fmt: skip
+MOST, TOKENS_A_BATCH = 1000, 2**20
+"""More would only be a slip that takes all memory; larger batches are `training.gradient_accumulation_steps`."""
+AT_MOST = ("training.max_chain_length", "training.gate_passes", "training.total_steps", "data.num_workers")
 ABOVE_ZERO = ("training.learning_rate", "training.max_grad_norm")
 SHARES = (
     "training.warmup_ratio", "training.decay_ratio", "training.random_token_share", "training.keep_token_share",
@@ -217,8 +220,19 @@ def _check(config: TrainConfig) -> None:
     for key, allowed in ONE_OF.items():
         if _get(config, key) not in allowed:
             raise ConfigError(f"{key} is {_get(config, key)!r}: want one of {', '.join(allowed)}")
+    _check_memory(config)
     _check_names(config)
     _check_together(config)
+
+
+def _check_memory(config: TrainConfig) -> None:
+    for key in AT_MOST:
+        if (value := _get(config, key)) > MOST:
+            raise ConfigError(f"{key} is {value}: want <= {MOST}")
+    n, length = config.training.batch_size, config.data.max_seq_length
+    if n * length > TOKENS_A_BATCH:
+        wanted = f"{n * length} tokens with data.max_seq_length = {length}, want <= {TOKENS_A_BATCH}"
+        raise ConfigError(f"training.batch_size is {n}: that is {wanted}")
 
 
 def _check_names(config: TrainConfig) -> None:

@@ -39,7 +39,7 @@ from rdt_core import checkpoint
 from rdt_core.checkpoint import CheckpointError, LoadedModel
 from rdt_core.precision import PRECISIONS, prepare
 from rdt_core.tokenizer import Tokenizer
-from training.config import ConfigError
+from training.config import MOST, TOKENS_A_BATCH, ConfigError
 from training.corpus import local_corpus, named_files, shared_files, shown_files
 from training.devices import device_named
 from training.evaluation import tallies
@@ -199,6 +199,10 @@ def _plan(options: argparse.Namespace) -> Plan:
         for value in given if isinstance(given, list | tuple) else [given]:
             if value is not None and not minimum <= value < math.inf:
                 raise ConfigError(f"--{name.replace('_', '-')} is {value}: want >= {minimum:g}")
+    if options.max_depth > MOST:
+        raise ConfigError(f"--max-depth is {options.max_depth}: want <= {MOST}")
+    if (n := options.batch_size * (options.length or LENGTH)) > TOKENS_A_BATCH:
+        raise ConfigError(f"--batch-size is {options.batch_size}: that is {n} tokens, want <= {TOKENS_A_BATCH}")
     if options.validation is not None and shared_files(options.validation, options.text):
         raise ConfigError("--validation is --text: what is chosen must be chosen on other text")
     for ratio in options.mask_ratios:

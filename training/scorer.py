@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from rdt_core.checkpoint import CheckpointError
 from rdt_core.tokenizer import Tokenizer
-from training.config import ConfigError
+from training.config import MOST, TOKENS_A_BATCH, ConfigError
 from training.corpus import VALIDATION_TOKENS, Corpus, load_tokenizer, local_corpus, shown_files
 from training.data import stable_seed
 from training.devices import device_named
@@ -118,6 +118,10 @@ def _run(options: argparse.Namespace) -> float:
     for name, minimum in lowest.items():
         if getattr(options, name) < minimum:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(options, name)}: want >= {minimum}")
+    if options.layers > MOST:
+        raise ConfigError(f"--layers is {options.layers}: want <= {MOST}")
+    if (n := options.batch_size * options.length) > TOKENS_A_BATCH:
+        raise ConfigError(f"--batch-size is {options.batch_size}: that is {n} tokens, want <= {TOKENS_A_BATCH}")
     if not 0 < options.learning_rate < math.inf:
         raise ConfigError(f"--learning-rate is {options.learning_rate}: want a number > 0")
     if options.d_model % (unit := 2 * options.heads) != 0:

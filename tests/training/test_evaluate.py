@@ -229,6 +229,8 @@ def test_a_file_that_is_no_checkpoint_is_one_line(tmp_path: Path, capsys: pytest
         (["--segments", "1"], "--segments is 1: want >= 2"),
         (["--seed", "-1"], "--seed is -1: want >= 0"),
         (["--batch-size", "0"], "--batch-size is 0: want >= 1"),
+        (["--batch-size", "100000000"], "--batch-size is 100000000: that is 12800000000 tokens, want <= 1048576"),
+        (["--max-depth", "1001"], "--max-depth is 1001: want <= 1000"),
         (["--device", "meta"], "--device is 'meta': want cpu, cuda or cuda:N"),
         (["--device", "cuda:99"], "--device is 'cuda:99': there is none here"),
         (["--output", "/dev/null"], "--output is '/dev/null': want a folder to write in: File exists"),

@@ -128,7 +128,9 @@ def files(text_file: Path, tokenizer_file: Path, tmp_path: Path) -> list[str]:
         (["--d-model", "30", "--heads", "4"], "--d-model is 30: want a multiple of 2 x --heads = 8"),
         (["--heads", "0"], "--heads is 0: want >= 1"),
         (["--tokenizer", "none.json"], "--tokenizer is 'none.json': no such file"),
-        (["--length", "100000"], "tokens: want"),
+        (["--length", "10000"], "tokens: want"),
+        (["--batch-size", "1000000000"], "--batch-size is 1000000000: that is 128000000000 tokens, want <= 1048576"),
+        (["--layers", "1001"], "--layers is 1001: want <= 1000"),
     ],
 )
 def test_settings_out_of_range_are_one_line(

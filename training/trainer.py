@@ -139,10 +139,10 @@ class Trainer:
             self.notes.append(f"validation is on text that is learned: {', '.join(shared)} is in both")
         # What is kept for the model to see tells the answer, and what is replaced by other words is no gap.
         all_masked = replace(config, training=replace(config.training, random_token_share=0.0, keep_token_share=0.0))
-        return (
-            Batches(train, config, self.tokenizer, stable_seed(config.seed, TRAIN)),
-            Batches(validation, all_masked, self.tokenizer, stable_seed(config.seed, VALIDATION)),
-        )
+        measured = Batches(validation, all_masked, self.tokenizer, stable_seed(config.seed, VALIDATION))
+        if not any(measured[index].masked.any() for index in range(config.output.eval_batches)):
+            raise ConfigError("the validation text has no word to mask: they are too few, or all unknown")
+        return Batches(train, config, self.tokenizer, stable_seed(config.seed, TRAIN)), measured
 
     def _make_model(self, fresh: bool) -> RDT:
         """Unless `fresh`, the weights of a checkpoint take the place of these."""

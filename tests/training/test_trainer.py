@@ -354,6 +354,18 @@ def test_validation_on_what_is_learned_is_told(train_settings: Settings, cpu: to
     assert f"validation is on text that is learned: {text_file.name} is in both" in trainer.notes
 
 
+def test_a_validation_text_without_a_word_is_refused(
+    train_settings: Settings, cpu: torch.device, tmp_path: Path, text_file: Path
+) -> None:
+    """There any model would be perfect: at the end of the text, and in one whose only word is hardly ever drawn."""
+    ends, unknown = tmp_path / "ends.txt", tmp_path / "unknown.txt"
+    ends.write_text(text_file.read_text(encoding="utf-8") + "<unk> " * 4000, encoding="utf-8")
+    unknown.write_text("fox" + " <unk>" * 50_000, encoding="utf-8")
+    for changes in ({"data.dataset_name": str(ends)}, {"data.validation_name": str(unknown)}):
+        with pytest.raises(ConfigError, match="the validation text has no word to mask: they are too few"):
+            Trainer(train_settings(**changes), cpu)
+
+
 def test_the_learning_rate_that_is_logged_is_the_one_that_was_used(
     train_settings: Settings, cpu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

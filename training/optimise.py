@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from rdt_core.checkpoint import Checkpoint
 from rdt_core.model import RDT
 from training.config import TrainingSection
 
@@ -60,6 +61,14 @@ class Average:
     @torch.no_grad()
     def restore(self, values: Sequence[Tensor]) -> None:
         torch._foreach_copy_(self.values, list(values))
+
+
+def left_average(saved: Checkpoint) -> str:
+    """What to say of a checkpoint whose weights are taken before their average has taken their place; else nothing."""
+    progress = saved.progress or {}
+    averaged = progress.get("averaged", progress.get("best_of") == "gate stage")  # as far as older ones tell
+    left = progress.get("average") and not averaged
+    return ", the weights as they stood and not their running average" if left else ""
 
 
 def learning_rate_factor(section: TrainingSection, n_steps: int) -> Callable[[int], float]:

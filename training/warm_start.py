@@ -23,6 +23,7 @@ from rdt_core.model import RDT
 from rdt_core.tokenizer import Tokenizer
 from training.bert import copy_bert, has_its_shape
 from training.config import ConfigError
+from training.optimise import left_average
 
 
 @torch.no_grad()
@@ -56,10 +57,7 @@ def _copy_all(model: RDT, path: Path, tokenizer: Tokenizer) -> str:
         weights, taken = weights | fresh, "everything but the token level, which is fresh"
     checkpoint.check_weights(path, model, weights)
     model.load_state_dict(weights)
-    progress = saved.progress or {}
-    averaged = progress.get("averaged", progress.get("best_of") == "gate stage")  # as far as older ones tell
-    if progress.get("average") and not averaged:
-        taken += ", the weights as they stood and not their running average"
+    taken += left_average(saved)
     if theirs.total_steps != model.config.total_steps:
         taken += f"; its gate was taught with training.total_steps = {theirs.total_steps}"
     return taken

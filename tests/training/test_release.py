@@ -33,6 +33,19 @@ def test_without_options_the_runs_own_defaults_stay(tiny_checkpoint: Path, tmp_p
     assert released.name == source.name
 
 
+@pytest.mark.parametrize("averaged", [False, True])
+def test_weights_that_their_average_has_not_replaced_are_told(
+    tiny_checkpoint: Path, tmp_path: Path, averaged: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = torch.load(tiny_checkpoint, weights_only=True)
+    values["progress"] = {"average": [torch.zeros(2)], "averaged": averaged}
+    source = tmp_path / "source.pt"
+    torch.save(values, source)
+    assert main(["--checkpoint", str(source), "--output", str(tmp_path / "best_model.pt")]) == 0
+    told = capsys.readouterr().out.strip().endswith("MB, the weights as they stood and not their running average")
+    assert told != averaged
+
+
 def test_a_default_out_of_range_is_one_line(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

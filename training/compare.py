@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -44,12 +45,21 @@ class Evaluated:
             values = json.loads(path.read_text(encoding="utf-8"))
             known = {field.name for field in fields(Row)}
             rows = [Row(**{name: value for name, value in row.items() if name in known}) for row in values["rows"]]
+            if not all(map(_is_typed, rows)):
+                raise TypeError("a row has text for a number, or no number where there has to be one")
             of = {name: values.get(name) for name in SAME} | _plan_of(values, {row.kind for row in rows})
             return cls(str(values["model"]), str(values["digest"]), of, rows, path)
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path}: no evaluation.json of training.evaluate") from error
+
+
+def _is_typed(row: Row) -> bool:
+    numbers = ((getattr(row, field.name), field.default) for field in fields(Row) if field.name != "kind")
+    return isinstance(row.kind, str) and all(
+        type(value) in (int, float) or (value is None and default is None) for value, default in numbers
+    )
 
 
 def _plan_of(values: dict[str, Any], kinds: set[str]) -> dict[str, Any]:
@@ -101,7 +111,7 @@ class Against:
         if not self.rows:
             raise ConfigError(f"--against {model} {method}: it has no such method; want KIND:SETTING, as fixed:1")
         self.model = model
-        self.tallies = {label: tallies.read(one.path.with_suffix(".npz")) for label, one in models.items()}
+        self.tallies = {label: _tallies_of(one) for label, one in models.items()}
         self.weights: Tensor | None = None
 
     def cell(self, measure: Measure, model: str, row: Row) -> str:
@@ -123,6 +133,21 @@ class Against:
         if row.key not in self.tallies[model]:
             raise ConfigError(f"{model}: its .npz lacks {row.key}, so it is of another evaluation")
         return self.tallies[model][row.key].get(measure.field)
+
+
+def _tallies_of(one: Evaluated) -> dict[str, tallies.Tallies]:
+    """What is beside it. Raises `ConfigError` unless that adds up to what the rows say, as another model's does not."""
+    path = one.path.with_suffix(".npz")
+    found = tallies.read(path)
+    for row in one.rows:
+        for name, tally in found.get(row.key, {}).items():
+            said, counted = getattr(row, name, None), tallies.total(tally)
+            if said is None or not math.isclose(said, counted, rel_tol=1e-5, abs_tol=1e-5):  # float32 is kept
+                raise ConfigError(
+                    f"{path}: of another evaluation than {one.path.name}: {name} of {row.key} is {counted:.6g} by it, "
+                    f"{said} in the table; evaluate anew with --output"
+                )
+    return found
 
 
 def markdown(models: dict[str, list[Row]], measure: Measure, against: Against | None = None) -> str:

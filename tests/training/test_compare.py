@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from training import evaluate
-from training.compare import main
+from training.compare import Against, main, read_all
 
 ROW = {"exact_match": 0.25, "interval": 0.011, "bits": 5.0, "passes": 2.0, "flops_per_token": 3e6, "bleu": 61.2,
        "bleu_interval": 0.4}  # fmt: skip
@@ -92,6 +92,9 @@ def test_an_evaluation_from_before_the_new_measures_is_read(tmp_path: Path, caps
         ({"masks": None, "segments": 9}, "other segments than"),
         ({"model": "ours", "digest": "1" * 64}, "one model was given twice"),
         ({"rows": [{"kind": "fixed"}]}, "no evaluation.json"),
+        ({"rows": [row("fixed", 1, 0.15, passes="two")]}, "no evaluation.json"),
+        ({"rows": [row("fixed", 1, 0.15, bits=None)]}, "no evaluation.json"),
+        ({"rows": [row(1, 1, 0.15)]}, "no evaluation.json"),  # type: ignore[arg-type]
     ],
 )
 def test_what_cannot_be_compared_is_one_line(
@@ -154,14 +157,19 @@ def test_nothing_left_to_show(files: list[str], capsys: pytest.CaptureFixture[st
 
 
 @pytest.fixture
-def evaluated(tmp_path: Path, tiny_checkpoint: Path, text_file: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
+def again(tmp_path: Path, tiny_checkpoint: Path, text_file: Path) -> list[str]:
+    """What evaluates the small model, but for its depths and the output."""
+    arguments = ["--checkpoint", str(tiny_checkpoint), "--text", str(text_file), "--cache-dir", str(tmp_path)]
+    arguments += ["--length", "12", "--segments", "5", "--mask-ratios", "0.5", "--thresholds", "--unchanged"]
+    return [*arguments, "--mask-predict", "2", "--settle-passes", "--settle-thresholds", "--ancestral"]
+
+
+@pytest.fixture
+def evaluated(again: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
     """Two evaluations of one model under two names, of depths and rounds."""
     files = []
-    for name, more in (("ours", ["--max-depth", "2"]), ("theirs", ["--max-depth", "1"])):
-        arguments = ["--checkpoint", str(tiny_checkpoint), "--text", str(text_file), "--cache-dir", str(tmp_path)]
-        arguments += ["--length", "12", "--segments", "5", "--mask-ratios", "0.5", "--thresholds", "--unchanged"]
-        arguments += ["--mask-predict", "2", "--settle-passes", "--settle-thresholds", "--ancestral", *more]
-        assert evaluate.main([*arguments, "--output", str(tmp_path / name)]) == 0
+    for name, depth in (("ours", "2"), ("theirs", "1")):
+        assert evaluate.main([*again, "--max-depth", depth, "--output", str(tmp_path / name)]) == 0
         file = tmp_path / name / "evaluation.json"
         values = json.loads(file.read_text(encoding="utf-8"))
         file.write_text(json.dumps(values | {"model": name}), encoding="utf-8")
@@ -209,6 +217,26 @@ def test_tallies_of_another_evaluation(evaluated: list[str], capsys: pytest.Capt
     shutil.copy(Path(evaluated[1]).with_suffix(".npz"), Path(evaluated[0]).with_suffix(".npz"))
     assert main([*evaluated, "--against", "theirs", "fixed:1"]) == 2
     assert "ours: its .npz lacks fixed:2@0.5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("changes", [["--seed", "1"], ["--segments", "4"]])
+def test_tallies_of_other_masks_or_segments(
+    evaluated: list[str], again: list[str], changes: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rows have the same names: only what they add up to tells."""
+    other = Path(evaluated[0]).parents[1] / "other"
+    assert evaluate.main([*again, "--max-depth", "2", *changes, "--output", str(other)]) == 0
+    capsys.readouterr()
+    shutil.copy(other / "evaluation.npz", Path(evaluated[0]).with_suffix(".npz"))
+    assert main([*evaluated, "--against", "theirs", "fixed:1"]) == 2
+    assert "evaluation.npz: of another evaluation than evaluation.json: " in capsys.readouterr().err
+
+
+def test_evaluations_that_earlier_code_has_kept_can_be_compared() -> None:
+    kept = Path(__file__).parents[2] / "models" / "rdt-small" / "evaluation" / "branches"
+    models = read_all(sorted(kept.glob("*.json")))
+    against = Against(models, next(iter(models)), "fixed:1")
+    assert all(against.tallies[name].keys() == {row.key for row in one.rows} for name, one in models.items())
 
 
 def split_tables(printed: str) -> list[str]:

@@ -31,6 +31,11 @@ def estimate(tally: Tensor, weights: Tensor) -> Estimate | None:
     return Estimate(bleu(tally.sum(1)[None]).item(), half_width(bleu(weights @ tally.T)))
 
 
+def total(tally: Tensor) -> float:
+    """The share or BLEU of all segments, as a row has it; NaN where nothing is counted."""
+    return (tally[0].sum() / tally[1].sum() if len(tally) == 2 else bleu(tally.sum(1)[None])).item()
+
+
 def paired(tally: Tensor, other: Tensor, weights: Tensor) -> Estimate | None:
     """How much more `tally` is than `other`, of the same measure over the same masks."""
     if len(tally) == 2:

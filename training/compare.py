@@ -21,7 +21,9 @@ from torch import Tensor
 from training.config import ConfigError
 from training.evaluation import tallies
 from training.evaluation.measures import resamples
+from training.files import write_whole
 from training.report import MEASURES, Measure, Row, number, plot_lines, written
+from training.stopping import ends_quietly
 
 DEFAULT_MEASURES = ("exact_match", "run_2", "bleu", "passes", "flops_per_token")
 SAME = ("masks", "segments", "length", "seed", "precision", "scorer", "round_depth", "settle_depth")
@@ -181,6 +183,7 @@ def _cell(measure: Measure, row: Row) -> str:
     return number(measure.value(row)) + ("" if half is None else f" ± {half:.2f}")
 
 
+@ends_quietly
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="rdt-compare", description="Put evaluations of several models side by side.")
     parser.add_argument("evaluations", nargs="+", type=Path, metavar="EVALUATION.json")
@@ -205,7 +208,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     status = written(lambda: print(text))
     try:
         if options.plot is not None:
-            plot_lines([(f"{name}, {row.kind}", row) for name, rows in models.items() for row in rows], options.plot)
+            lines = [(f"{name}, {row.kind}", row) for name, rows in models.items() for row in rows]
+            write_whole({options.plot: lambda path: plot_lines(lines, path)})
     except (OSError, ValueError) as error:  # of a format that nobody draws
         print(f"rdt-compare: {error}", file=sys.stderr)
         return 2

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import lzma
-import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +16,7 @@ import numpy.typing as npt
 from rdt_core import checkpoint
 from rdt_core.tokenizer import Tokenizer
 from training.config import ConfigError, TrainConfig
-from training.files import make_folder
+from training.files import make_folder, write_whole
 
 HUB_NAMES = {
     "wikitext-2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
@@ -120,23 +118,15 @@ def local_corpus(names: str, tokenizer: Tokenizer, cache_dir: str | Path, named:
         corpus = tokenise(chain.from_iterable(_readable(path, named) for path in paths), tokenizer)
         if np.isin(corpus.tokens, list(tokenizer.special_ids)).all():
             raise ConfigError(f"{named} is {names!r}: no text in it that this tokenizer knows")
-        for file, values in ((tokens_file, corpus.tokens), (starts_file, corpus.starts)):
-            _save(file, values)
+        write_whole(
+            {
+                tokens_file: lambda file: np.save(file, corpus.tokens),
+                starts_file: lambda file: np.save(file, corpus.starts),
+            }
+        )
         kept = _kept(tokens_file, starts_file)
         assert kept is not None
     return kept
-
-
-def _save(file: Path, values: npt.NDArray[Any]) -> None:
-    """All of it or nothing. Raises `OSError`."""
-    partial = file.with_suffix(f".{os.getpid()}.partial.npy")
-    try:
-        np.save(partial, values)
-        partial.replace(file)
-    except OSError as error:  # of a full disk numpy names no file
-        raise OSError(f"{file}: cannot be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _readable(path: Path, named: str) -> Iterator[str]:

@@ -47,7 +47,7 @@ from training.evaluation.causal import Scorer, load_scorer
 from training.evaluation.lookups import halting_depths
 from training.evaluation.restoring import Evaluation, Measured, cut_segments
 from training.evaluation.table import Evaluated, Plan, evaluate
-from training.files import make_folder
+from training.files import make_folder, write_whole
 from training.report import format_comparisons, format_levels, format_table, plot, written
 from training.stopping import ends_quietly
 
@@ -94,10 +94,15 @@ def _keep(
         summary = {"model": loaded.name, "digest": loaded.digest, **describe(evaluation, options, scorer)}
         summary |= {"plan": asdict(plan), **asdict(replace(found, tallies=[]))}
         del summary["tallies"]
-        (options.output / "evaluation.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-        (options.output / "evaluation.txt").write_text(as_text(found) + "\n", encoding="utf-8")
-        tallies.write(options.output / "evaluation.npz", found.rows, found.tallies)
-        plot(found.rows, options.output / "evaluation.png")
+        table, text = json.dumps(summary, indent=1) + "\n", as_text(found) + "\n"
+        write_whole(
+            {  # no table without its tallies
+                options.output / "evaluation.npz": lambda path: tallies.write(path, found.rows, found.tallies),
+                options.output / "evaluation.json": lambda path: path.write_text(table, encoding="utf-8"),
+                options.output / "evaluation.txt": lambda path: path.write_text(text, encoding="utf-8"),
+            }
+        )
+        write_whole({options.output / "evaluation.png": lambda path: plot(found.rows, path)})
 
 
 def as_text(found: Evaluated) -> str:

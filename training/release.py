@@ -16,8 +16,10 @@ from rdt_core.checkpoint import CheckpointError
 from rdt_core.config import HALTINGS, REQUEST_DEFAULTS
 from training.files import make_folder
 from training.optimise import left_average
+from training.stopping import ends_quietly
 
 
+@ends_quietly
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="rdt-release", description="Write the weights alone, in half precision.")
     parser.add_argument("--checkpoint", required=True, type=Path)

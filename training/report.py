@@ -228,7 +228,7 @@ def plot_lines(points: Sequence[tuple[str, Row]], path: Path) -> None:
         axis.set_xlabel("MFLOPs a token")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
     figure.tight_layout()
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    figure.savefig(path, format=path.suffix[1:] or "png", dpi=110, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -251,10 +251,13 @@ def some(values: Sequence[Any], n: int) -> list[Any]:
 
 
 def written(write: Callable[[], object]) -> int:
-    """Run what prints; 0 even if the reader of a pipe, such as `head`, has seen enough and left."""
+    """Run what prints; 0 even if the reader of a pipe, such as `head`, has seen enough and left, 2 on a full disk."""
     try:
         write()
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter flushes it once more
+        if not isinstance(error, BrokenPipeError):
+            print(f"the output cannot be written: {error.strerror}", file=sys.stderr)
+            return 2
     return 0

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from training import evaluate
+from training import compare, evaluate
 from training.compare import Against, main, read_all
 
 ROW = {"exact_match": 0.25, "interval": 0.011, "bits": 5.0, "passes": 2.0, "flops_per_token": 3e6, "bleu": 61.2,
@@ -142,13 +143,27 @@ def test_rows_that_mean_other_things_are_not_compared(
         assert f"other {name} than" in capsys.readouterr().err
 
 
+def test_a_picture_that_cannot_be_drawn_leaves_the_old_one(
+    files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def half(_: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(compare, "plot_lines", half)
+    (tmp_path / "all.png").write_bytes(b"old")
+    assert main([*files, "--plot", str(tmp_path / "all.png")]) == 2
+    assert f"{tmp_path / 'all.png'}: cannot be written: [Errno 28]" in capsys.readouterr().err
+    assert [file.read_bytes() for file in tmp_path.iterdir() if "png" in file.name] == [b"old"]
+
+
 def test_a_picture_that_cannot_be_written_costs_no_table(
     files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*files, "--plot", str(tmp_path / "nowhere" / "all.png")]) == 2
     printed = capsys.readouterr()
     assert "| ours | fixed 1 |" in printed.out
-    assert printed.err.startswith("rdt-compare: [Errno 2]")
+    assert printed.err.startswith(f"rdt-compare: {tmp_path / 'nowhere' / 'all.png'}: cannot be written: [Errno 2]")
 
 
 def test_nothing_left_to_show(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -183,6 +183,34 @@ def test_what_was_found_is_printed_also_if_it_cannot_be_kept(
     assert "evaluation.json" in printed.err
 
 
+@pytest.mark.parametrize("failure", [OSError("no room"), KeyboardInterrupt()])
+def test_files_that_cannot_be_written_leave_the_old_ones(
+    tiny_checkpoint: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
+) -> None:
+    def half(path: Path, text: str, **_: str) -> None:
+        path.write_bytes(text.encode()[:10])
+        raise failure
+
+    out = tmp_path / "out"
+    out.mkdir()
+    for kind in ("json", "txt", "npz", "png"):
+        (out / f"evaluation.{kind}").write_bytes(b"old")
+    monkeypatch.setattr(Path, "write_text", half)
+    assert main(command(tiny_checkpoint, text_file, tmp_path, "--output", str(out))) in (2, 130)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == {
+        f"evaluation.{kind}": b"old" for kind in ("json", "txt", "npz", "png")
+    }
+
+
+def test_a_full_standard_output_costs_no_file(
+    tiny_checkpoint: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        assert main(command(tiny_checkpoint, text_file, tmp_path, "--output", str(tmp_path / "out"))) == 2
+    assert (tmp_path / "out" / "evaluation.json").is_file()
+
+
 def test_a_text_without_a_known_word_is_named(
     tiny_checkpoint: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="rdt-train", description="Train a Recursive Denoising Transformer.")
     parser.add_argument("--config", required=True, type=Path, help="YAML file, see training/configs")
     parser.add_argument("--override", type=Path, help="YAML file laid over it")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda when there is one)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--checkpoint", type=Path, help="resume from this checkpoint")
     parser.add_argument(
         "assignments", nargs="*", metavar="section.key=value", help="single settings, e.g. training.batch_size=16"

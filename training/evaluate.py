@@ -240,7 +240,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--round-depth", type=int, default=PLAN.round_depth, help="passes of each such round or step")
     parser.add_argument("--seed", type=int, default=0, help="of masks, samples and resamples (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="segments at once (default: %(default)s)")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda when there is one)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,

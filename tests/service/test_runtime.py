@@ -15,10 +15,10 @@ import pytest
 from torch import Tensor
 
 from rdt_core import RDT, Packing, State
+from rdt_core.devices import pick_device
 from service import cli
 from service.addresses import address
 from service.client import AsyncClient, ProblemError
-from service.loading import pick_device
 from service.runtime import listen, serve
 from service.settings import Settings
 

@@ -27,6 +27,8 @@ SMALL = Plan(
     ancestral=(2,),
 )
 
+N_CARDS = torch.cuda.device_count()
+
 
 def evaluation_of(model: RDT, tokenizer: Tokenizer, seed: int, length: int = 12) -> Evaluation:
     stream = torch.randint(5, tokenizer.vocab_size, (60,), generator=torch.Generator().manual_seed(seed))
@@ -259,8 +261,8 @@ def test_a_file_that_is_no_checkpoint_is_one_line(tmp_path: Path, capsys: pytest
         (["--batch-size", "0"], "--batch-size is 0: want >= 1"),
         (["--batch-size", "100000000"], "--batch-size is 100000000: that is 12800000000 tokens, want <= 1048576"),
         (["--max-depth", "1001"], "--max-depth is 1001: want <= 1000"),
-        (["--device", "meta"], "--device is 'meta': want cpu, cuda or cuda:N"),
-        (["--device", "cuda:99"], "--device is 'cuda:99': there is none here"),
+        (["--device", "meta"], "--device is meta: want auto, cpu, cuda or cuda:N"),
+        (["--device", "cuda:99"], f"--device is cuda:99: this machine has {N_CARDS} usable CUDA devices"),
         (["--output", "/dev/null"], "--output is '/dev/null': want a folder to write in: File exists"),
         (["--output", "/dev/null/out"], "--output is '/dev/null/out': want a folder to write in: Not a directory"),
         (["--validation", "./x.txt"], "--validation is --text: what is chosen must be chosen on other text"),

@@ -45,7 +45,7 @@ def test_a_run_from_the_command_line(config_file: Path, tmp_path: Path) -> None:
         (["output.log_dir=/dev/null"], "output.log_dir is '/dev/null': want a folder to write in: File exists"),
         (["data.cache_dir=/dev/null"], "data.cache_dir is '/dev/null': want a folder to write in: File exists"),
         (["training.init_from=none.pt"], "training.init_from is 'none.pt': no such file or folder"),
-        (["--device", "abacus"], "--device is 'abacus': want cpu, cuda or cuda:N"),
+        (["--device", "abacus"], "--device is abacus: want auto, cpu, cuda or cuda:N"),
     ],
 )
 def test_bad_settings_are_one_line_and_exit_code_2(

@@ -122,7 +122,7 @@ def files(text_file: Path, tokenizer_file: Path, tmp_path: Path) -> list[str]:
         (["--steps", "0"], "--steps is 0: want >= 1"),
         (["--seed", "-1"], "--seed is -1: want >= 0"),
         (["--learning-rate", "inf"], "--learning-rate is inf: want a number > 0"),
-        (["--device", "abacus"], "--device is 'abacus': want cpu, cuda or cuda:N"),
+        (["--device", "abacus"], "--device is abacus: want auto, cpu, cuda or cuda:N"),
         (["--output", "/dev/null/scorer.pt"], "the folder of --output is '/dev/null': want a folder to write in"),
         (["--cache-dir", "/dev/null"], "--cache-dir is '/dev/null': want a folder to write in"),
         (["--d-model", "30", "--heads", "4"], "--d-model is 30: want a multiple of 2 x --heads = 8"),

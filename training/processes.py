@@ -66,7 +66,10 @@ class ManyProcesses:
             from accelerate import PartialState  # noqa: PLC0415 - one process does without it
         except ImportError as error:
             raise ConfigError("several processes need the package accelerate: pip install '.[training]'") from error
-        self._state = PartialState(cpu=on_cpu)
+        try:
+            self._state = PartialState(cpu=on_cpu)
+        except ValueError as error:  # torchrun sets more than this
+            raise ConfigError(f"WORLD_SIZE is {os.environ.get('WORLD_SIZE')!r}: want torchrun: {error}") from error
         self.rank, self.count = self._state.process_index, self._state.num_processes
 
     @property

@@ -158,7 +158,7 @@ def hub_corpus(name: str, split: str, tokenizer: Tokenizer, named: str = "data.d
         raise ConfigError(f"{named} is {name!r}: {' '.join(str(error).split())}") from error
     if "text" not in rows.column_names:
         raise ConfigError(f"{named} is {name!r}: its columns are {rows.column_names}, want 'text'")
-    lines = chain.from_iterable(text.splitlines() for text in rows["text"])
+    lines = chain.from_iterable(text.splitlines() for text in rows["text"] if text is not None)
     return tokenise(filter(None, map(clean, lines)), tokenizer)
 
 

@@ -193,7 +193,8 @@ def hub_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "hub"
     folder.mkdir()
     for split, text in (("train", "= Title =\nthe fox\n\na <unk> dog"), ("validation", "new york")):
-        (folder / f"{split}.jsonl").write_text(json.dumps({"text": text, "id": 1}) + "\n", encoding="utf-8")
+        rows = [{"text": text, "id": 1}, {"text": None, "id": 2}]
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
     return folder
 
 

@@ -15,7 +15,8 @@ class Backend(Protocol):
     """Holds the live batch between ticks. Called from one thread."""
 
     ticks_late: int
-    """Ticks between a sequence's last pass and the outcome that tells of it, at the most; 0: it is the same tick's."""
+    """Ticks between a pass that the plan makes a sequence's last and the outcome that tells of it; 0: it is the same
+    tick's. One that the gate stops may be told of a tick later still."""
 
     def run(self, plan: Plan) -> Outcome:
         """Drop and admit as planned, one pass over everything live, decode what settles or leaves, retire.

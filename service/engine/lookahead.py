@@ -8,10 +8,12 @@ host knows of it leaves it untouched and does not count. One tick is
     arrange   rows of those that go on close up, newcomers' join           device-side gathers, when membership changed
     launch    one pass over a bucket of fixed size, levels and reasons      in fixed places: `static_batch`
     collect   the readings of the tick before, and what was decoded for it  one small read-back
-    decode    the rows of those that turn out to have halted                launched now, collected in the next tick
+    decode    the rows of those that have made their last pass              launched now, collected in the next tick
 
-so an ordinary reading is reported one tick late, and the last one of a sequence two ticks late. Sequences that settle
-or are streamed have to be read after every pass: they take the eager way alongside.
+so a reading is reported one tick late. Of a sequence that reaches its ceiling or its deadline the host knows beforehand
+which pass is the last, and has it decoded at once. One that the gate stops earlier is in one pass more, and its last
+reading is reported two ticks late. Sequences that settle or are streamed have to be read after every pass: they take
+the eager way alongside.
 
 Everything here runs on a CPU too, where nothing is asynchronous and the answers must be those of `EagerBackend`.
 """
@@ -19,7 +21,7 @@ Everything here runs on a CPU too, where nothing is asynchronous and the answers
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -44,7 +46,7 @@ from service.engine.static_batch import (
     lay_out,
     sizes_up_to,
 )
-from service.engine.types import Admission, Job, Outcome, Plan, Reading, Ticket
+from service.engine.types import Admission, Choice, Job, Outcome, Plan, Reading, Ticket
 
 
 @dataclass(eq=False)
@@ -53,7 +55,13 @@ class LiveSequence:
 
     ticket: Ticket
     job: Job
+    ceiling: int  # passes it may make
     first_row: int  # of the bucket
+    n_launched: int = 0  # passes
+
+    @property
+    def is_at_its_ceiling(self) -> bool:
+        return self.n_launched >= self.ceiling
 
     @property
     def rows(self) -> range:
@@ -62,7 +70,7 @@ class LiveSequence:
 
     @cached_property
     def due_rows(self) -> list[int]:
-        """Which of its tokens are decoded when it halts, counted from its own first."""
+        """Which of its tokens are decoded at its end, counted from its own first."""
         return [row for row, masked in enumerate(self.job.masked) if masked or self.job.decode_all]
 
 
@@ -76,9 +84,11 @@ class Launched(NamedTuple):
 
 
 class Decoding(NamedTuple):
-    """Rows of halted sequences on their way through the vocabulary."""
+    """Rows of sequences that have made their last pass, on their way through the vocabulary. What came of the pass is
+    read with the others of that tick: those that were frozen in it have kept theirs.
+    """
 
-    halted: list[tuple[LiveSequence, Reading]]  # the readings without their choices
+    ended: list[LiveSequence]
     decoded: Decoded  # on the host, once `done`
     done: Callable[[], None]
 
@@ -86,7 +96,7 @@ class Decoding(NamedTuple):
 class LookaheadBackend:
     """A `Backend` whose outcomes come a tick late. `passes` carries out a pass over the static batch."""
 
-    ticks_late = 2
+    ticks_late = 1
 
     def __init__(self, model: RDT, token_budget: int, max_live: int, passes: Passes | None = None) -> None:
         self._model = model
@@ -109,7 +119,6 @@ class LookaheadBackend:
     def _forget(self) -> None:
         self._sequences: list[LiveSequence] = []  # in the order of their places
         self._bucket: Bucket | None = None
-        self._halted: set[Ticket] = set()  # frozen, and not yet told
         self._launched: Launched | None = None
         self._decoding: Decoding | None = None
         self._beside: set[Ticket] = set()  # those that take the eager way
@@ -122,11 +131,12 @@ class LookaheadBackend:
         launched = self._launch(plan.overdue)
         beside = self._run_beside(plan)  # it waits for the device, which by now has something to do
         began = time.perf_counter()
-        told = dict(self._collect_decoded())
+        chosen = self._collect_decoded()
         decode_seconds = time.perf_counter() - began
-        n_decoded = sum(len(reading.chosen) for reading in told.values())
-        told |= self._collect()  # after the rows above have been taken: it sends the next ones to be decoded
+        n_decoded = sum(map(len, chosen.values()))
+        told, halted = self._collect(chosen)
         self._launched = launched
+        self._decode([one for one in self._sequences if one.ticket in halted | plan.overdue or one.is_at_its_ceiling])
         return Outcome(
             readings=told | beside.readings,
             n_decoded=n_decoded + beside.n_decoded,
@@ -147,9 +157,10 @@ class LookaheadBackend:
         return outcome
 
     def _arrange(self, plan: Plan) -> None:
-        """Those that halted or were dropped go, and newcomers join."""
+        """Those that have ended or were dropped go, and newcomers join."""
         newcomers = [a for a in plan.admitted if not a.job.read_every_pass]
-        stay = set(plan.live) - self._halted
+        ended = () if self._decoding is None else self._decoding.ended
+        stay = set(plan.live).difference(one.ticket for one in ended)
         kept = [(place, one) for place, one in enumerate(self._sequences) if one.ticket in stay]
         if not newcomers and len(kept) == len(self._sequences):
             return
@@ -183,7 +194,7 @@ class LookaheadBackend:
         buffers.ceiling[places] = self._sent([a.ceiling for a in admitted])
         buffers.step[places], buffers.reason[places] = 0, GO_ON
         for a in admitted:
-            self._sequences.append(LiveSequence(a.ticket, a.job, first_row))
+            self._sequences.append(LiveSequence(a.ticket, a.job, a.ceiling, first_row))
             first_row += len(a.job.tokens)
 
     def _launch(self, overdue: frozenset[Ticket]) -> Launched | None:
@@ -192,55 +203,49 @@ class LookaheadBackend:
         n = len(self._sequences)
         self._buffers.late[:n] = self._sent([one.ticket in overdue for one in self._sequences])
         self._passes(self._buffers, self._bucket)
+        for one in self._sequences:
+            one.n_launched += 1
         (level, reason), done = to_host(self._buffers.level[:n], self._buffers.reason[:n])
         return Launched(list(self._sequences), level, reason, done)
 
-    def _collect(self) -> dict[Ticket, Reading]:
-        """What the pass before this one came to. Those that have halted in it are sent through the vocabulary."""
+    def _collect(self, chosen: dict[Ticket, list[Choice]]) -> tuple[dict[Ticket, Reading], set[Ticket]]:
+        """What the pass before this one came to, with the choices of those whose last it was; and who else halted."""
+        told: dict[Ticket, Reading] = {}
+        halted: set[Ticket] = set()
         if self._launched is None:
-            return {}
+            return told, halted
         sequences, level, reason, done = self._launched
         done()
-        present = {one.ticket for one in self._sequences}
-        told: dict[Ticket, Reading] = {}
-        halted: list[tuple[LiveSequence, Reading]] = []
+        present = {one.ticket for one in self._sequences}  # the others were dropped
         for one, at, code in zip(sequences, level.tolist(), reason.tolist(), strict=True):
-            if one.ticket not in present:
-                continue  # frozen since the pass before, or dropped
-            reading = Reading(at, REASONS[code], [], [])
-            if reading.reason is None:
-                told[one.ticket] = reading
-            else:
-                halted.append((one, reading))
-        if halted:
-            self._halted.update(one.ticket for one, _ in halted)
-            self._decode(halted)
-        return told
+            if one.ticket in chosen or (one.ticket in present and code == GO_ON):
+                told[one.ticket] = Reading(at, REASONS[code], chosen.get(one.ticket, []), [])
+            elif one.ticket in present:
+                halted.add(one.ticket)
+        return told, halted
 
-    def _decode(self, halted: list[tuple[LiveSequence, Reading]]) -> None:
+    def _decode(self, ended: list[LiveSequence]) -> None:
+        if not ended:
+            return
         assert self._bucket is not None
-        due = [one.first_row + row for one, _ in halted for row in one.due_rows]
-        rows = self._sent(due, torch.int64)
+        rows = self._sent([one.first_row + row for one in ended for row in one.due_rows], torch.int64)
         hidden = self._buffers.hidden[: self._bucket.n_rows]
-        top_k = max(one.job.top_k for one, _ in halted)
-        decoded = Decoded.of(self._model, hidden, self._bucket, rows, top_k)
+        decoded = Decoded.of(self._model, hidden, self._bucket, rows, max(one.job.top_k for one in ended))
         on_host, done = to_host(*decoded)
-        self._decoding = Decoding(halted, Decoded(*on_host), done)
+        self._decoding = Decoding(ended, Decoded(*on_host), done)
 
     def _sent(self, values: list[Any], dtype: torch.dtype | None = None) -> Tensor:
         return to_device(torch.tensor(values, dtype=dtype), self._model.device)
 
-    def _collect_decoded(self) -> Iterator[tuple[Ticket, Reading]]:
+    def _collect_decoded(self) -> dict[Ticket, list[Choice]]:
         if self._decoding is None:
-            return
-        halted, decoded, done = self._decoding
+            return {}
+        ended, decoded, done = self._decoding
         self._decoding = None
         done()
-        rows = (row for one, _ in halted for row in one.due_rows)
-        choices = iter(decoded.choices(rows, (one.job.top_k for one, _ in halted for _ in one.due_rows)))
-        for one, reading in halted:
-            self._halted.discard(one.ticket)
-            yield one.ticket, replace(reading, chosen=list(islice(choices, len(one.due_rows))))
+        rows = (row for one in ended for row in one.due_rows)
+        choices = iter(decoded.choices(rows, (one.job.top_k for one in ended for _ in one.due_rows)))
+        return {one.ticket: list(islice(choices, len(one.due_rows))) for one in ended}
 
 
 def to_host(*tensors: Tensor) -> tuple[tuple[Tensor, ...], Callable[[], None]]:

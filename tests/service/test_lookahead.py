@@ -20,7 +20,7 @@ from service.engine.eager import GO_ON, REASONS, Decoded, EagerBackend
 from service.engine.engine import BatchingEngine
 from service.engine.lookahead import LookaheadBackend
 from service.engine.reference import run_reference
-from service.engine.scheduler import Scheduler, SchedulerLimits
+from service.engine.scheduler import ANSWER_SECONDS, Scheduler, SchedulerLimits
 from service.engine.static_batch import (
     Bucket,
     Buffers,
@@ -104,19 +104,59 @@ def plain_job(n_masked: int = 2, depth: int = 3, **changes: object) -> Job:
     return Job(tokens, masked, max_steps=depth, threshold=0.0, halting="gate", **changes)  # type: ignore[arg-type]
 
 
-def test_readings_come_a_tick_late_and_last_ones_two(tiny_model: RDT) -> None:
-    backend, scheduler = backend_of(tiny_model), Scheduler(LIMITS)
+class CountedPasses(PlainPasses):
+    """Of each pass, how many sequences were in it."""
+
+    def __init__(self, model: RDT) -> None:
+        super().__init__(model)
+        self.live: list[int] = []
+
+    def __call__(self, buffers: Buffers, bucket: Bucket) -> None:
+        self.live.append(int(bucket.offsets.diff().count_nonzero()))
+        super().__call__(buffers, bucket)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reasons", "live"),
+    [
+        ({}, [[], [None], ["max_steps"]], [1, 1]),
+        ({"deadline": ANSWER_SECONDS / 2}, [[], ["deadline"]], [1]),
+        ({"threshold": 2.0}, [[], [], ["gate"]], [1, 1]),
+        ({"threshold": 2.0, "max_steps": 1}, [[], ["gate"]], [1]),
+    ],
+    ids=["ceiling", "deadline", "gate", "gate at the ceiling"],
+)
+def test_only_who_is_stopped_by_the_gate_before_the_end_is_in_one_pass_more(
+    tiny_model: RDT, changes: dict[str, Any], reasons: list[list[object]], live: list[int]
+) -> None:
+    """Readings come a tick late, and so do last ones, unless the host could not know beforehand that they would be."""
+    passes, scheduler = CountedPasses(tiny_model), Scheduler(LIMITS)
+    backend = LookaheadBackend(tiny_model, LIMITS.token_budget, LIMITS.max_live, passes)
+    job = replace(plain_job(depth=2), **changes)
     with scheduler.line.reserve() as place:
-        scheduler.line.join(plain_job(depth=2), place, now=0.0)
+        scheduler.line.join(job, place, now=0.0)
     told: list[list[Reading]] = []
     while not scheduler.idle:
-        plan = scheduler.plan(now=0.0)
+        plan = scheduler.plan(now=0.0, ticks_late=backend.ticks_late)
         outcome = backend.run(plan)
         told.append(list(outcome.readings.values()))
         finished = scheduler.commit(plan, outcome, now=0.0)
-    assert [[reading.reason for reading in readings] for readings in told] == [[], [None], [], ["max_steps"]]
+    assert [[reading.reason for reading in readings] for readings in told] == reasons
+    assert passes.live == live
     [(_, result)] = finished
-    assert (result.steps, len(result.levels)) == (2, 2), "the pass made meanwhile is counted nowhere"
+    assert result.steps == len(result.levels) == sum(map(len, reasons)), "a pass too many is counted nowhere"
+    assert result.tokens == run_reference(tiny_model, replace(job, max_steps=result.steps)).tokens
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_crowd_with_ceilings_costs_no_pass_too_many(tiny_model: RDT, seed: int) -> None:
+    rng, passes = random.Random(seed), CountedPasses(tiny_model)
+    jobs = [random_job(rng, tiny_model.config.vocab_size) for _ in range(40)]
+    jobs = [replace(job, threshold=0.0, halting="gate", stream=False) for job in jobs]
+    results = run_all(LookaheadBackend(tiny_model, LIMITS.token_budget, LIMITS.max_live, passes), jobs, rng)
+    for job, result in zip(jobs, results, strict=True):
+        assert_same(result, run_reference(tiny_model, job))
+    assert sum(passes.live) == sum(job.max_steps for job in jobs)
 
 
 @pytest.mark.parametrize("deadline", [20.0, 20.25, 20.75])

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -34,17 +35,8 @@ class Packing:
         """Lay out sequences of the given lengths (each >= 1, else `ValueError`)."""
         if not lengths or min(lengths) < 1:
             raise ValueError(f"lengths is {tuple(lengths)!r}: want at least one sequence, each of length >= 1")
-        sizes = torch.tensor(lengths, dtype=torch.int64)
-        offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64)
-        torch.cumsum(sizes, 0, out=offsets[1:])
-        sequence_ids = torch.repeat_interleave(torch.arange(len(lengths)), sizes)
-        positions = torch.arange(int(offsets[-1])) - offsets[sequence_ids]
-        return cls(
-            lengths=tuple(int(length) for length in lengths),
-            offsets=to_device(offsets.to(torch.int32), device),
-            positions=to_device(positions, device),
-            sequence_ids=to_device(sequence_ids, device),
-        )
+        lengths = tuple(int(length) for length in lengths)
+        return cls(lengths, *laid_out(to_device(torch.tensor(lengths), device), sum(lengths)))
 
     @property
     def n_sequences(self) -> int:
@@ -61,6 +53,16 @@ class Packing:
     @property
     def longest(self) -> int:
         return max(self.lengths)
+
+
+def laid_out(lengths: Tensor, n_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Offsets `(N+1,)` int32, positions `(T,)` and sequence ids `(T,)` of lengths `(N,)` int64, 0 or more, on their
+    device, which is not asked for their sum.
+    """
+    offsets = F.pad(lengths.cumsum(0), (1, 0))  # (N+1,)
+    sequence_ids = torch.repeat_interleave(lengths, output_size=n_tokens)
+    positions = torch.arange(n_tokens, device=lengths.device) - offsets[sequence_ids]
+    return offsets.to(torch.int32), positions, sequence_ids
 
 
 def to_device(values: Tensor, device: torch.device | str | None) -> Tensor:

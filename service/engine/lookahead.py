@@ -21,13 +21,14 @@ Everything here runs on a CPU too, where nothing is asynchronous and the answers
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
-from typing import Any, NamedTuple
+from itertools import chain, islice
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -184,14 +185,18 @@ class LookaheadBackend:
         buffers, jobs = self._buffers, [a.job for a in admitted]
         first_place = len(self._sequences)
         packing = Packing.of([len(job.tokens) for job in jobs], self._model.device)
-        tokens = self._sent([token for job in jobs for token in job.tokens])
-        masked = self._sent([hidden for job in jobs for hidden in job.masked])
+        tokens, masked, ceiling, threshold = self._sent(
+            chain.from_iterable(job.tokens for job in jobs),
+            chain.from_iterable(job.masked for job in jobs),
+            (a.ceiling for a in admitted),
+            np.array([job.threshold for job in jobs], np.float64).view(np.int64),
+        )
+        masked = masked.bool()
         state = self._model.begin(tokens, masked, packing)
         rows, places = slice(first_row, first_row + len(tokens)), slice(first_place, first_place + len(jobs))
         buffers.hidden[rows], buffers.embedded[rows], buffers.masked[rows] = state.hidden, state.embedded, masked
         buffers.level[places], buffers.summary[places] = state.gate.level, state.gate.summary
-        buffers.threshold[places] = self._sent([job.threshold for job in jobs], torch.float64)
-        buffers.ceiling[places] = self._sent([a.ceiling for a in admitted])
+        buffers.threshold[places], buffers.ceiling[places] = threshold.view(torch.float64), ceiling
         buffers.step[places], buffers.reason[places] = 0, GO_ON
         for a in admitted:
             self._sequences.append(LiveSequence(a.ticket, a.job, a.ceiling, first_row))
@@ -201,7 +206,7 @@ class LookaheadBackend:
         if self._bucket is None:
             return None
         n = len(self._sequences)
-        self._buffers.late[:n] = self._sent([one.ticket in overdue for one in self._sequences])
+        self._buffers.late[:n] = self._sent(one.ticket in overdue for one in self._sequences)[0] if overdue else False
         self._passes(self._buffers, self._bucket)
         for one in self._sequences:
             one.n_launched += 1
@@ -228,14 +233,17 @@ class LookaheadBackend:
         if not ended:
             return
         assert self._bucket is not None
-        rows = self._sent([one.first_row + row for one in ended for row in one.due_rows], torch.int64)
+        (rows,) = self._sent(one.first_row + row for one in ended for row in one.due_rows)
         hidden = self._buffers.hidden[: self._bucket.n_rows]
         decoded = Decoded.of(self._model, hidden, self._bucket, rows, max(one.job.top_k for one in ended))
         on_host, done = to_host(*decoded)
         self._decoding = Decoding(ended, Decoded(*on_host), done)
 
-    def _sent(self, values: list[Any], dtype: torch.dtype | None = None) -> Tensor:
-        return to_device(torch.tensor(values, dtype=dtype), self._model.device)
+    def _sent(self, *values: Iterable[int]) -> tuple[Tensor, ...]:
+        """Each as int64, all in one copy. (`fromiter` takes a sixth of the time of `torch.tensor`.)"""
+        arrays = [np.fromiter(some, np.int64) for some in values]
+        sent = to_device(torch.from_numpy(np.concatenate(arrays)), self._model.device)
+        return sent.split([len(some) for some in arrays])
 
     def _collect_decoded(self) -> dict[Ticket, list[Choice]]:
         if self._decoding is None:

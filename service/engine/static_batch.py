@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rdt_core.gate import GateState
 from rdt_core.model import RDT, State
-from rdt_core.packing import Packing, to_device
+from rdt_core.packing import Packing, laid_out, to_device
 from service.engine.batch_halting import GATE, GO_ON, reasons_of
 
 SMALLEST_BUCKET = 64
@@ -163,20 +164,17 @@ def lay_out(buffers: Buffers, lengths: Sequence[int], size: Size) -> Bucket:
     """Write where sequences of these lengths lie, one behind the other, and freeze the places behind them."""
     n_live, n_tokens = len(lengths), sum(lengths)
     n_dead = size.n_rows - n_tokens
-    layout = Packing.of([*lengths, n_dead] if n_dead else lengths)
-    nobody = size.n_places - 1
-    sequence_ids = layout.sequence_ids.masked_fill(layout.sequence_ids == n_live, nobody)
-    ends = layout.offsets[: n_live + 1]
-    offsets = torch.cat((ends, ends[-1:].expand(size.n_places - n_live)))
+    by_place = np.zeros(size.n_places, np.int64)
+    by_place[:n_live], by_place[-1] = lengths, n_dead
+    on_device = to_device(torch.from_numpy(by_place), buffers.hidden.device)
+    offsets, positions, sequence_ids = laid_out(on_device, size.n_rows)
     rows = slice(size.n_rows)
-    device = buffers.hidden.device
-    buffers.positions[rows] = to_device(layout.positions, device)
-    buffers.sequence_ids[rows] = to_device(sequence_ids, device)
-    buffers.offsets[: size.n_places + 1] = to_device(offsets, device)
+    buffers.positions[rows], buffers.sequence_ids[rows] = positions, sequence_ids
+    buffers.offsets[: size.n_places + 1] = offsets.clamp(max=n_tokens)  # to attention the dead rows are no sequence
     buffers.masked[n_tokens : size.n_rows] = False
     buffers.reason[n_live : size.n_places] = GATE
     return Bucket(
-        lengths=layout.lengths,
+        lengths=(*lengths, n_dead) if n_dead else tuple(lengths),
         offsets=buffers.offsets[: size.n_places + 1],
         positions=buffers.positions[rows],
         sequence_ids=buffers.sequence_ids[rows],
@@ -188,12 +186,10 @@ def lay_out(buffers: Buffers, lengths: Sequence[int], size: Size) -> Bucket:
 
 def close_up(buffers: Buffers, kept: Sequence[tuple[int, range]]) -> None:
     """Move kept places, each with its rows, to the front in this order."""
-    device = buffers.hidden.device
-    places = to_device(torch.tensor([place for place, _ in kept]), device)
-    lengths = torch.tensor([len(rows) for _, rows in kept])
-    moved = torch.tensor([rows.start for _, rows in kept]) - (lengths.cumsum(0) - lengths)  # each by so many rows
-    n_rows = sum(len(rows) for _, rows in kept)
-    rows = to_device(torch.arange(n_rows) + moved.repeat_interleave(lengths, output_size=n_rows), device)
+    whence = np.array([[at for at, _ in kept], [rows.start for _, rows in kept], [len(rows) for _, rows in kept]])
+    places, starts, lengths = to_device(torch.from_numpy(whence), buffers.hidden.device)
+    _, positions, sequences = laid_out(lengths, int(whence[2].sum()))
+    rows = starts[sequences] + positions
     for names, chosen in ((ROW_BUFFERS, rows), (PLACE_BUFFERS, places)):
         for name in names:
             buffer: Tensor = getattr(buffers, name)

@@ -306,6 +306,31 @@ def test_what_carries_out_passes_is_prepared_once_and_first(tiny_model: RDT) -> 
     assert called == [(80, Size(80, 9)), *["a pass"] * (len(called) - 1)]
 
 
+def test_a_tick_in_which_all_kinds_of_things_happen_sends_the_device_five_copies(
+    tiny_model: RDT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is a launch, and memory pinned for it. A tick with nothing new sends none."""
+    sent: list[int] = []
+
+    def counted(values: torch.Tensor, _device: Any) -> torch.Tensor:
+        sent.append(len(values))
+        return values
+
+    for module in (lookahead, packing, static_batch):
+        monkeypatch.setattr(module, "to_device", counted)
+    backend, scheduler = backend_of(tiny_model), Scheduler(LIMITS)
+    copies = []
+    for tick in range(5):
+        for depth in (3, 4) if tick == 0 else (5, 1) if tick == 3 else ():  # one has gone, and another goes
+            with scheduler.line.reserve() as place:
+                scheduler.line.join(plain_job(depth=depth), place, now=0.0)
+        sent.clear()
+        plan = scheduler.plan(now=0.0)
+        scheduler.commit(plan, backend.run(plan), now=0.0)
+        copies.append(len(sent))
+    assert copies == [3, 0, 1, 5, 2]
+
+
 def test_closing_up_moves_rows_and_places_together(tiny_model: RDT) -> None:
     buffers = Buffers.of(tiny_model, 64, 9)
     buffers.hidden[:16] = torch.arange(16.0)[:, None]

@@ -12,11 +12,18 @@ from service.engine.cuda_graph import CapturedPasses
 from service.engine.eager import EagerBackend
 from service.engine.lookahead import LookaheadBackend
 
+MOST_LIVE_ON_CUDA = 65_534
+"""Attention is launched with a row of blocks for each place, of which a grid has 65,535 rows; one is nobody's."""
+
 
 def make_backend(model: RDT, token_budget: int, max_live: int) -> Backend:
     """Captured passes, launched ahead, where attention needs no lengths on the host: on CUDA from Ampere on, in half
     precision, with heads of most widths. Eager passes elsewhere; on a CPU there is nobody to run ahead of.
+
+    Raises `ValueError` for more sequences than CUDA takes.
     """
+    if model.device.type == "cuda" and max_live > MOST_LIVE_ON_CUDA:
+        raise ValueError(f"max_live is {max_live}: want at most {MOST_LIVE_ON_CUDA} on CUDA")
     head_width = model.config.d_model // model.config.n_heads
     if has_varlen_attention(model.device, DTYPES.get(model.precision, torch.float32), head_width):
         return LookaheadBackend(model, token_budget, max_live, CapturedPasses(model))

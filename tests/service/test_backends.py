@@ -42,5 +42,13 @@ def test_passes_are_captured_where_attention_needs_no_host(
     assert isinstance(backend, EagerBackend) != captures
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_more_sequences_than_a_grid_has_rows_are_refused_beforehand(precision: str) -> None:
+    """Else it would be the launch of some later tick that fails."""
+    model: Any = SimpleNamespace(device=torch.device("cuda:0"), precision=precision)
+    with pytest.raises(ValueError, match="max_live is 65535: want at most 65534 on CUDA"):
+        backends.make_backend(model, 10**6, 65_535)
+
+
 def test_a_model_on_a_cpu_runs_eagerly(tiny_config: ModelConfig) -> None:
-    assert isinstance(backends.make_backend(RDT(tiny_config), 512, 64), EagerBackend)
+    assert isinstance(backends.make_backend(RDT(tiny_config), 512, 100_000), EagerBackend)

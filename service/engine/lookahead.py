@@ -263,7 +263,7 @@ def to_host(*tensors: Tensor) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
     copies = tuple(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors)
     for copy, tensor in zip(copies, tensors, strict=True):
         copy.copy_(tensor, non_blocking=True)
-    copied = torch.cuda.Event()
+    copied = torch.cuda.Event(blocking=True)  # who waits for it sleeps: the next pass is under way, there is time
     copied.record()
     return copies, copied.synchronize
 

@@ -48,8 +48,8 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing
 
     Rows after the last sequence's are dead: they stay what their query was, and nobody looks at them.
     On CUDA in half precision the variable-length kernel, where there is one, takes any lengths in one call; a single
-    sequence takes it, too, and so comes out as it does among others. Elsewhere equal lengths need one batched call, and
-    others one call a sequence, which on a CPU costs nothing measurable.
+    sequence takes it, too, and so comes out as it does among others. Elsewhere equal lengths need one batched call.
+    Others need padding on CUDA, where calls are dear, and on a CPU one call a sequence, which costs nothing measurable.
     """
     if len(query) > packing.n_tokens:
         live, dead = slice(packing.n_tokens), slice(packing.n_tokens, None)
@@ -66,9 +66,23 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing
         q, k, v = (x.view(shape).transpose(1, 2) for x in (query, key, value))  # (N, H, L, C)
         mixed = products_attention if slow_backward(query) else F.scaled_dot_product_attention
         return mixed(q, k, v).transpose(1, 2).reshape(query.shape)
+    if query.device.type == "cuda":
+        return padded_attention(query, key, value, packing)
     heads_first = (x.transpose(0, 1)[None].split(packing.lengths, dim=2) for x in (query, key, value))
     apart = [F.scaled_dot_product_attention(q, k, v) for q, k, v in zip(*heads_first, strict=True)]  # (1, H, L, C) each
     return torch.cat(apart, dim=2)[0].transpose(0, 1)
+
+
+def padded_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
+    """`packed_attention` in one call: every sequence is padded to the longest, and nobody attends to padding."""
+    longest = max(packing.lengths)
+    places = packing.sequence_ids * longest + packing.positions  # (T,) of N x L
+    nothing = query.new_zeros(packing.n_sequences * longest, *query.shape[1:])  # (N x L, H, C)
+    padded = (nothing.index_copy(0, places, x).unflatten(0, (-1, longest)) for x in (query, key, value))
+    q, k, v = (x.transpose(1, 2) for x in padded)  # (N, H, L, C)
+    is_token = torch.arange(longest, device=query.device) < packing.offsets.diff().unsqueeze(1)  # (N, L)
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=is_token.view(-1, 1, 1, longest))
+    return mixed.transpose(1, 2).flatten(0, 1).index_select(0, places)
 
 
 @cache

@@ -7,12 +7,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rdt_core import Packing
 from rdt_core.layers import (
     AdaptiveNorm,
     has_varlen_attention,
     packed_attention,
+    padded_attention,
     products_attention,
     rotary_angles,
     rotate,
@@ -94,6 +96,30 @@ def test_equal_lengths_share_one_attention_call(
     monkeypatch.setattr(F, "scaled_dot_product_attention", called)
     packed_attention(*random_heads(12), Packing.of(lengths))
     assert called.call_count == n_calls
+
+
+@pytest.mark.parametrize("lengths", [[4], [3, 3, 3], [1, 5, 2]], ids=["one", "equal", "mixed"])
+def test_padding_is_attended_to_by_nobody(lengths: list[int]) -> None:
+    heads, packing = random_heads(sum(lengths)), Packing.of(lengths)
+    torch.testing.assert_close(padded_attention(*heads, packing), packed_attention(*heads, packing))
+    gradients = []
+    for attend in (padded_attention, packed_attention):
+        leaves = [x.clone().requires_grad_() for x in heads]
+        attend(*leaves, packing).square().sum().backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    torch.testing.assert_close(*gradients)
+
+
+def test_on_cuda_mixed_lengths_share_one_call_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = Mock(wraps=F.scaled_dot_product_attention)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", called)
+    with FakeTensorMode():  # whose tensors may be said to be on any device
+        query, key, value = torch.empty(3, 12, 2, 4, device="cuda").unbind()
+        offsets = torch.empty(4, dtype=torch.int32, device="cuda")
+        positions, sequence_ids = torch.empty(2, 12, dtype=torch.int64, device="cuda").unbind()
+        out = packed_attention(query, key, value, Packing((4, 5, 3), offsets, positions, sequence_ids))
+    assert out.shape == (12, 2, 4)
+    assert called.call_count == 1
 
 
 @pytest.mark.parametrize("lengths", [[4, 4], [4, 3, 1]], ids=["equal", "mixed"])

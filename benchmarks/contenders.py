@@ -61,8 +61,10 @@ def ours(model: RDT, jobs: Sequence[Job], token_budget: int, max_live: int) -> N
     serve(EagerBackend(model), jobs, token_budget, max_live)
 
 
-def serve(backend: Backend, jobs: Sequence[Job], token_budget: int, max_live: int) -> list[Result]:
-    """The same with any backend; the results in the order of the jobs."""
+def serve(
+    backend: Backend, jobs: Sequence[Job], token_budget: int, max_live: int, queued: list[int] | None = None
+) -> list[Result]:
+    """The same with any backend; the results in the order of the jobs. `queued` gets how many waited in each tick."""
     tokens = sum(len(job.tokens) for job in jobs)
     scheduler = Scheduler(SchedulerLimits(token_budget, max_live, max_waiting=len(jobs), max_waiting_tokens=tokens))
     tickets: list[Ticket] = []
@@ -72,6 +74,8 @@ def serve(backend: Backend, jobs: Sequence[Job], token_budget: int, max_live: in
             tickets.append(scheduler.line.join(job, place, now=0.0))
     while not scheduler.idle:
         plan = scheduler.plan(now=0.0)
+        if queued is not None:
+            queued.append(scheduler.line.n_queued)
         results.update(scheduler.commit(plan, backend.run(plan), now=0.0))
     return [results[ticket] for ticket in tickets]
 

@@ -5,8 +5,10 @@ Needs torch, numpy, tokenizers and this repository. Runs on a CPU too, where it 
     agreement   2,000 mixed requests in every number format against the float32 reference loop: tokens and steps
     ladder      requests a second of the plain loop, of padded batches (in the order of arrival, and sorted, each of the
                 size that was best in the first turn), and of the engine with each step added: refill by depth, looking
-                a tick ahead, captured passes
-    idle        share of the time in which nothing ran on the card, at saturation, of the first workload
+                a tick ahead, captured passes. All requests wait from the start, and as long as any does the batch is
+                full: in `full_ticks` of the ticks. Then it empties as the deepest end
+    idle        share of the time in which nothing ran on the card, of the first workload, by the profiler's beginnings
+                and ends of kernels and copies
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -35,6 +38,7 @@ from service.engine.backends import make_backend
 from service.engine.cuda_graph import CapturedPasses
 from service.engine.eager import EagerBackend
 from service.engine.lookahead import LookaheadBackend
+from service.engine.static_batch import Bucket, Buffers, PlainPasses
 from service.engine.types import Job
 
 LOOP_REQUESTS = 48
@@ -74,7 +78,32 @@ def agreement(model: RDT, options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def ladder(model: RDT, workload: str, options: argparse.Namespace) -> dict[str, Any]:
+class AsCaptured(PlainPasses):
+    """With attention launched for the longest text the model takes, as in a captured pass. So what capturing adds is
+    what launches cost, and not also what attention spares where texts are shorter.
+    """
+
+    def __call__(self, buffers: Buffers, bucket: Bucket) -> None:
+        longest = min(bucket.n_rows, self._model.config.max_seq_len)
+        super().__call__(buffers, replace(bucket, longest_live=longest))
+
+
+class Engines:
+    """A backend for each step, for all workloads of a model. The last is the one that is served."""
+
+    def __init__(self, model: RDT, options: argparse.Namespace) -> None:
+        bounds = (options.token_budget, options.max_live)
+        self.captured = CapturedPasses(model) if model.device.type == "cuda" else None
+        self.steps: dict[str, Backend] = {
+            "refill": EagerBackend(model),
+            "+ lookahead": LookaheadBackend(model, *bounds, AsCaptured(model)),
+        }
+        if self.captured is not None:
+            self.steps["+ captured passes"] = LookaheadBackend(model, *bounds, self.captured)
+        self.name, self.served = list(self.steps.items())[-1]
+
+
+def ladder(model: RDT, engines: Engines, workload: str, options: argparse.Namespace) -> dict[str, Any]:
     """Requests a second, medians of rounds in which all take their turns."""
     jobs = make_jobs(workload, options.requests, model.config.vocab_size)
     garbage.settle()  # as the server does
@@ -84,15 +113,9 @@ def ladder(model: RDT, workload: str, options: argparse.Namespace) -> dict[str, 
     for size in options.sizes:
         runs[f"static {size}"] = (len(jobs), partial(contenders.static, model, jobs, size))
         runs[f"sorted {size}"] = (len(jobs), partial(contenders.static, model, contenders.by_cost(jobs), size))
-    backends: dict[str, Backend] = {
-        "refill": EagerBackend(model),
-        "+ lookahead": LookaheadBackend(model, *bounds),
-    }
-    captured = CapturedPasses(model) if model.device.type == "cuda" else None
-    if captured is not None:
-        backends["+ captured passes"] = LookaheadBackend(model, *bounds, captured)
-    for name, backend in backends.items():
-        runs[name] = (len(jobs), partial(contenders.serve, backend, jobs, *bounds))
+    queued: dict[str, list[int]] = {name: [] for name in engines.steps}
+    for name, backend in engines.steps.items():
+        runs[name] = (len(jobs), partial(contenders.serve, backend, jobs, *bounds, queued[name]))
     first = {name: [seconds(run, model.device)] for name, (_, run) in runs.items()}  # kernels, workspaces, captures
     runs = {name: run for name, run in runs.items() if name in finalists(first)}
     rates: dict[str, list[float]] = {name: [] for name in runs}
@@ -101,7 +124,7 @@ def ladder(model: RDT, workload: str, options: argparse.Namespace) -> dict[str, 
             rates[name].append(n / seconds(run, model.device))
     rate = {name: statistics.median(found) for name, found in rates.items()}
     best = {kind: max((n for n in rate if n.startswith(kind)), key=rate.__getitem__) for kind in ("static", "sorted")}
-    ours = list(backends)[-1]
+    ours = engines.name
     useful = contenders.useful_flops(model, jobs)
     theory = contenders.static_flops(model, jobs, int(best["static"].split()[1])) / useful
     return {
@@ -113,21 +136,19 @@ def ladder(model: RDT, workload: str, options: argparse.Namespace) -> dict[str, 
         "over_sorted": round(rate[ours] / rate[best["sorted"]], 2),
         "realised_over_theoretical": round(rate[ours] / rate[best["static"]] / theory, 3),
         "share_of_peak": round(useful / len(jobs) * rate[ours] / options.peak, 3),
-        "graphs": len(captured.graphs) if captured is not None else None,
+        "graphs": len(engines.captured.graphs) if engines.captured is not None else None,
+        "full_ticks": round(sum(n > 0 for n in queued[ours]) / len(queued[ours]), 3),
     }
 
 
-def idle_share(model: RDT, workload: str, options: argparse.Namespace) -> float:
+def idle_share(model: RDT, backend: Backend, workload: str, options: argparse.Namespace) -> float:
     """Of the time from the first kernel to the last, in which none ran; nan where nobody may look.
 
     After all that is timed: whoever has been looked at once is slower from then on, and may not survive it.
     """
     jobs = make_jobs(workload, options.requests, model.config.vocab_size)
-    bounds = (options.token_budget, options.max_live)
-    backend = LookaheadBackend(model, *bounds, CapturedPasses(model))
-    contenders.serve(backend, jobs, *bounds)  # kernels, workspaces, captures
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        contenders.serve(backend, jobs[: options.requests // 2], options.token_budget, options.max_live)
+        contenders.serve(backend, jobs, options.token_budget, options.max_live)
         torch.cuda.synchronize()
     spans = sorted((e.time_range.start, e.time_range.end) for e in seen.events() if e.device_type == DeviceType.CUDA)
     if not spans:
@@ -166,7 +187,7 @@ def main() -> None:
     parser.add_argument("--device", choices=tuple(FORMATS), default="cuda" if has_cuda else "cpu")
     parser.add_argument("--models", nargs="+", default=["models/rdt-small/best_model.pt", "base", "large"])
     parser.add_argument("--workloads", nargs="*", choices=tuple(WORKLOADS), default=list(WORKLOADS))
-    parser.add_argument("--requests", type=int, default=2048 if has_cuda else 32)
+    parser.add_argument("--requests", type=int, default=4096 if has_cuda else 32)
     parser.add_argument("--agreement", type=int, default=2000 if has_cuda else 32, help="requests; 0: none")
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 256] if has_cuda else [4, 16])
     parser.add_argument("--token-budget", type=int, default=16_384 if has_cuda else 512)
@@ -180,20 +201,20 @@ def main() -> None:
     print(f"{name}: {options.peak / 1e12:.3g} TFLOP/s in bfloat16", flush=True)
     agreements: dict[str, Any] = {}
     results: dict[str, list[dict[str, Any]]] = {}
-    models: dict[str, Any] = {}
+    served: dict[str, tuple[RDT, Backend]] = {}
     for weights in options.models:
         model = load(weights).to(device)
         if options.agreement:
             agreements[weights] = agreement(model, options)
         prepare(model, "bf16")
-        results[weights] = []
+        results[weights], engines = [], Engines(model, options)
         for workload in options.workloads:
-            results[weights].append(ladder(model, workload, options))
+            results[weights].append(ladder(model, engines, workload, options))
             print(weights, results[weights][-1], flush=True)
-        models[weights] = model
+        served[weights] = model, engines.served
     record.finish("gpu", options, accelerator=name, agreement=agreements, ladder=results)
-    for weights, model in models.items() if device.type == "cuda" and options.workloads else ():
-        share = idle_share(model, options.workloads[0], options)
+    for weights, (model, backend) in served.items() if device.type == "cuda" and options.workloads else ():
+        share = idle_share(model, backend, options.workloads[0], options)
         print(f"{weights}, {options.workloads[0]}: {share:.2%} of the time nothing ran on the card", flush=True)
 
 

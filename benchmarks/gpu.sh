@@ -24,7 +24,7 @@ part tests 60 -m pytest -c /dev/null --rootdir=. -p no:cacheprovider -q tests/gp
 part agreement 80 -m benchmarks.gpu --models models/rdt-small/best_model.pt --workloads "$@"
 part ladder-rdt-small 60 -m benchmarks.gpu --models models/rdt-small/best_model.pt --agreement 0 "$@"
 part ladder-base 75 -m benchmarks.gpu --models base --agreement 0 "$@"
-part ladder-large 100 -m benchmarks.gpu --models large --agreement 0 --requests 1024 "$@"
+part ladder-large 100 -m benchmarks.gpu --models large --agreement 0 --requests 2048 "$@"
 part training 60 -m benchmarks.training --steps 20 training.batch_size=64 data.num_workers=8 data.pin_memory=true
 echo "failed or not finished: ${failed[*]:-none}"
 [ ${#failed[@]} = 0 ]

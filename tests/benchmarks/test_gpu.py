@@ -5,9 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from benchmarks import gpu
+from rdt_core import RDT
+from service import garbage
+from service.engine import static_batch
+from service.engine.types import Job
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,6 +44,31 @@ def test_little_but_torch_is_wanted(runs: str) -> None:
         [sys.executable, "-c", ALONE + runs], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert found.returncode == 0, found.stdout + found.stderr
+
+
+def options(**changes: Any) -> Namespace:
+    given = {"token_budget": 80, "max_live": 8, "requests": 40, "sizes": [4], "rounds": 1, "peak": 1.0}
+    return Namespace(**given | changes)
+
+
+def test_a_row_says_in_how_many_ticks_the_batch_was_full(tiny_model: RDT, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = [Job([2, 4, 4, 3], [False, True, True, False], 2, 0.0, "gate")] * 40
+    monkeypatch.setattr(gpu, "make_jobs", lambda *_: jobs)
+    monkeypatch.setattr(garbage, "settle", lambda: None)
+    row = gpu.ladder(tiny_model, gpu.Engines(tiny_model, options()), "any", options())
+    assert row["requests_per_second"].keys() == {"loop", "static 4", "sorted 4", "refill", "+ lookahead"}
+    assert row["full_ticks"] == pytest.approx(12 / 15, abs=1e-3), "five turns of three ticks"
+
+
+def test_passes_that_are_not_captured_are_launched_as_captured_ones(
+    tiny_model: RDT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = []
+    monkeypatch.setattr(static_batch, "one_pass", lambda _model, _buffers, bucket: launched.append(bucket.longest))
+    buffers = static_batch.Buffers.of(tiny_model, 64, 9)
+    bucket = static_batch.lay_out(buffers, [5, 7], static_batch.Size(64, 9))
+    gpu.AsCaptured(tiny_model)(buffers, bucket)
+    assert launched == [tiny_model.config.max_seq_len]
 
 
 def test_a_part_that_fails_leaves_the_others_their_figures(tmp_path: Path) -> None:

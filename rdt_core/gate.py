@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rdt_core.packing import Packing, sequence_mean, sequence_sum
+from rdt_core.packing import Packing, sequence_sum
 from rdt_core.rows import few_outputs, same_sums
 
 
@@ -62,11 +62,11 @@ class Gate(nn.Module):
         """
         with torch.autocast(hidden.device.type, enabled=False):
             features = self._features(hidden)  # (T, G)
-            summary = sequence_mean(features, masked, packing)  # (N, G)
+            n_masked = sequence_sum(masked.float(), packing)  # (N,)
+            summary = sequence_sum(features * masked[:, None], packing) / n_masked.clamp(min=1)[:, None]  # (N, G)
             seen = torch.cat((summary, summary - state.summary, state.level[:, None]), dim=1)
             mixed = F.gelu(same_sums(self.mix, seen))
             shrink = torch.sigmoid(few_outputs(self.sequence, mixed)).squeeze(1).float()  # (N,)
-            n_masked = sequence_sum(masked.float(), packing)  # (N,)
             return GateState(state.level * shrink * (n_masked > 0), summary)
 
     def token_level(self, hidden: Tensor, shortlisted: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ token of its own sequence and to no other.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -20,10 +21,10 @@ from torch import Tensor, nn
 from rdt_core.packing import Packing
 
 ROTARY_BASE = 10_000.0
-Rotary = tuple[Tensor, Tensor]  # what `rotary_angles` gives
+Rotary = tuple[Tensor, ...]  # what `rotary_angles` gives, or `rotary_turns`
 
 
-def rotary_angles(positions: Tensor, head_dim: int) -> Rotary:
+def rotary_angles(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     """Cosine and sine `(T, 1, C/2)` of every position `(T,)`, in float32."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angles = positions[:, None].float() * ROTARY_BASE**-exponents  # (T, C/2)
@@ -37,10 +38,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
 
 
-def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotary_turns(positions: Tensor, head_dim: int) -> tuple[Tensor]:
+    """The same as complex numbers `(T, 1, C/2)`."""
+    return (torch.complex(*rotary_angles(positions, head_dim)),)
+
+
+def rotate_pairs(x: Tensor, turns: Tensor) -> Tensor:
     """As `rotate`, where neighbours `(x_{2i}, x_{2i+1})` are the pairs: one complex product, far cheaper on a CPU."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (T, H, C/2)
-    return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
+    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
@@ -137,14 +143,17 @@ class SelfAttention(nn.Module):
     def __init__(self, d_model: int, n_heads: int) -> None:
         super().__init__()
         self.n_heads = n_heads
-        self.rotate, self.attend = rotate, packed_attention
+        self.rotate: Callable[..., Tensor] = rotate  # by a `Rotary`
+        self.attend = packed_attention
         self.qkv = nn.Linear(d_model, 3 * d_model)
         self.out = nn.Linear(d_model, d_model)
 
     def forward(self, x: Tensor, packing: Packing, rotary: Rotary | None, rows: Tensor | None = None) -> Tensor:
-        q, k, v = self.qkv(x).view(x.shape[0], 3, self.n_heads, -1).unbind(1)  # (T, H, C) each
+        heads = self.qkv(x).view(x.shape[0], 3 * self.n_heads, -1)  # (T, 3 H, C)
+        qk, v = heads.tensor_split([2 * self.n_heads], dim=1)
         if rotary is not None:
-            q, k = self.rotate(q, *rotary), self.rotate(k, *rotary)
+            qk = self.rotate(qk, *rotary)
+        q, k = qk.chunk(2, dim=1)  # (T, H, C) each
         mixed = self.attend(q, k, v, packing).reshape(x.shape)
         return self.out(mixed if rows is None else mixed.index_select(0, rows))
 

@@ -18,6 +18,7 @@ Level and gate state are per sequence, so sequences of different depths share on
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from rdt_core.config import ModelConfig
 from rdt_core.gate import Gate, GateState
-from rdt_core.layers import AdaptiveNorm, EncoderLayer, rotary_angles
+from rdt_core.layers import AdaptiveNorm, EncoderLayer, Rotary, rotary_angles
 from rdt_core.packing import Packing
 from rdt_core.rows import RowCounts, same_sums
 
@@ -79,6 +80,7 @@ class RDT(nn.Module):
         self.projection: nn.Module | None = None  # onto the vocabulary, when it is not the plain tied one
         self.precision = "fp32"  # of the matrix products, see `rdt_core.precision`
         self.row_counts = RowCounts()
+        self.rotary: Callable[[Tensor, int], Rotary] = rotary_angles
         n_others = config.vocab_size - len(config.suppress_tokens) - config.gate_shortlist
         self.gate = Gate(config.d_model, config.gate_hidden_dim, n_others if config.gate_shortlist else None)
         self.fixed_shortlist: tuple[Tensor, Tensor] | None = None  # that of weights that will not change
@@ -243,7 +245,7 @@ class RDT(nn.Module):
         rotary = None
         if self.position_embedding is None:
             positions = self.row_counts.filled(packing.positions)
-            rotary = rotary_angles(positions, self.config.d_model // self.config.n_heads)
+            rotary = self.rotary(positions, self.config.d_model // self.config.n_heads)
         x = self.row_counts.filled(x)
         if condition is not None:
             condition = self.row_counts.filled(condition)

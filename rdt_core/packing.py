@@ -99,13 +99,3 @@ def sequence_sum(rows: Tensor, packing: Packing) -> Tensor:
     """
     # "unsafe": without checks, which would ask the device
     return torch.segment_reduce(rows, "sum", offsets=packing.offsets, axis=0, unsafe=True)
-
-
-def sequence_mean(rows: Tensor, weights: Tensor, packing: Packing) -> Tensor:
-    """Weighted mean of the rows of each sequence; zero where all its weights are.
-
-    rows `(T, K)`, weights `(T,)` >= 0 -> `(N, K)`.
-    """
-    weights = weights.to(rows.dtype)
-    mass = sequence_sum(weights, packing).clamp(min=torch.finfo(rows.dtype).tiny)
-    return sequence_sum(rows * weights[:, None], packing) / mass[:, None]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rdt_core import Packing, pack, unpack
-from rdt_core.packing import rows_of, sequence_mean, sequence_sum, to_device
+from rdt_core.packing import rows_of, sequence_sum, to_device
 
 quick = settings(max_examples=40)
 some_lengths = st.lists(st.integers(1, 7), min_size=1, max_size=6)
@@ -63,20 +63,6 @@ def test_empty_sequences_are_refused(lengths: list[int]) -> None:
 def test_no_sequences_are_refused_too() -> None:
     with pytest.raises(ValueError, match="want at least one sequence"):
         pack([])
-
-
-@quick
-@given(some_lengths, st.integers(0, 1000))
-def test_sequence_mean_is_a_plain_weighted_mean(lengths: list[int], seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randn(sum(lengths), 3, generator=generator)
-    weights = torch.randint(0, 3, (sum(lengths),), generator=generator) / 4
-    means = sequence_mean(rows, weights, Packing.of(lengths))
-    pairs = zip(rows.split(lengths), weights.split(lengths), strict=True)
-    for mean, (own_rows, own_weights) in zip(means, pairs, strict=True):
-        total = sum((row * weight for row, weight in zip(own_rows, own_weights, strict=True)), torch.zeros(3))
-        expected = total / own_weights.sum() if own_weights.any() else torch.zeros(3)
-        torch.testing.assert_close(mean, expected)
 
 
 @quick

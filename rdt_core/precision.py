@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rdt_core.layers import FeedForward, SelfAttention, rotate_pairs
+from rdt_core.layers import FeedForward, SelfAttention, rotary_turns, rotate_pairs
 from rdt_core.model import RDT
 from rdt_core.rows import SAME_SUMS, RowCounts, same_sums
 
@@ -76,20 +76,21 @@ def prepare(model: RDT, precision: Precision = "fp32") -> RDT:
         if isinstance(module, SelfAttention):
             rotary = model.position_embedding is None
             qkv = _ready(_pairs_together(module) if rotary else module.qkv, precision, inner=True)
-            _replace(module, qkv=qkv, out=_ready(module.out, precision))
+            _replace(module, qkv=qkv, out=_ready(module.out, precision, inner=True))
             module.rotate = rotate_pairs
         elif isinstance(module, FeedForward):
             _replace(
                 module,
                 up=_ready(module.up, precision, inner=True, gelu=True),
                 activation=nn.Identity(),
-                down=_ready(module.down, precision),
+                down=_ready(module.down, precision, inner=True),
             )
+    model.rotary = rotary_turns
     if packs:
         model.row_counts = _row_counts(precision)
     halves = precision in DTYPES and model.device.type == "cuda"
     projection = SummedLinear(vocabulary, DTYPES[precision]) if halves else _ready(vocabulary, precision, wide=True)
-    _replace(model, inject=_ready(model.inject, precision), projection=projection)
+    _replace(model, inject=_ready(model.inject, precision, inner=True), projection=projection)
     if model.decoder_dense is not None:
         _replace(model, decoder_dense=_ready(model.decoder_dense, precision))
     return model.requires_grad_(False).eval()
@@ -117,8 +118,8 @@ def _row_counts(precision: Precision) -> RowCounts:
 def _ready(
     linear: nn.Linear, precision: Precision, inner: bool = False, gelu: bool = False, wide: bool = False
 ) -> nn.Module:
-    """`inner`: what comes out goes into another product and may keep its format; else it is float32. `wide`: there are
-    far more outputs than inputs.
+    """`inner`: what comes out goes into another product or is added to float32, and may keep its format; else it is
+    float32. `wide`: there are far more outputs than inputs.
     """
     if precision == "int8":
         return Int8Linear(linear, gelu)

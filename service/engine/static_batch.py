@@ -134,7 +134,7 @@ def one_pass(model: RDT, buffers: Buffers, bucket: Bucket) -> None:
     after = model(before, bucket)
     goes_on = buffers.reason[places] == GO_ON  # (N,)
     row_goes_on = goes_on[bucket.sequence_ids]  # (T,)
-    buffers.hidden[rows] = torch.where(row_goes_on[:, None], after.hidden.float(), before.hidden)
+    torch.where(row_goes_on[:, None], after.hidden.float(), before.hidden, out=before.hidden)
     buffers.summary[places] = torch.where(goes_on[:, None], after.gate.summary, gate.summary)
     buffers.level[places] = torch.where(goes_on, after.gate.level, gate.level)
     buffers.step[places] += goes_on

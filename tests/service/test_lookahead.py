@@ -257,7 +257,7 @@ def test_a_pass_leaves_frozen_and_dead_rows_alone(tiny_model: RDT) -> None:
 def test_a_pass_asks_for_no_value_and_fits_every_size(tiny_config: ModelConfig, changes: dict[str, object]) -> None:
     """Fake tensors have shapes and no values: whatever wants to know one fails, as it would in a capture."""
     with FakeTensorMode():
-        model = RDT(tiny_config.with_changes(**changes)).eval()
+        model = RDT(tiny_config.with_changes(**changes)).eval().requires_grad_(False)
         buffers = Buffers.of(model, *sizes_up_to(400, 60)[-1])
         for size in sizes_up_to(400, 60):
             bucket = Bucket(

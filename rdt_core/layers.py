@@ -13,12 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rdt_core.packing import Packing
+from rdt_core.rows import same_sums
 
 ROTARY_BASE = 10_000.0
 Rotary = tuple[Tensor, ...]  # what `rotary_angles` gives, or `rotary_turns`
@@ -114,8 +116,19 @@ def slow_backward(query: Tensor) -> bool:
     return query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad
 
 
+class Condition(NamedTuple):
+    """What is known of each sequence."""
+
+    values: Tensor  # (N, D)
+    sequence_ids: Tensor  # (T,) which a row belongs to
+
+    def of(self, rows: Tensor) -> Condition:
+        """For these rows `(R,)` alone."""
+        return self._replace(sequence_ids=self.sequence_ids.index_select(0, rows))
+
+
 class AdaptiveNorm(nn.Module):
-    """Layer norm, optionally scaled and shifted by a condition per row (Peebles & Xie, 2023, adaLN-Zero).
+    """Layer norm, optionally scaled and shifted by a condition per sequence (Peebles & Xie, 2023, adaLN-Zero).
 
     The projection starts at zero, so a fresh `AdaptiveNorm` is a plain layer norm.
     """
@@ -131,11 +144,12 @@ class AdaptiveNorm(nn.Module):
             nn.init.zeros_(self.modulation.weight)
             nn.init.zeros_(self.modulation.bias)
 
-    def forward(self, x: Tensor, condition: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, condition: Condition | None) -> Tensor:
         x = self.norm(x)  # (T, D)
         if self.modulation is None or condition is None:
             return x
-        scale, shift = self.modulation(condition).chunk(2, dim=-1)  # (T, D) each
+        modulation = same_sums(self.modulation, condition.values)  # (N, 2 D)
+        scale, shift = modulation.index_select(0, condition.sequence_ids).chunk(2, dim=-1)  # (T, D) each
         return x * (1 + scale) + shift
 
 
@@ -170,7 +184,7 @@ class FeedForward(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """One transformer layer, of pre-norms unless `post`; `condition` `(T, D)` modulates both norms if given.
+    """One transformer layer, of pre-norms unless `post`; a `condition` modulates both norms if given.
 
     With `rows` `(R,)`, only these come out, `(R, D)`: they attend to all others, whose own outputs are never computed.
     """
@@ -191,7 +205,7 @@ class EncoderLayer(nn.Module):
         x: Tensor,
         packing: Packing,
         rotary: Rotary | None,
-        condition: Tensor | None = None,
+        condition: Condition | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
         """`(T, D)` -> `(T, D)`, or `(R, D)`."""
@@ -199,7 +213,7 @@ class EncoderLayer(nn.Module):
         attended = self.dropout(self.attention(normed, packing, rotary, rows))
         if rows is not None:
             x = x.index_select(0, rows)
-            condition = None if condition is None else condition.index_select(0, rows)
+            condition = None if condition is None else condition.of(rows)
         if self.post:
             x = self.attention_norm(x + attended, condition)
             return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)), condition)

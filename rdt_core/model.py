@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from rdt_core.config import ModelConfig
 from rdt_core.gate import Gate, GateState
-from rdt_core.layers import AdaptiveNorm, EncoderLayer, Rotary, rotary_angles
+from rdt_core.layers import AdaptiveNorm, Condition, EncoderLayer, Rotary, rotary_angles
 from rdt_core.packing import Packing
 from rdt_core.rows import RowCounts, same_sums
 
@@ -141,7 +141,7 @@ class RDT(nn.Module):
         condition = None
         if self.level_embedding is not None:
             levels = self.level_embedding(state.gate.level.detach()[:, None].to(x.dtype))  # (N, D)
-            condition = F.silu(levels)[packing.sequence_ids]  # (T, D)
+            condition = Condition(F.silu(levels), packing.sequence_ids)
         hidden = self._layers(self.encoder, x, packing, condition, rows)
         if rows is not None:
             hidden = hidden.new_zeros(x.shape).index_copy(0, rows, hidden)
@@ -235,7 +235,7 @@ class RDT(nn.Module):
         layers: nn.ModuleList,
         x: Tensor,
         packing: Packing,
-        condition: Tensor | None = None,
+        condition: Condition | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
         """`(T, D)` -> `(T, D)`, or with `rows` `(R,)`, only these out of the last layer: `(R, D)`."""
@@ -248,7 +248,7 @@ class RDT(nn.Module):
             rotary = self.rotary(positions, self.config.d_model // self.config.n_heads)
         x = self.row_counts.filled(x)
         if condition is not None:
-            condition = self.row_counts.filled(condition)
+            condition = condition._replace(sequence_ids=self.row_counts.filled(condition.sequence_ids))
         if rows is not None:
             rows = self.row_counts.filled(rows)  # dead rows are copies of the first
         *others, last = layers

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from rdt_core import Packing
 from rdt_core.layers import (
     AdaptiveNorm,
+    Condition,
     has_varlen_attention,
     packed_attention,
     padded_attention,
@@ -158,8 +159,27 @@ def test_adaptive_norms_start_as_plain_layer_norms(build: Build) -> None:
         assert norm.modulation is not None
         assert not norm.modulation.weight.any()
         assert not norm.modulation.bias.any()
-        x, condition = torch.randn(2, 3, 16).unbind()
-        assert torch.equal(norm(x, 100 * condition), F.layer_norm(x, (16,)))
+        x, condition = torch.randn(3, 16), Condition(100 * torch.randn(2, 16), torch.tensor([0, 1, 1]))
+        assert torch.equal(norm(x, condition), F.layer_norm(x, (16,)))
+
+
+def test_norms_are_modulated_once_a_sequence(build: Build) -> None:
+    """By what is the same for all of its rows. The projection is as wide as two layers' attention."""
+    model = build(level_conditioning=True).eval()
+    rows: list[int] = []
+    for module in model.modules():
+        if isinstance(module, AdaptiveNorm) and module.modulation is not None:
+            torch.nn.init.normal_(module.modulation.weight, std=0.1)
+            module.modulation.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+    lengths = [6, 3, 8, 2, 7]
+    tokens, masked, packing = random_sequences(lengths)
+    state = model(model.begin(tokens, masked, packing), packing)
+    assert set(rows) == {len(lengths)}
+    parts = zip(tokens.split(lengths), masked.split(lengths), state.hidden.split(lengths), strict=True)
+    for own_tokens, own_masked, hidden in parts:
+        own = Packing.of([len(own_tokens)])
+        alone = model(model.begin(own_tokens, own_masked, own), own).hidden
+        torch.testing.assert_close(hidden, alone)
 
 
 def test_the_level_matters_only_once_modulation_has_learnt(build: Build) -> None:

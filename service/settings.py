@@ -90,7 +90,7 @@ class Settings(BaseSettings):
         ge=0,
         le=MOST,
         description="Most texts that a replica computes in one tick. Raise it if requests wait while ticks have few "
-        "tokens. 0: 64 on a CPU, 512 on CUDA.",
+        "tokens. 0: 64 on a CPU, 512 on CUDA, where 65534 is the most.",
     )
     # Six seconds of requests, ten of tokens at full throughput: the bundled model on two cores.
     max_waiting: int = Field(

@@ -11,10 +11,12 @@ import gc
 import logging
 import math
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
@@ -27,6 +29,7 @@ from service.engine.backend import OutOfMemory
 from service.engine.backends import make_backend
 from service.engine.engine import BatchingEngine
 from service.engine.protocol import Engine
+from service.engine.replica import THREADS
 from service.engine.scheduler import SchedulerLimits
 from service.engine.types import Job
 from service.errors import FailedPrecondition, Unavailable
@@ -39,6 +42,8 @@ from service.settings import Settings
 from service.tracing import NO_TRACER, Tracer
 
 log = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
 
 WARM_TICKS, WARM_TOKENS, FEW_TOKENS = 16, 2048, (16, 8, 4)
 """So many sizes of tick are run before the first request, up to this one at the most, then those of one short text."""
@@ -95,7 +100,7 @@ class Host:
         """
         began = time.monotonic()
         torch.set_num_threads(self._settings.threads)
-        loaded, *more = await asyncio.to_thread(read_models, self._settings)
+        loaded, *more = await _beside(read_models, self._settings)
         engine = await self._warm_engine(loaded, *more)
         self._open(loaded, engine)
         garbage.settle()
@@ -167,9 +172,9 @@ class Host:
     async def _replace(self, serving: ModelCard) -> Reload | str:
         """What became of it, or why the file cannot be served."""
         try:
-            if await asyncio.to_thread(is_file_of, serving.digest, self._settings.checkpoint):
+            if await _beside(is_file_of, serving.digest, self._settings.checkpoint):
                 return Reload("unchanged", serving.label, serving.label)
-            loaded, *more = await asyncio.to_thread(read_models, self._settings)
+            loaded, *more = await _beside(read_models, self._settings)
             engine = await self._warm_engine(loaded, *more)
         except Exception as error:
             why, defect = str(error) or type(error).__name__, not isinstance(error, UNSERVABLE)
@@ -218,8 +223,17 @@ class Host:
 def is_file_of(digest: str, path: Path) -> bool:
     """Whether the file has this digest: asked before anything of it takes memory on the device."""
     with suppress(OSError):  # the loader says it better
-        return checkpoint.digest(path) == digest
+        return path.is_file() and checkpoint.digest(path) == digest  # to open a pipe would be to wait for its writer
     return False
+
+
+async def _beside(function: Callable[..., Value], *arguments: object) -> Value:
+    """What it returns, in a thread that no end of the process waits for: a file system may never answer."""
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=THREADS)
+    try:
+        return await asyncio.get_running_loop().run_in_executor(thread, function, *arguments)
+    finally:
+        thread.shutdown(wait=False)
 
 
 def read_models(settings: Settings) -> list[LoadedModel]:

@@ -1,0 +1,91 @@
+"""Checkpoint files that are not what they seem, and file systems that do not answer."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from service.errors import FailedPrecondition
+from service.hosting import Host
+from service.lifecycle import Lifecycle
+from service.metrics import Metrics
+from service.settings import Settings
+from tests.fakes import FakeClock
+
+
+@pytest.fixture
+def path(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copy(tiny_checkpoint, tmp_path / "best_model.pt"))
+
+
+@pytest.fixture
+async def host(path: Path) -> AsyncIterator[Host]:
+    settings = Settings(checkpoint=path, device="cpu", threads=1, replicas=1)
+    host = Host(settings, Lifecycle(), Metrics(FakeClock()))
+    await host.load()
+    yield host
+    await host.stop()
+
+
+async def test_nobody_waits_for_a_writer_of_a_pipe(host: Host, path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+    reloading = asyncio.create_task(host.reload())
+    done, _ = await asyncio.wait([reloading], timeout=5)
+    if not done:
+        os.close(os.open(path, os.O_RDWR))  # lets whoever reads it go
+    with pytest.raises(FailedPrecondition, match="no regular file"):
+        await reloading
+    assert done
+
+
+@pytest.mark.parametrize("waits", ["load", "reload"])
+def test_a_file_system_that_does_not_answer_keeps_no_process(tiny_checkpoint: Path, tmp_path: Path, waits: str) -> None:
+    script = f"""
+        import threading
+        from service import cli, hosting
+
+        read, times = hosting.read_models, []
+
+        def read_models(settings):
+            times.append(1)
+            if len(times) == {1 if waits == "load" else 2}:
+                print("reading", flush=True)
+                threading.Event().wait()
+            return read(settings)
+
+        hosting.read_models = read_models
+        hosting.is_file_of = lambda digest, path: False
+        raise SystemExit(cli.serve(["--checkpoint", "{tiny_checkpoint}", "--http_port", "0", "--grpc_port", "0"]))
+    """
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=file, stderr=file)
+    try:
+        if waits == "reload":
+            wait_for(process, log, "ready after")
+            process.send_signal(signal.SIGHUP)
+        wait_for(process, log, "reading")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=10) == 0, log.read_text()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_for(process: subprocess.Popen[bytes], log: Path, words: str) -> None:
+    give_up = time.monotonic() + 30
+    while words not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < give_up, log.read_text()
+        time.sleep(0.02)

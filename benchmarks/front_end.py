@@ -145,7 +145,7 @@ def serve(arguments: Sequence[str] | None) -> int:
     from service.workers import __main__ as child  # noqa: PLC0415
     from service.workers.children import Child  # noqa: PLC0415
 
-    Child.command = (sys.executable, "-m", "benchmarks.front_end", "--child")
+    Child.command = (sys.executable, "-P", "-m", "benchmarks.front_end", "--child")
     assert hasattr(hosting, "make_backend"), "the product chooses its backend elsewhere now"
     setattr(hosting, "make_backend", InstantBackend)  # noqa: B010 - it is imported there, not exported
     return child.main() if arguments is None else cli.serve(arguments)

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import SecretStr
 
+import service
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,16 @@ class Orders:
         return cls(**json.loads(line))
 
 
+def _environment() -> dict[str, str]:
+    """Ours. Children do not look for modules where they are started, as `python -m` does: if we come from there, they
+    are told so.
+    """
+    root, path = str(Path(service.__file__).parents[1]), os.environ.get("PYTHONPATH")
+    if os.path.abspath(sys.path[0]) != root:
+        return {**os.environ}
+    return {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{path}" if path else root}
+
+
 def _plain(value: object) -> object:
     if isinstance(value, SecretStr):
         return value.get_secret_value()
@@ -65,7 +76,7 @@ def _plain(value: object) -> object:
 class Child:
     """A process of ours, as the supervisor sees it."""
 
-    command: ClassVar[tuple[str, ...]] = (sys.executable, "-m", "service.workers")
+    command: ClassVar[tuple[str, ...]] = (sys.executable, "-P", "-m", "service.workers")
 
     def __init__(self, orders: Orders, process: asyncio.subprocess.Process) -> None:
         self.name = f"{orders.role} {orders.name}".strip()
@@ -78,7 +89,9 @@ class Child:
         # process is there before anything else has a turn, but other births may overlap with the rest of this.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
         try:
-            process = await asyncio.create_subprocess_exec(*cls.command, stdin=asyncio.subprocess.PIPE, process_group=0)
+            process = await asyncio.create_subprocess_exec(
+                *cls.command, stdin=asyncio.subprocess.PIPE, process_group=0, env=_environment()
+            )
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
         assert process.stdin is not None

@@ -14,6 +14,7 @@ import hashlib
 import os
 import pickle
 import re
+import reprlib
 import shutil
 import zipfile
 from collections.abc import Mapping
@@ -32,12 +33,19 @@ from rdt_core.tokenizer import Tokenizer
 
 REQUIRED_KEYS = ("model_state_dict", "config", "tokenizer")
 
+NAME_CHARACTERS = 255  # as many as a folder's name may have
+PROBLEM_CHARACTERS = 1000
+
 
 class CheckpointError(ValueError):
-    """A file that is no usable checkpoint; the message names the file and what is wrong with it."""
+    """A file that is no usable checkpoint; the message names the file and what is wrong with it.
+
+    What it quotes of the file may be anything: the message is cut short, and has no lone surrogates.
+    """
 
     def __init__(self, path: str | Path, problem: str) -> None:
-        super().__init__(f"{path}: {problem}")
+        message = f"{path}: {problem[:PROBLEM_CHARACTERS]}"
+        super().__init__(message.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 @dataclass
@@ -130,6 +138,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> LoadedModel:
     if _version(path) != before:
         raise CheckpointError(path, "was replaced while it was being read: try again")
     config = model_config(path, checkpoint)
+    name = _name(path, checkpoint.config)
     tokenizer = tokenizer_of(path, checkpoint)
     _check_vocabulary(path, tokenizer, config)
     model = _described(path, config)
@@ -137,8 +146,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> LoadedModel:
     weights = {name: tensor.to(torch.float32) for name, tensor in checkpoint.model_state_dict.items()}
     model.load_state_dict(weights, assign=True)
     model.requires_grad_(False)
-    name = checkpoint.config.get("name") or Path(path).resolve().parent.name
-    return LoadedModel(model.to(device).eval(), tokenizer, str(name), read_digest, checkpoint)
+    return LoadedModel(model.to(device).eval(), tokenizer, name, read_digest, checkpoint)
 
 
 def export_release(
@@ -165,6 +173,7 @@ def export_release(
     released = model_config(source, checkpoint).with_changes(**(defaults or {}))
     config = {**_without_places(checkpoint.config), "name": name or checkpoint.config.get("name")}
     config["model"] = released.to_mapping()
+    _name(target, config)
     described = _described(source, released)
     _check_vocabulary(source, tokenizer_of(source, checkpoint), described.config)
     check_weights(source, described, checkpoint.model_state_dict)
@@ -196,6 +205,16 @@ def tokenizer_of(path: str | Path, checkpoint: Checkpoint) -> Tokenizer:
         return Tokenizer(checkpoint.tokenizer)
     except (ValueError, TypeError) as error:
         raise CheckpointError(path, f"tokenizer: {error}") from error
+
+
+def _name(path: str | Path, config: Mapping[str, Any]) -> str:
+    """What a model is called: what its configuration says, or else the folder it is in. Raises `CheckpointError`."""
+    name = config.get("name") or Path(path).resolve().parent.name
+    if not isinstance(name, str) or len(name) > NAME_CHARACTERS or not name.isprintable():
+        raise CheckpointError(
+            path, f"its name is {reprlib.repr(name)}: want at most {NAME_CHARACTERS} printable characters"
+        )
+    return name
 
 
 def _check_vocabulary(path: str | Path, tokenizer: Tokenizer, config: ModelConfig) -> None:

@@ -16,7 +16,7 @@ DecoderType = Literal["linear", "dense", "transformer"]
 Norm = Literal["pre", "post"]
 Positions = Literal["rotary", "learned"]
 
-HALTINGS: tuple[str, ...] = get_args(Halting)
+HALTINGS: tuple[Halting, ...] = get_args(Halting)
 REQUEST_DEFAULTS = ("halting", "max_steps", "threshold")
 """The settings of a model that a request may set, too: they shape answers, not weights."""
 

@@ -20,8 +20,9 @@ from typing import Literal, TypeVar
 
 import torch
 
-from rdt_core import LoadedModel, Tokenizer, checkpoint
+from rdt_core import LoadedModel, Tokenizer, checkpoint, restore
 from rdt_core.checkpoint import CheckpointError
+from rdt_core.config import HALTINGS
 from service import garbage
 from service.cores import usable_cores
 from service.denoiser import Denoiser
@@ -47,6 +48,9 @@ Value = TypeVar("Value")
 
 WARM_TICKS, WARM_TOKENS, FEW_TOKENS = 16, 2048, (16, 8, 4)
 """So many sizes of tick are run before the first request, up to this one at the most, then those of one short text."""
+
+TRIAL_TOKENS = 64
+"""At the most, in the text that shows whether a model computes numbers."""
 
 UNSERVABLE = (ValueError, OSError, RuntimeError, OutOfMemory)
 """Faults of a checkpoint: what it holds (`CheckpointError`), how it reads, its size. Others are defects of ours."""
@@ -163,6 +167,7 @@ class Host:
             await engine.warm(rehearsals(loaded, limits), alone=self._engine is None)
             if engine.largest_tick < loaded.model.config.max_seq_len:
                 raise OutOfMemory(f"there is memory for texts of {engine.largest_tick} tokens only")
+            await _beside(check_numbers, loaded, settings.checkpoint)
             await engine.start()
         except BaseException:
             await engine.stop()
@@ -242,6 +247,19 @@ def read_models(settings: Settings) -> list[LoadedModel]:
     if len({one.digest for one in models}) > 1:
         raise CheckpointError(settings.checkpoint, "was replaced while it was being read: try again")
     return models
+
+
+def check_numbers(loaded: LoadedModel, path: Path) -> None:
+    """Raise `CheckpointError` for a model that overflows, as finite weights may: it answers with NaN."""
+    length = min(TRIAL_TOKENS, loaded.model.config.max_seq_len)
+    tokens = torch.arange(length) * loaded.model.config.vocab_size // length
+    masked = torch.arange(length) % 2 == 0
+    tokens[masked] = loaded.tokenizer.mask_id
+    for halting in HALTINGS:
+        found = restore(loaded.model, tokens, masked, max_steps=2, threshold=0.0, halting=halting)
+        for what, values in (("levels", found.levels), ("probabilities", found.probabilities)):
+            if not all(map(math.isfinite, values)):
+                raise CheckpointError(path, f"its weights are too large: the {what} of a text are not finite numbers")
 
 
 def default_replicas(device: torch.device, threads: int = 1) -> int:

@@ -11,10 +11,12 @@ import sys
 import textwrap
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from rdt_core import checkpoint
 from service.errors import FailedPrecondition
 from service.hosting import Host
 from service.lifecycle import Lifecycle
@@ -89,3 +91,11 @@ def wait_for(process: subprocess.Popen[bytes], log: Path, words: str) -> None:
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < give_up, log.read_text()
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize("factor", [1e20, 1e12])
+async def test_finite_weights_that_give_no_numbers_are_not_served(host: Host, path: Path, factor: float) -> None:
+    held = checkpoint.read(path)
+    checkpoint.save(path, replace(held, model_state_dict={k: v * factor for k, v in held.model_state_dict.items()}))
+    with pytest.raises(FailedPrecondition, match=f"{path}: .* of a text are not finite numbers"):
+        await host.reload()

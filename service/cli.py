@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 def serve(arguments: Sequence[str] | None = None) -> int:
     """Serve a checkpoint until SIGTERM. 0: ended as asked; 1: could not start; 2: bad settings."""
+    open_standard_streams()
     try:
         settings = read_settings(sys.argv[1:] if arguments is None else arguments)
     except SettingsError as error:
@@ -47,6 +48,17 @@ def serve(arguments: Sequence[str] | None = None) -> int:
         return _complain("rdt-serve", error, EXIT_BAD_INPUT)
     except OSError as error:
         return _complain("rdt-serve", error, 1)
+
+
+def open_standard_streams() -> None:
+    """Those that are closed become `/dev/null`, in children, too. Sockets would get their numbers, and with those libuv
+    aborts the process when it ends.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest number that is free
 
 
 def _serve(settings: Settings) -> int:

@@ -35,8 +35,8 @@ NO_HTTP = "Invalid HTTP request received."
 NOT_ONE_HOST = "the request does not say for whom it is: want one header Host"
 
 
-class NotOneHost(ValueError):
-    """Of a request that should have one. RFC 9112, 3.2"""
+class Unfit(ValueError):
+    """Why a head is refused that the parser would let pass."""
 
 
 class Http(HttpToolsProtocol):
@@ -141,7 +141,7 @@ class Http(HttpToolsProtocol):
         except httptools.HttpParserError as error:
             if not self._deaf:
                 log.debug("not HTTP", exc_info=error)
-                self._end(400, NOT_ONE_HOST if isinstance(error.__context__, NotOneHost) else NO_HTTP)
+                self._end(400, str(error.__context__) if isinstance(error.__context__, Unfit) else NO_HTTP)
 
     def on_message_begin(self) -> None:
         if self._deaf:
@@ -151,7 +151,10 @@ class Http(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         n_hosts = [name for name, _ in self.headers].count(b"host")
         if n_hosts > 1 or (n_hosts == 0 and self.parser.get_http_version() == "1.1"):
-            raise NotOneHost  # stops the parser
+            raise Unfit(NOT_ONE_HOST)  # RFC 9112, 3.2; it stops the parser
+        coding = b", ".join(value for name, value in self.headers if name == b"transfer-encoding")
+        if coding.lower() not in (b"", b"chunked"):  # the parser looks at the last alone
+            raise Unfit(f"the transfer coding is {coding[:80].decode('latin-1')}: want chunked or none")
         super().on_headers_complete()
         headers = dict(self.headers)
         self.headers = []  # for trailers, which must not pass for headers

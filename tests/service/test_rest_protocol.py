@@ -8,18 +8,15 @@ import json
 import re
 import socket
 import time
-from collections.abc import AsyncIterator
 from http import HTTPStatus
 
 import pytest
 
-from rdt_core import ModelConfig, Tokenizer
 from service.rest import protocol
 from service.rest.errors import TITLE
-from service.runtime import FrontEnd, listen
-from service.settings import Settings
-from service.tracing import NO_TRACER
+from service.runtime import FrontEnd
 from tests.fakes import Service
+from tests.service.sockets import everything, statuses
 
 BODY = json.dumps({"text": "the [MASK]\r\nUpgrade: not a header"}).encode()
 OFFERS = (
@@ -34,29 +31,6 @@ def request(offer: bytes) -> bytes:
         b"POST /denoise HTTP/1.1\r\nHost: rdt\r\n" + offer + b"Content-Type: application/json\r\n"
         b"Content-Length: %d\r\n\r\n%s" % (len(BODY), BODY)
     )
-
-
-@pytest.fixture
-def service(tiny_tokenizer: Tokenizer, tiny_config: ModelConfig) -> Service:
-    return Service(tiny_tokenizer, tiny_config).open()
-
-
-@pytest.fixture
-async def server(service: Service) -> AsyncIterator[tuple[FrontEnd, int]]:
-    async def no_reload() -> None:
-        raise AssertionError
-
-    settings = Settings(http_port=0, grpc_port=0)
-    front = FrontEnd(settings, service.lifecycle, service.metrics, NO_TRACER, no_reload)  # type: ignore[arg-type]
-    with listen(settings.host, 0) as listener:
-        await front.open(listener)
-        yield front, listener.getsockname()[1]
-        await front.close()
-
-
-@pytest.fixture
-def port(server: tuple[FrontEnd, int]) -> int:
-    return server[1]
 
 
 @pytest.fixture
@@ -228,24 +202,6 @@ CHUNKED = b"POST /denoise HTTP/1.1\r\nHost: rdt\r\nContent-Type: application/jso
 CHUNKS = b"%x\r\n%s\r\n0\r\n" % (len(BODY), BODY)
 
 
-async def everything(port: int, *pieces: bytes, seconds: float = 0.01) -> bytes:
-    """All that the server says until it hangs up, or falls silent."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    said = b""
-    with contextlib.suppress(TimeoutError, ConnectionError):
-        for piece in pieces:
-            writer.write(piece)
-            await asyncio.sleep(seconds)
-        while piece := await asyncio.wait_for(reader.read(65_536), 0.3 if said else 5):
-            said += piece
-    writer.close()
-    return said
-
-
-def statuses(said: bytes) -> list[int]:
-    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+) ", said)]
-
-
 @pytest.mark.parametrize("offer", [b"", OFFERS[0]])
 async def test_a_request_may_arrive_cut_anywhere(port: int, offer: bytes) -> None:
     sent = request(offer)
@@ -359,6 +315,19 @@ async def test_a_request_says_for_whom_it_is(port: int, version: str, n_hosts: i
     said = await everything(port, f"GET /health/live HTTP/{version}\r\n".encode() + b"Host: a\r\n" * n_hosts + b"\r\n")
     assert statuses(said) == [400 if refused else 200]
     assert (b"want one header Host" in said) == refused
+
+
+@pytest.mark.parametrize("coding", [b"gzip, chunked", b"gzip\r\nTransfer-Encoding: chunked", b"gzip"])
+async def test_no_coding_but_chunks_is_read(port: int, service: Service, coding: bytes) -> None:
+    said = await everything(port, CHUNKED.replace(b"chunked", coding) + CHUNKS + b"\r\n" + request(b""))
+    assert statuses(said) == [400], "and nothing behind it is read"
+    named = coding.replace(b"\r\nTransfer-Encoding:", b",")
+    assert b'"the transfer coding is %s: want chunked or none"' % named in said
+    assert service.engine.jobs == []
+
+
+async def test_chunks_in_any_letter_case(port: int) -> None:
+    assert statuses(await everything(port, CHUNKED.replace(b"chunked", b"Chunked") + CHUNKS + b"\r\n")) == [200]
 
 
 async def test_who_hangs_up_with_a_request_behind_the_first_frees_the_engine(port: int, service: Service) -> None:

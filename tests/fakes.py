@@ -157,7 +157,10 @@ class Service:
 
     @asynccontextmanager
     async def channel(self) -> AsyncIterator[grpc.aio.Channel]:
-        """To a gRPC server over the same parts."""
+        """To a gRPC server over the same parts. When this ends its calls have come to their ends, too: a caller has the
+        status of one that fails before the last of it has run.
+        """
+        others = {*asyncio.all_tasks()}
         server = RpcServer(
             self.lifecycle, self.metrics, max_message_bytes=MAX_BODY_BYTES, api_key=self.api_key, tracer=self.tracer
         )
@@ -165,6 +168,8 @@ class Service:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             yield channel
         await server.stop(0)
+        if calls := asyncio.all_tasks() - others - {asyncio.current_task()}:
+            await asyncio.wait(calls, timeout=5)
 
     def sample(self, name: str, **labels: str) -> float:
         """One value of the registry; 0 for a series nobody has touched."""

@@ -106,7 +106,7 @@ class Engines:
 def ladder(model: RDT, engines: Engines, workload: str, options: argparse.Namespace) -> dict[str, Any]:
     """Requests a second, medians of rounds in which all take their turns."""
     jobs = make_jobs(workload, options.requests, model.config.vocab_size)
-    garbage.settle()  # as the server does
+    garbage.freeze()  # as the server does
     few = jobs[:LOOP_REQUESTS]
     bounds = (options.token_budget, options.max_live)
     runs: dict[str, tuple[int, Callable[[], object]]] = {"loop": (len(few), partial(contenders.loop, model, few))}

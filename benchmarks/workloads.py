@@ -110,5 +110,5 @@ def _masked(words: list[int], shape: Shape, rng: random.Random) -> Job:
     places = set(rng.sample(range(1, shape.length - 1), shape.n_masked))
     masked = [row in places for row in range(shape.length)]
     visible = [CLS_ID, *words, SEP_ID]
-    tokens = [MASK_ID if hidden else token for hidden, token in zip(masked, visible, strict=True)]
+    tokens = [MASK_ID if is_masked else token for is_masked, token in zip(masked, visible, strict=True)]
     return Job(tokens, masked, shape.depth, threshold=0.0, halting="gate")

@@ -23,6 +23,7 @@ from service.engine.types import Job, Reading, Result
 from service.errors import DeadlineExceeded, Internal, ServiceError
 from service.limits import Limits
 from service.metrics import Metrics, Transport
+from service.pump import pumped
 from service.schema import (
     BatchItem,
     DenoiseAnswer,
@@ -242,26 +243,22 @@ class _Work:
     timeline: Timeline | None
 
 
-async def follow(
+def follow(
     engine: Engine, job: Job, place: Place, timeline: Timeline | None = None
 ) -> AsyncGenerator[Reading | Result, None]:
-    """What the engine reads in every pass, and the result last. Closing it takes the job out of the engine."""
-    readings: asyncio.Queue[Reading | None] = asyncio.Queue()  # as long as the passes of one job at the most
+    """What the engine reads in every pass, and the result last. Closing it takes the job out of the engine, before its
+    place in the queue is freed.
+    """
 
-    def read(reading: Reading) -> None:
-        if timeline is not None:
-            timeline(reading)
-        readings.put_nowait(reading)
+    async def work(hand_out: Callable[[Reading | Result], None]) -> None:
+        def read(reading: Reading) -> None:
+            if timeline is not None:
+                timeline(reading)
+            hand_out(reading)
 
-    computing = asyncio.create_task(engine.submit(job, place, read))
-    computing.add_done_callback(lambda _: readings.put_nowait(None))
-    try:
-        while (reading := await readings.get()) is not None:
-            yield reading
-        yield computing.result()
-    finally:
-        computing.cancel()
-        await asyncio.gather(computing, return_exceptions=True)  # it leaves before its place in the queue is freed
+        hand_out(await engine.submit(job, place, read))
+
+    return pumped(work)
 
 
 def build_job(

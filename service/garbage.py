@@ -11,7 +11,7 @@ NEW_OBJECTS = 20_000
 request or so, which costs a tenth of its time."""
 
 
-def settle() -> None:
+def freeze() -> None:
     """Whatever is alive now stays: a full collection over a model and its libraries would hold every request up for
     0.2 s. To be called before the first request: what requests hold then would stay for ever, and their model with it.
     """

@@ -107,7 +107,7 @@ class Host:
         loaded, *more = await _beside(read_models, self._settings)
         engine = await self._warm_engine(loaded, *more)
         self._open(loaded, engine)
-        garbage.settle()
+        garbage.freeze()
         self._at_rest.set()
         log.info("ready after %.1f s: %s on %s", time.monotonic() - began, loaded.name, loaded.model.device)
 
@@ -322,5 +322,5 @@ def rehearsals(loaded: LoadedModel, limits: SchedulerLimits) -> list[list[Job]]:
 
 def _rehearsal(tokenizer: Tokenizer, masked: list[bool]) -> Job:
     """It halts by the gate after one pass. If that had to be its last, less of it would be computed."""
-    tokens = [tokenizer.mask_id if hidden else tokenizer.cls_id for hidden in masked]
+    tokens = [tokenizer.mask_id if is_masked else tokenizer.cls_id for is_masked in masked]
     return Job(tokens, masked, max_steps=2, threshold=math.inf, halting="gate")

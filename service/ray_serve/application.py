@@ -15,7 +15,7 @@ from service.settings import Settings
 
 NAME = "Denoiser"
 
-FLUSH_SECONDS = 5.0
+LEAVING_SECONDS = 5.0
 """How long a replica may take to go once its requests are answered."""
 HEALTH_SECONDS = 1.0
 """A replica whose engine has failed refuses quickly, which makes it look idle: Serve should know soon."""
@@ -30,7 +30,7 @@ def application(settings: Settings, fleet: Fleet) -> Any:
         max_ongoing_requests=ongoing,
         max_queued_requests=ongoing * fleet.max_replicas,  # or a burst would fail for which there is room
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_SECONDS),
-        graceful_shutdown_timeout_s=settings.grace_seconds + FLUSH_SECONDS,
+        graceful_shutdown_timeout_s=settings.grace_seconds + LEAVING_SECONDS,
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=HEALTH_SECONDS,
         autoscaling_config=AutoscalingConfig(

@@ -22,7 +22,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import DeadlineExceeded, Internal, ResourceExhausted, ServiceError, Unavailable
-from service.ray_serve.pump import pumped
+from service.pump import pumped
 from service.rest.errors import problem_response
 from service.rpc.convert import SERVICE
 from service.rpc.errors import status_of

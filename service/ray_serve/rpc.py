@@ -15,8 +15,8 @@ import grpc
 from service.access import ApiKey
 from service.lifecycle import Lifecycle
 from service.metrics import Metrics
+from service.pump import pumped
 from service.ray_serve.proxy import SECONDS_LEFT
-from service.ray_serve.pump import pumped
 from service.rpc.access import Door
 from service.rpc.calls import Calls
 from service.rpc.convert import SERVICE

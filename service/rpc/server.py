@@ -36,7 +36,7 @@ that have been added meanwhile; a balancer of connections sees it again.
 
 MOST_STREAMS = 1000
 """Calls of one connection at a time. gRPC keeps what it has begun to hear: without a bound one caller fills memory."""
-LOOK_SECONDS, RETRY_SECONDS = 0.2, 1.0
+LOOK_SECONDS, REOPEN_SECONDS = 0.2, 1.0
 RETIRING_SECONDS = 30.0
 
 
@@ -111,7 +111,7 @@ class RpcServer:
             self._retired[self._server] = asyncio.create_task(self._retire(self._server))
             self._server = self._made()
             while not await self._listens_again(host):
-                await asyncio.sleep(RETRY_SECONDS)
+                await asyncio.sleep(REOPEN_SECONDS)
 
     async def _retire(self, server: grpc.aio.Server) -> None:
         with suppress(Exception):  # what ended it is raised once more

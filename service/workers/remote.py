@@ -36,7 +36,7 @@ from service.workers.wire import Wire
 
 log = logging.getLogger(__name__)
 
-RETRY_SECONDS = 0.05
+RECONNECT_SECONDS = 0.05
 """How often an engine is looked for that is not there."""
 LOOK_SECONDS, SILENT_LOOKS = 5.0, 3
 """The engine says something every second. One that has said nothing at so many looks does not compute either."""
@@ -90,7 +90,7 @@ class Link:
             try:
                 _, wire = await loop.create_unix_connection(lambda: Wire(self._heard, self._ended), str(self._path))
             except OSError:
-                await asyncio.sleep(RETRY_SECONDS)
+                await asyncio.sleep(RECONNECT_SECONDS)
                 continue
             self._lost.clear()
             self.wire = wire

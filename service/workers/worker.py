@@ -28,7 +28,7 @@ from service.workers.wire import Wire
 
 log = logging.getLogger(__name__)
 
-SETTLE_SECONDS = 1.0
+FIRST_MODEL_SECONDS = 1.0
 """How long a worker waits for a model before it listens. As soon as it does it gets its share of the callers, though
 other workers could answer them."""
 
@@ -52,7 +52,7 @@ class Worker:
         self._begin(self.link.run())
         self._begin(self.metrics.report_forever())
 
-    async def settle(self, seconds: float) -> None:
+    async def first_model(self, seconds: float) -> None:
         """Until it serves a model, or so long: an engine that is up says at once which."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self._adopted.wait(), seconds)
@@ -95,7 +95,7 @@ class Worker:
             denoiser = build_denoiser(serving, self._tokenizer, engine, self.metrics, self._tracer)
             self.lifecycle.open(denoiser)
             if not self._adopted.is_set():
-                garbage.settle()
+                garbage.freeze()
             await self.lifecycle.handed_over()
             wire.send(Adopted(serving.digest))
             self._adopted.set()
@@ -128,7 +128,7 @@ async def run(settings: Settings, name: str, path: Path, stopped: asyncio.Event)
     worker = Worker(settings, name, path, tracer)
     front = FrontEnd(settings, worker.lifecycle, worker.metrics, tracer, worker.reload, share_port=True)
     worker.start()
-    await worker.settle(SETTLE_SECONDS)
+    await worker.first_model(FIRST_MODEL_SECONDS)
     with listen(settings.host, settings.http_port, share=True) as listener:
         await front.open(listener)
         await stopped.wait()

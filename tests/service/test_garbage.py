@@ -24,13 +24,13 @@ class Knot:
 
 def test_what_is_alive_is_not_looked_through_again_and_what_is_dead_does_not_stay() -> None:
     kept, dead = Knot(), weakref.ref(Knot())
-    garbage.settle()
+    garbage.freeze()
     assert not any(each is kept for each in gc.get_objects())
     assert dead() is None
 
 
 def test_new_objects_are_still_looked_through_but_less_often() -> None:
-    garbage.settle()
+    garbage.freeze()
     assert gc.isenabled()
     assert gc.get_threshold()[0] > 700
     Knot()

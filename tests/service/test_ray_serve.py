@@ -27,7 +27,6 @@ with warnings.catch_warnings():
 
     from service.ray_serve import proxy
     from service.ray_serve.edge import Edge
-    from service.ray_serve.pump import pumped
     from service.ray_serve.rpc import ServeCalls
 
 KEY = "sesame"
@@ -341,17 +340,6 @@ async def test_the_proxys_request_id_is_named_once_and_a_scrape_gathers(service:
     assert gathered == ["once", "once"]
     assert "x-request-id" not in behind.headers
     assert len(alone.headers.get_list("x-request-id")) == 1
-
-
-async def test_a_pump_passes_on_what_the_work_raises() -> None:
-    async def work(put: Callable[[int], None]) -> None:
-        put(1)
-        raise ValueError("broken")
-
-    values = pumped(work)
-    assert await anext(values) == 1
-    with pytest.raises(ValueError, match="broken"):
-        await anext(values)
 
 
 def test_proxies_do_without_the_model() -> None:

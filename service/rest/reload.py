@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Literal, Protocol
 
@@ -9,6 +10,7 @@ from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, Field
 
 from service.access import ApiKey
+from service.errors import Unavailable
 from service.rest.body import JSON_TYPE
 from service.rest.errors import problem_responses
 from service.rest.middleware import present_key
@@ -45,6 +47,9 @@ def add_routes(app: FastAPI, reload: Callable[[], Awaitable[Change]], admin_key:
     )
     async def reload_model(http_request: Request) -> Response:
         present_key(http_request.headers, admin_key)
-        change = await reload()
+        try:
+            change = await reload()
+        except asyncio.CancelledError:  # by the end of the server, and by nothing else
+            raise Unavailable.draining() from None
         answer = ReloadAnswer(outcome=change.outcome, previous=change.previous, model=change.model)
         return Response(answer.model_dump_json(), media_type=JSON_TYPE)

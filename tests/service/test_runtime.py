@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from rdt_core import RDT, Packing, State
 from rdt_core.devices import pick_device
-from service import cli
+from service import cli, hosting, runtime
 from service.addresses import address
 from service.client import AsyncClient, ProblemError
 from service.runtime import listen, serve
@@ -83,6 +84,28 @@ async def test_a_signal_while_loading_ends_with_0(tiny_checkpoint: Path) -> None
     await asyncio.sleep(0)  # the signal handlers are in place before the first wait
     os.kill(os.getpid(), signal.SIGTERM)
     assert await asyncio.wait_for(serving, timeout=10) == 0
+
+
+async def test_a_reload_that_does_not_end_before_the_server_is_refused(
+    tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "FLUSH_SECONDS", 0.2)
+    begun, over = threading.Event(), threading.Event()
+
+    def hangs(*_: object) -> bool:
+        begun.set()
+        return over.wait(10)
+
+    async with running(settings_for(tiny_checkpoint, admin_key="adm1n"), caplog) as (client, serving):
+        monkeypatch.setattr(hosting, "is_file_of", hangs)
+        reloading = asyncio.create_task(client._http.post("/model/reload", headers={"X-API-Key": "adm1n"}))
+        await asyncio.to_thread(begun.wait, 5)
+        os.kill(os.getpid(), signal.SIGTERM)
+        answer = await reloading
+        assert await serving == 0
+        over.set()
+    assert (answer.status_code, answer.json()["type"]) == (503, "urn:rdt:problem:unavailable")
+    assert [record for record in caplog.records if record.exc_info] == []
 
 
 async def test_a_checkpoint_that_cannot_be_loaded_is_one_line(

@@ -201,7 +201,7 @@ async def test_the_old_model_stays_until_every_worker_has_left_it(hosted: Hosted
 async def test_a_worker_that_does_not_move_on_is_cut_off_and_comes_back(
     hosted: Hosted, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "ADOPTION_SECONDS", 0.05)
+    monkeypatch.setattr(models, "ADOPTION_SECONDS", 0.5)
     quick, stuck = await hosted.fleet.worker(), await hosted.fleet.worker()
     hear = stuck._hear
     stuck.link._hear = lambda *_: None

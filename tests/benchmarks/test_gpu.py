@@ -54,7 +54,7 @@ def options(**changes: Any) -> Namespace:
 def test_a_row_says_in_how_many_ticks_the_batch_was_full(tiny_model: RDT, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = [Job([2, 4, 4, 3], [False, True, True, False], 2, 0.0, "gate")] * 40
     monkeypatch.setattr(gpu, "make_jobs", lambda *_: jobs)
-    monkeypatch.setattr(garbage, "settle", lambda: None)
+    monkeypatch.setattr(garbage, "freeze", lambda: None)
     row = gpu.ladder(tiny_model, gpu.Engines(tiny_model, options()), "any", options())
     assert row["requests_per_second"].keys() == {"loop", "static 4", "sorted 4", "refill", "+ lookahead"}
     assert row["full_ticks"] == pytest.approx(12 / 15, abs=1e-3), "five turns of three ticks"

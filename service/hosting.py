@@ -10,6 +10,7 @@ import asyncio
 import gc
 import logging
 import math
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -48,6 +49,10 @@ Value = TypeVar("Value")
 
 WARM_TICKS, WARM_TOKENS, FEW_TOKENS = 16, 2048, (16, 8, 4)
 """So many sizes of tick are run before the first request, up to this one at the most, then those of one short text."""
+
+SWITCH_SECONDS = 0.0005
+"""How long a thread may keep others waiting for the interpreter. A computing thread gives it up and wants it back at
+every operation, and Python's own 5 ms, beside an event loop that is always busy, make a tick forty times as long."""
 
 TRIAL_TOKENS = 64
 """At the most, in the text that shows whether a model computes numbers."""
@@ -104,6 +109,7 @@ class Host:
         """
         began = time.monotonic()
         torch.set_num_threads(self._settings.threads)
+        sys.setswitchinterval(SWITCH_SECONDS)
         loaded, *more = await _beside(read_models, self._settings)
         engine = await self._warm_engine(loaded, *more)
         self._open(loaded, engine)

@@ -92,7 +92,7 @@ class Settings(BaseSettings):
         description="Most texts that a replica computes in one tick. Raise it if requests wait while ticks have few "
         "tokens. 0: 64 on a CPU, 512 on CUDA, where 65534 is the most.",
     )
-    # Six seconds of requests, ten of tokens at full throughput: the bundled model on two cores.
+    # Seven seconds of requests at full throughput: the bundled model on two cores of an AMD EPYC with AVX-512.
     max_waiting: int = Field(
         256,
         ge=1,

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 
 class Pace:
-    """Remembers one duration for each order of magnitude (a power of two), and draws straight lines between them.
-
-    Beyond the least and the most that is known it takes them for proportional. A longer duration is believed at once,
-    and forgotten by halves.
+    """Remembers one duration for each order of magnitude (a power of 2). An amount takes in proportion to what is known
+    of its own order, or of the nearest. A longer duration is believed at once, and forgotten by halves.
     """
 
     def __init__(self) -> None:
@@ -18,16 +14,14 @@ class Pace:
     def took(self, amount: int, seconds: float) -> None:
         """So much was done in so many seconds. No amount tells nothing."""
         if amount > 0:
-            _, before = self._known.get(amount.bit_length(), (0, 0.0))
-            self._known[amount.bit_length()] = amount, max(seconds, (before + seconds) / 2)
+            seconds = max(seconds, (self._of(amount.bit_length(), amount) + seconds) / 2)
+            self._known[amount.bit_length()] = amount, seconds
 
     def expected(self, amount: int) -> float:
         """Seconds that so much will take; 0 for nothing, and as long as nothing is known."""
-        if amount <= 0 or not self._known:
-            return 0.0
-        known = sorted(self._known.values())
-        for (less, low), (more, high) in pairwise(known):
-            if less <= amount <= more:
-                return low + (high - low) * (amount - less) / (more - less)
-        nearest, seconds = known[0] if amount < known[0][0] else known[-1]
-        return seconds * amount / nearest
+        order = amount.bit_length()
+        return self._of(min(self._known, key=lambda known: (abs(known - order), known), default=order), amount)
+
+    def _of(self, order: int, amount: int) -> float:
+        known, seconds = self._known.get(order, (1, 0.0))
+        return seconds * amount / known

@@ -23,12 +23,12 @@ def test_nothing_known_and_nothing_to_do_take_no_time() -> None:
 
 @pytest.mark.parametrize(
     ("amount", "seconds"),
-    [(16, 1.0), (100, 2.0), (58, 1.5), (8, 0.5), (300, 6.0)],
-    ids=["the least", "the most", "between", "less than ever", "more than ever"],
+    [(16, 1.0), (20, 1.25), (100, 3.0), (127, 3.81), (40, 2.5), (8, 0.5), (300, 9.0)],
+    ids=["known", "of that order", "known", "of that order", "of none", "less than ever", "more than ever"],
 )
-def test_what_is_not_known_is_drawn_from_what_is(amount: int, seconds: float) -> None:
+def test_what_is_not_known_is_in_proportion_to_what_is(amount: int, seconds: float) -> None:
     pace = Pace()
-    pace.took(100, 2.0)
+    pace.took(100, 3.0)
     pace.took(16, 1.0)
     assert pace.expected(amount) == pytest.approx(seconds)
 
@@ -38,10 +38,17 @@ def test_a_slow_turn_is_believed_at_once_and_forgotten_by_halves() -> None:
     for seconds in (1.0, 9.0):
         pace.took(64, seconds)
         assert pace.expected(64) == seconds
-    pace.took(65, 1.0)
-    assert pace.expected(65) == 5.0, "it is of the same order"
-    pace.took(65, 1.0)
-    assert pace.expected(65) == 3.0
+    pace.took(64, 1.0)
+    assert pace.expected(64) == 5.0
+    pace.took(96, 1.5)
+    assert pace.expected(64) == 3.0, "it is of the same order: half of 7.5 and 1.5"
+
+
+def test_a_turn_that_stood_still_says_nothing_of_lighter_ones() -> None:
+    pace = Pace()
+    pace.took(40, 0.01)
+    pace.took(300, 60.0)
+    assert pace.expected(60) == pytest.approx(0.015)
 
 
 class Machine:

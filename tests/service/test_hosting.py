@@ -258,7 +258,7 @@ async def test_a_model_that_breaks_while_warming_is_not_served(
     monkeypatch.undo()
     assert hosted.lifecycle.denoiser is serving
     if isinstance(error, RuntimeError):  # the log of this test keeps the traceback of a defect
-        assert refused[0]() is None, "its memory is free at once"
+        await hosted.until(lambda: refused[0]() is None)  # the thread that read it may hold it for a moment
     assert hosted.sample("rdt_model_reloads_total", outcome="failed") == 1
     assert hosted.sample("rdt_tick_tokens_limit") == 512, "of the model that serves"
     assert hosted.sample("rdt_out_of_memory_total") == 0

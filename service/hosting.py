@@ -52,7 +52,7 @@ WARM_TICKS, WARM_TOKENS, FEW_TOKENS = 16, 2048, (16, 8, 4)
 
 SWITCH_SECONDS = 0.0005
 """How long a thread may keep others waiting for the interpreter. A computing thread gives it up and wants it back at
-every operation, and Python's own 5 ms, beside an event loop that is always busy, make a tick forty times as long."""
+every operation of a tick, each of which would wait for Python's own 5 ms beside an event loop that is always busy."""
 
 TRIAL_TOKENS = 64
 """At the most, in the text that shows whether a model computes numbers."""

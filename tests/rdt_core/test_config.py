@@ -65,6 +65,14 @@ def test_a_transformer_decoder_needs_layers() -> None:
         ModelConfig(decoder_type="transformer")
 
 
+def test_a_shortlist_has_only_tokens_that_may_be_answers_and_belongs_to_decoders_without_layers() -> None:
+    with pytest.raises(ValueError, match=r"^gate_shortlist is 99: want a whole number from 0 to 98$"):
+        ModelConfig(vocab_size=100, suppress_tokens=(0, 4), gate_shortlist=99)
+    assert ModelConfig(vocab_size=100, suppress_tokens=(0, 4), gate_shortlist=98).gate_shortlist == 98
+    with pytest.raises(ValueError, match=r"^gate_shortlist is 1: want 0 with decoder_type 'transformer'"):
+        ModelConfig(decoder_type="transformer", n_decoder_layers=1, gate_shortlist=1)
+
+
 def test_an_unknown_name_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"^n_layers is not a model setting; known: .*n_heads"):
         ModelConfig.from_mapping({"d_model": 64, "n_layers": 3})

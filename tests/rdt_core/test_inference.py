@@ -244,7 +244,7 @@ def test_a_model_restores_by_itself(tiny_model: RDT) -> None:
         ([2, 4], [False, True, True], "masked is torch.bool of shape (3,): want bool of shape (2,)"),
         ([2, 4], [0, 1], "masked is torch.int64 of shape (2,)"),
         ([2, -1], [False, True], "tokens has -1: want 0 <= token < vocab_size = 121"),
-        ([2, 121], [False, True], "tokens has 121: want 0 <= token < vocab_size = 121"),
+        ([0, 121], [False, True], "tokens has 121: want 0 <= token < vocab_size = 121"),
     ],
 )
 def test_tokens_and_masks_that_are_none_are_named(tiny_model: RDT, tokens: Any, masked: Any, wanted: str) -> None:

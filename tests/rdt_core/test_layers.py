@@ -145,6 +145,14 @@ def test_rotary_scores_depend_on_the_distance_alone(first: int, second: int, shi
     torch.testing.assert_close(score(first + shift, second + shift), score(first, second), atol=1e-3, rtol=0)
 
 
+def test_pairs_turn_the_slower_the_later_they_come() -> None:
+    """Su et al., 2021, eq. 15: by position x 10000^(-2i/C)."""
+    cos, sin = rotary_angles(torch.tensor([0, 3]), 4)
+    angles = torch.tensor([[[0.0, 0.0]], [[3.0, 0.03]]])  # (T, 1, C/2)
+    torch.testing.assert_close(cos, angles.cos())
+    torch.testing.assert_close(sin, angles.sin())
+
+
 def test_rotary_scores_do_depend_on_the_distance() -> None:
     query, key = random_heads(1)[:2]
     far = rotate(key, *rotary_angles(torch.tensor([5]), 4))

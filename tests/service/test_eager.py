@@ -8,9 +8,10 @@ import random
 from dataclasses import replace
 
 import pytest
+import torch
 from torch import Tensor
 
-from rdt_core import RDT, Packing, State
+from rdt_core import RDT, Packing, State, restore
 from rdt_core.precision import Precision, prepare
 from service.engine.eager import EagerBackend
 from service.engine.reference import run_reference
@@ -54,6 +55,17 @@ def run_all(backend: EagerBackend, jobs: list[Job], rng: random.Random) -> list[
     while not scheduler.idle:
         tick()
     return [results[ticket] for ticket in tickets]
+
+
+@pytest.mark.parametrize("halting", ["gate", "settle"])
+@pytest.mark.parametrize("decode_all", [False, True])
+def test_a_job_run_alone_is_the_reference(tiny_model: RDT, halting: str, decode_all: bool) -> None:
+    tokens, masked = torch.tensor([2, 40, 4, 41, 4, 3]), torch.tensor([False, False, True, False, True, False])
+    options = {"max_steps": 6, "threshold": 0.1, "halting": halting, "top_k": 2, "decode_all": decode_all}
+    expected = restore(tiny_model, tokens, masked, **options)  # type: ignore[arg-type] # a table of options
+    result = run_reference(tiny_model, Job(tokens.tolist(), masked.tolist(), **options))  # type: ignore[arg-type]
+    unmeasured = dict.fromkeys(("queue_seconds", "compute_seconds", "decode_seconds"), 0.0)
+    assert vars(result) == {**vars(expected), "max_steps": 6, **unmeasured}
 
 
 @pytest.mark.parametrize("prepared", [False, True])

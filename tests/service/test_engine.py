@@ -7,13 +7,12 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from unittest.mock import ANY, Mock
 
 import pytest
-import torch
 
-from rdt_core import RDT, restore
 from service.engine.engine import BatchingEngine
-from service.engine.reference import run_reference
+from service.engine.protocol import Watcher
 from service.engine.scheduler import SchedulerLimits
 from service.engine.types import Job, Outcome, Plan, Reading, Result
 from service.errors import DeadlineExceeded, Internal, ResourceExhausted, Unavailable
@@ -157,6 +156,16 @@ async def test_a_deadline_in_the_line_is_answered_on_time(
     await busy
 
 
+async def test_a_deadline_to_come_leaves_its_job_in_the_line(
+    engine: BatchingEngine, held: HeldBackend, busy: asyncio.Task[Result]
+) -> None:
+    waiting = await submitted(engine, scripted_job(4, depth=1, deadline=time.monotonic() + 60))
+    await asyncio.sleep(0.02)
+    held.let_go(2)
+    await busy
+    assert (await waiting).reason == "gate"
+
+
 async def test_a_deadline_already_over_never_runs(engine: BatchingEngine, held: HeldBackend) -> None:
     with pytest.raises(DeadlineExceeded):
         await submit(engine, scripted_job(4, depth=1, deadline=time.monotonic() - 1))
@@ -227,6 +236,28 @@ async def test_a_broken_tick_fails_its_jobs_and_no_others(
     assert held.resets == 1
     assert engine.ready
     assert not engine.failed.is_set()
+
+
+async def test_a_watcher_hears_how_long_a_tick_took_and_of_one_that_broke() -> None:
+    clock, watcher = FakeClock(), Mock(spec=Watcher)
+
+    class SlowBackend(ScriptedBackend):
+        def run(self, plan: Plan) -> Outcome:
+            clock.now += 1.5
+            return super().run(plan)
+
+    backend = SlowBackend()
+    engine = BatchingEngine([backend], LIMITS, clock, watcher)
+    await engine.start()
+    await submit(engine, scripted_job(1, depth=1))
+    watcher.ticked.assert_called_once_with(1.5, ANY, ANY)
+    watcher.tick_broke.assert_not_called()
+    backend.errors.append(RuntimeError("broken"))
+    with pytest.raises(Internal):
+        await submit(engine, scripted_job(1, depth=1))
+    watcher.tick_broke.assert_called_once_with()
+    assert watcher.ticked.call_count == 1
+    await engine.stop()
 
 
 async def test_an_observer_that_fails_fails_alone(engine: BatchingEngine, held: HeldBackend) -> None:
@@ -322,6 +353,16 @@ async def test_draining_fails_what_the_grace_period_does_not_cover(engine: Batch
     await asyncio.wait_for(engine.stop(), timeout=2)
 
 
+@pytest.mark.usefixtures("busy")
+async def test_a_place_from_before_draining_is_no_way_in(engine: BatchingEngine) -> None:
+    with engine.reserve() as place:
+        draining = asyncio.create_task(engine.drain(grace_seconds=60))
+        await asyncio.sleep(0)
+        with pytest.raises(Unavailable):
+            await asyncio.wait_for(engine.submit(scripted_job(1, depth=1), place), timeout=2)
+    draining.cancel()
+
+
 async def test_draining_an_idle_engine_is_instant(engine: BatchingEngine) -> None:
     await asyncio.wait_for(engine.drain(grace_seconds=60), timeout=1)
 
@@ -348,14 +389,3 @@ async def test_every_job_ends_once_under_a_mix_of_everything() -> None:
     assert set(ends) == {"answered", "cancelled", "resource_exhausted", "deadline_exceeded"}
     assert (engine.live, engine.waiting) == (0, 0)
     await engine.stop()
-
-
-@pytest.mark.parametrize("halting", ["gate", "settle"])
-@pytest.mark.parametrize("decode_all", [False, True])
-def test_a_job_run_alone_is_the_reference(tiny_model: RDT, halting: str, decode_all: bool) -> None:
-    tokens, masked = torch.tensor([2, 40, 4, 41, 4, 3]), torch.tensor([False, False, True, False, True, False])
-    options = {"max_steps": 6, "threshold": 0.1, "halting": halting, "top_k": 2, "decode_all": decode_all}
-    expected = restore(tiny_model, tokens, masked, **options)  # type: ignore[arg-type] # a table of options
-    result = run_reference(tiny_model, Job(tokens.tolist(), masked.tolist(), **options))  # type: ignore[arg-type]
-    unmeasured = dict.fromkeys(("queue_seconds", "compute_seconds", "decode_seconds"), 0.0)
-    assert vars(result) == {**vars(expected), "max_steps": 6, **unmeasured}

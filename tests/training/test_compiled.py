@@ -16,6 +16,7 @@ from training.trainer import Trainer
 
 @pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch looks at its own
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0")
 def test_a_compiled_run_is_the_same_run(
     train_settings: Settings, cpu: torch.device, monkeypatch: pytest.MonkeyPatch, norm: str
 ) -> None:

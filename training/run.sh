@@ -1,13 +1,20 @@
 #!/usr/bin/env bash
 # One whole run: train, release, evaluate. It goes on from the folder's newest checkpoint, so that a run longer than the
 # machine is to be had needs the same line again. Exit status 124: LIMIT has passed, what was learnt is saved, call
-# again. Paths are from the project's folder.
+# again. An evaluation begins anew with every call: choose --segments so that it fits into one. Paths are from the
+# project's folder.
 #
 #   [LIMIT=SECONDS] training/run.sh FOLDER TEST_TEXT TRAINING_ARGUMENTS... [-- EVALUATION_ARGUMENTS...]
 #   LIMIT=540 training/run.sh runs/base test.raw.xz --config training/configs/base.yaml \
-#     --override training/configs/one-card.yaml data.dataset_name=train.txt -- --validation valid.txt --batch-size 256
+#     --override training/configs/one-card.yaml data.dataset_name=train.txt -- --validation valid.txt \
+#     --segments 200 --batch-size 100
 set -euo pipefail
-[ $# -ge 4 ] || { sed -n '2,8s/^# \?//p' "$0" >&2; exit 2; }
+[ $# -ge 4 ] || { sed -n '2,10s/^# \?//p' "$0" >&2; exit 2; }
+if [ -n "${LIMIT:-}" ]; then
+    limit=$LIMIT
+    unset LIMIT
+    exec timeout --signal=INT "$limit" "$0" "$@"
+fi
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 folder=$1 text=$2 training=()
@@ -24,7 +31,7 @@ newest() {
 
 mkdir -p "$folder"
 resumed=$(newest)
-timeout --signal=INT "${LIMIT:-0}" "$PYTHON" -m training "${training[@]}" ${resumed:+--checkpoint "$resumed"} \
+"$PYTHON" -m training "${training[@]}" ${resumed:+--checkpoint "$resumed"} \
     "output.checkpoint_dir=$folder" "output.log_dir=$folder/logs"
 "$PYTHON" -m training.release --checkpoint "$(newest)" --output "$folder/release.pt"
 "$PYTHON" -m training.evaluate --checkpoint "$folder/release.pt" --text "$text" --output "$folder/evaluation" "$@"

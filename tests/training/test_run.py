@@ -62,6 +62,29 @@ def test_a_run_that_is_out_of_time_says_so_and_releases_nothing(
     assert not (tmp_path / "run" / "release.pt").exists()
 
 
+def test_the_limit_is_one_of_the_whole_run(tmp_path: Path) -> None:
+    """An evaluation that began late is ended in time too: the next call has all of the limit for it."""
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/sh\ncase $2 in training) touch $FOLDER/checkpoint_epoch_0_step_1.pt;; *evaluate) sleep 5;; esac\n",
+        encoding="utf-8",
+    )
+    python.chmod(0o755)
+    stopped = subprocess.run(
+        [ROOT / "training" / "run.sh", tmp_path, "test.txt", "--config=any", "any.setting=1"],
+        env={**os.environ, "PYTHON": str(python), "FOLDER": str(tmp_path), "LIMIT": "1"},
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert (tmp_path / "checkpoint_epoch_0_step_1.pt").exists()
+    assert stopped.returncode == 124, stopped.stderr
+
+
+def test_a_run_on_a_card_fetches_nothing_but_its_text() -> None:
+    """Where a card is to be had, a hub may be out of reach."""
+    data = load_config(CONFIGS / "base.yaml", CONFIGS / "one-card.yaml", []).data
+    assert checkpoint.tokenizer_of(ROOT / data.tokenizer_name, checkpoint.read(ROOT / data.tokenizer_name)).vocab_size
+
+
 def test_without_arguments_it_says_how_it_is_called() -> None:
     called = subprocess.run([ROOT / "training" / "run.sh"], capture_output=True, text=True, check=False)
     assert called.returncode == 2

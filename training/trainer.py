@@ -2,7 +2,7 @@
 
 Everything random in batch `k` is seeded by the run's seed and `k`, so weights, optimizer state and the
 step number are all that a resumed run needs to continue bit for bit. A step is the same with any number
-of processes, except for the order in which its gradients are added up.
+of processes, except for the order in which its gradients are added up, which CUDA never fixes.
 """
 
 from __future__ import annotations

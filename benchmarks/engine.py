@@ -117,10 +117,10 @@ def measure(weights: Weights, workload: str, options: argparse.Namespace) -> dic
     return figures(weights.model, workload, known, taken, peaks)
 
 
-def finalists(taken: dict[str, list[float]]) -> set[str]:
+def finalists(taken: dict[str, list[float]], n_sizes: int = FINALISTS) -> set[str]:
     """Every contender, of static and sorted batches those of the sizes that were fastest in the first round."""
     by_time = sorted(taken, key=lambda name: taken[name][0])
-    sized = ([name for name in by_time if name.startswith(kind)][:FINALISTS] for kind in SIZED)
+    sized = ([name for name in by_time if name.startswith(kind)][:n_sizes] for kind in SIZED)
     return {name for name in taken if not name.startswith(SIZED)}.union(*sized)
 
 

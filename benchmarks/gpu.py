@@ -117,7 +117,7 @@ def ladder(model: RDT, engines: Engines, workload: str, options: argparse.Namesp
     for name, backend in engines.steps.items():
         runs[name] = (len(jobs), partial(contenders.serve, backend, jobs, *bounds, queued[name]))
     first = {name: [seconds(run, model.device)] for name, (_, run) in runs.items()}  # kernels, workspaces, captures
-    runs = {name: run for name, run in runs.items() if name in finalists(first)}
+    runs = {name: run for name, run in runs.items() if name in finalists(first, n_sizes=1)}
     rates: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(options.rounds):
         for name, (n, run) in runs.items():

@@ -6,7 +6,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-runs/gpu}
-export PYTHONPATH=. PYTHONUNBUFFERED=1
+export PYTHONPATH=. PYTHONUNBUFFERED=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 # whatever else is installed there
 mkdir -p "$OUT"
 failed=()
 
@@ -17,14 +17,16 @@ part() { # NAME SECONDS ARGUMENTS...
     timeout -s INT -k 5 "$seconds" "$PYTHON" "$@" 2>&1 | tee "$OUT/$name.log" || failed+=("$name")
 }
 
-part machine 30 -c 'import sys, torch; print(sys.version, torch.__version__, torch.cuda.get_device_name())
+# The first has nothing in the disk's cache yet.
+part machine 70 -c 'import sys, torch; print(sys.version, torch.__version__, torch.cuda.get_device_name())
 assert sys.version_info >= (3, 11), "Python 3.11 or newer is wanted"'
 [ ${#failed[@]} = 0 ] || exit 1 # without a card the minutes below would go to figures of a CPU
-part tests 60 -m pytest -c /dev/null --rootdir=. -p no:cacheprovider -q tests/gpu
-part agreement 80 -m benchmarks.gpu --models models/rdt-small/best_model.pt --workloads "$@"
+part tests 45 -m pytest -c /dev/null --rootdir=. -p no:cacheprovider -q tests/gpu
+part agreement 65 -m benchmarks.gpu --models models/rdt-small/best_model.pt --workloads "$@"
 part ladder-rdt-small 60 -m benchmarks.gpu --models models/rdt-small/best_model.pt --agreement 0 "$@"
-part ladder-base 75 -m benchmarks.gpu --models base --agreement 0 "$@"
-part ladder-large 100 -m benchmarks.gpu --models large --agreement 0 --requests 2048 "$@"
-part training 60 -m benchmarks.training --steps 20 training.batch_size=64 data.num_workers=8 data.pin_memory=true
+part ladder-base 90 -m benchmarks.gpu --models base --agreement 0 "$@"
+part ladder-large 95 -m benchmarks.gpu --models large --agreement 0 --requests 2048 "$@"
+part training 50 -m benchmarks.training --steps 20 training.batch_size=64 data.pin_memory=true \
+    "data.num_workers=$(nproc)" # a step takes less time than one process needs to draw its batches
 echo "failed or not finished: ${failed[*]:-none}"
 [ ${#failed[@]} = 0 ]

@@ -60,6 +60,17 @@ def test_a_row_says_in_how_many_ticks_the_batch_was_full(tiny_model: RDT, monkey
     assert row["full_ticks"] == pytest.approx(12 / 15, abs=1e-3), "five turns of three ticks"
 
 
+def test_after_the_first_turn_batches_are_of_the_size_that_was_best(
+    tiny_model: RDT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [Job([2, 4, 4, 3], [False, True, True, False], 2, 0.0, "gate")] * 40
+    monkeypatch.setattr(gpu, "make_jobs", lambda *_: jobs)
+    monkeypatch.setattr(garbage, "freeze", lambda: None)
+    row = gpu.ladder(tiny_model, gpu.Engines(tiny_model, options()), "any", options(sizes=[4, 16]))
+    kinds = [name.split()[0] for name in row["requests_per_second"]]
+    assert kinds.count("static") == kinds.count("sorted") == 1
+
+
 def test_passes_that_are_not_captured_are_launched_as_captured_ones(
     tiny_model: RDT, monkeypatch: pytest.MonkeyPatch
 ) -> None:

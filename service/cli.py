@@ -114,7 +114,7 @@ def _denoise_parser() -> argparse.ArgumentParser:
     source.add_argument("--file", type=_file, help="a UTF-8 file; every line that is not blank is a text")
     source.add_argument("--interactive", action="store_true", help="read lines until end of file, Ctrl-D or 'exit'")
     parser.add_argument("--max_steps", "--max-steps", type=int, help="most passes to spend (default: the checkpoint's)")
-    parser.add_argument("--threshold", type=float, help="halt below this level (default: the checkpoint's)")
+    parser.add_argument("--threshold", type=float, help="as in a request (default: the checkpoint's)")
     parser.add_argument("--halting", help="gate or settle (default: the checkpoint's)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     return parser

@@ -55,7 +55,7 @@ class DenoiseRequest(BaseModel):
     )
     trace: bool | None = Field(default=False, description="List the level after every pass.")
     timeout_ms: int | None = Field(
-        default=None, ge=1, description="Answer within this time with what is there; 504 if not one pass was made."
+        default=None, ge=1, description="Answer within this time with the best so far; 504 if no pass was made by then."
     )
     mask_ratio: float | None = Field(
         default=None, ge=0, le=1, allow_inf_nan=False, description="Let the server mask this share of the tokens first."

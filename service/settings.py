@@ -116,8 +116,8 @@ class Settings(BaseSettings):
         2,
         ge=1,
         le=MOST,
-        description="With RDT_SHED=depth, passes that shedding leaves to every request. Set it below the passes that "
-        "requests usually make, or nothing is shed.",
+        description="With RDT_SHED=depth, shedding leaves every request at least so many passes. Set it below the "
+        "passes that requests usually make, or nothing is shed.",
     )
     max_steps_limit: int = Field(
         100,

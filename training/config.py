@@ -108,7 +108,8 @@ class TrainingSection:
 @dataclass(frozen=True)
 class DataSection:
     dataset_name: str = "wikitext-2"
-    """`wikitext-2`, `wikitext-103`, another hub name, or local `.txt`/`.txt.xz` files, comma-separated."""
+    """`wikitext-2`, `wikitext-103`, another hub name, or local files (`.txt`, `.raw`, `.tokens`, each also with `.xz`),
+    comma-separated."""
     validation_name: str | None = None
     """Text to validate on; by default the hub's validation split, or the end of the local text."""
     max_seq_length: int = 128

@@ -23,6 +23,7 @@ HUB_NAMES = {
     "wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
 }
 TEXT_SUFFIXES = (".txt", ".raw", ".tokens", ".txt.xz", ".raw.xz", ".tokens.xz")
+TEXTS = "local text files, also compressed (.xz), separated by commas"
 PARAGRAPHS_A_BLOCK = 4096
 TOKENS = 65_536  # that uint16 tells apart
 VALIDATION_TOKENS = 50_000
@@ -56,7 +57,7 @@ def clean(line: str) -> str:
 
 
 def read_paragraphs(path: Path) -> Iterator[str]:
-    """Cleaned, non-empty lines of a `.txt` or `.txt.xz` file, with or without a byte-order mark."""
+    """Cleaned, non-empty lines of a text file, compressed (`.xz`) or not, with or without a byte-order mark."""
     utf8 = "utf-8-sig"
     with lzma.open(path, "rt", encoding=utf8) if path.suffix == ".xz" else path.open(encoding=utf8) as lines:
         yield from filter(None, map(clean, lines))

@@ -40,7 +40,7 @@ from rdt_core.checkpoint import CheckpointError, LoadedModel
 from rdt_core.precision import PRECISIONS, prepare
 from rdt_core.tokenizer import Tokenizer
 from training.config import MOST, TOKENS_A_BATCH, ConfigError
-from training.corpus import local_corpus, named_files, shared_files, shown_files
+from training.corpus import TEXTS, local_corpus, named_files, shared_files, shown_files
 from training.devices import device_named
 from training.evaluation import tallies
 from training.evaluation.causal import Scorer, load_scorer
@@ -222,8 +222,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Evaluate a checkpoint on masked text. A list given without values leaves that method out.",
     )
     parser.add_argument("--checkpoint", required=True, type=Path)
-    parser.add_argument("--text", required=True, help="local .txt or .txt.xz file")
-    parser.add_argument("--validation", help="another such file, to choose the table's depths and the best lookup on")
+    parser.add_argument("--text", required=True, help=TEXTS)
+    parser.add_argument("--validation", help="other such files, to choose the table's depths and the best lookup on")
     parser.add_argument("--scorer", type=Path, help="a file of python -m training.scorer")
     parser.add_argument("--output", type=Path, help="folder for evaluation.json, .npz, .txt and .png")
     parser.add_argument("--length", type=int, help=f"tokens a segment (default: {LENGTH}, or what the model takes)")

@@ -22,12 +22,12 @@ from training.stopping import ends_quietly
 @ends_quietly
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="rdt-release", description="Write the weights alone, in half precision.")
-    parser.add_argument("--checkpoint", required=True, type=Path)
-    parser.add_argument("--output", required=True, type=Path)
+    parser.add_argument("--checkpoint", required=True, type=Path, help="of a training run")
+    parser.add_argument("--output", required=True, type=Path, help="the file to write")
     parser.add_argument("--name", help="what the model is called (default: the run's name)")
-    parser.add_argument("--halting", choices=HALTINGS, help="default way of halting")
-    parser.add_argument("--max_steps", "--max-steps", type=int, help="default ceiling of passes")
-    parser.add_argument("--threshold", type=float, help="default threshold of the level")
+    parser.add_argument("--halting", choices=HALTINGS, help="default of halting (default: the checkpoint's)")
+    parser.add_argument("--max_steps", "--max-steps", type=int, help="default of max_steps (default: the checkpoint's)")
+    parser.add_argument("--threshold", type=float, help="default of threshold (default: the checkpoint's)")
     options = parser.parse_args(arguments)
     defaults = {name: getattr(options, name) for name in REQUEST_DEFAULTS}
     try:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from rdt_core.checkpoint import CheckpointError
 from rdt_core.tokenizer import Tokenizer
 from training.config import MOST, TOKENS_A_BATCH, ConfigError
-from training.corpus import VALIDATION_TOKENS, Corpus, load_tokenizer, local_corpus, shown_files
+from training.corpus import TEXTS, VALIDATION_TOKENS, Corpus, load_tokenizer, local_corpus, shown_files
 from training.data import stable_seed
 from training.devices import device_named
 from training.evaluation.causal import CausalConfig, CausalLM, save_scorer
@@ -89,7 +89,7 @@ def bits_a_token(model: CausalLM, segments: Sequence[Tensor]) -> float:
 @ends_quietly
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="rdt-scorer", description="Train a left-to-right model to score text with.")
-    parser.add_argument("--text", required=True, help="local .txt or .txt.xz files, comma-separated")
+    parser.add_argument("--text", required=True, help=TEXTS)
     parser.add_argument("--tokenizer", required=True, help="a tokenizer.json, or the checkpoint that carries it")
     parser.add_argument("--output", required=True, type=Path, help="the file to write")
     parser.add_argument("--init-from", type=Path, help="a folder with a BERT-like model, for its embeddings")

@@ -68,9 +68,9 @@ class DenoiserServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DenoiseBatch(self, request, context):
-        """Many texts. Items fail one by one: the call succeeds, each result is an answer or a problem. With top_k the
-        answer may exceed the 4 MiB that clients take by default: 100 bytes or so a masked token and candidate. Set
-        grpc.max_receive_message_length, or send fewer.
+        """Many texts. Items fail one by one: the call succeeds, each result is an answer or a problem. With a large top_k
+        the answer may exceed the 4 MiB that clients take by default: a masked token takes some 30 bytes, each of its
+        candidates 20 more. Set grpc.max_receive_message_length, or send fewer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -55,6 +55,11 @@ class EagerBackend:
         self._model = model
         self._batch: Batch | None = None
 
+    @property
+    def tickets(self) -> tuple[Ticket, ...]:
+        """Of the sequences that have begun and go on."""
+        return () if self._batch is None else self._batch.tickets
+
     def reset(self) -> None:
         self._batch = None
         if self._model.device.type == "cuda":

@@ -122,7 +122,6 @@ class LookaheadBackend:
         self._bucket: Bucket | None = None
         self._launched: Launched | None = None
         self._decoding: Decoding | None = None
-        self._beside: set[Ticket] = set()  # those that take the eager way
 
     def _run(self, plan: Plan) -> Outcome:
         if not self._prepared:
@@ -147,15 +146,9 @@ class LookaheadBackend:
     def _run_beside(self, plan: Plan) -> Outcome:
         """Those that have to be read after every pass."""
         admitted = tuple(a for a in plan.admitted if a.job.read_every_pass)
-        self._beside.update(a.ticket for a in admitted)
-        live = tuple(ticket for ticket in plan.live if ticket in self._beside)
-        dropped = tuple(ticket for ticket in plan.dropped if ticket in self._beside)
-        self._beside.difference_update(dropped)
-        if not live and not dropped:
-            return Outcome({}, 0)
-        outcome = self._eager.run(replace(plan, admitted=admitted, dropped=dropped, live=live))
-        self._beside.difference_update(ticket for ticket, read in outcome.readings.items() if read.reason is not None)
-        return outcome
+        beside = {*self._eager.tickets, *(a.ticket for a in admitted)}
+        live, dropped = (tuple(t for t in tickets if t in beside) for tickets in (plan.live, plan.dropped))
+        return self._eager.run(replace(plan, admitted=admitted, dropped=dropped, live=live))
 
     def _arrange(self, plan: Plan) -> None:
         """Those that have ended or were dropped go, and newcomers join."""

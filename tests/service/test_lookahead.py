@@ -31,7 +31,7 @@ from service.engine.static_batch import (
     one_pass,
     sizes_up_to,
 )
-from service.engine.types import Job, Reading, Result
+from service.engine.types import Admission, Job, Plan, Reading, Result
 from tests.service.tape import Card
 from tests.service.test_eager import LIMITS, random_job, run_all
 
@@ -121,7 +121,7 @@ class CountedPasses(PlainPasses):
     [
         ({}, [[], [None], ["max_steps"]], [1, 1]),
         ({"deadline": ANSWER_SECONDS / 2}, [[], ["deadline"]], [1]),
-        ({"threshold": 2.0}, [[], [], ["gate"]], [1, 1]),
+        ({"threshold": 2.0, "max_steps": 9}, [[], [], ["gate"]], [1, 1]),
         ({"threshold": 2.0, "max_steps": 1}, [[], ["gate"]], [1]),
     ],
     ids=["ceiling", "deadline", "gate", "gate at the ceiling"],
@@ -177,7 +177,7 @@ def test_an_answer_is_told_in_the_tick_before_its_deadline(tiny_model: RDT, ahea
 
 def test_who_is_dropped_is_gone_and_the_others_stay(tiny_model: RDT) -> None:
     backend, scheduler = backend_of(tiny_model), Scheduler(LIMITS)
-    jobs = [plain_job(n_masked=1 + i, depth=6) for i in range(4)]
+    jobs = [replace(plain_job(n_masked=1 + i, depth=6), halting=["gate", "settle"][i // 4]) for i in range(8)]
     tickets = []
     for job in jobs:
         with scheduler.line.reserve() as place:
@@ -186,13 +186,23 @@ def test_who_is_dropped_is_gone_and_the_others_stay(tiny_model: RDT) -> None:
     for tick in range(20):
         if tick == 2:
             scheduler.cancel(tickets[1])
+            scheduler.cancel(tickets[5])
         plan = scheduler.plan(now=0.0)
         results.update(scheduler.commit(plan, backend.run(plan), now=0.0))
         if scheduler.idle:
             break
-    assert sorted(results) == [tickets[0], *tickets[2:]]
+    assert sorted(results) == [ticket for ticket in tickets if ticket not in (tickets[1], tickets[5])]
     for ticket, result in results.items():
         assert_same(result, run_reference(tiny_model, jobs[tickets.index(ticket)]))
+
+
+def test_after_a_reset_nothing_is_left(tiny_model: RDT) -> None:
+    backend, rng = backend_of(tiny_model), random.Random(9)
+    jobs = [replace(plain_job(depth=6), halting=halting) for halting in ("gate", "settle")]
+    backend.run(Plan(tuple(Admission(i, job, 6) for i, job in enumerate(jobs)), (), frozenset(), (), (0, 1), 10))
+    backend.reset()
+    for job, result in zip(jobs, run_all(backend, jobs, rng), strict=True):
+        assert_same(result, run_reference(tiny_model, job))
 
 
 async def test_warming_goes_all_the_way_through_the_vocabulary(

@@ -21,8 +21,9 @@ from torch import Tensor
 from training.config import ConfigError
 from training.evaluation import tallies
 from training.evaluation.measures import resamples
+from training.evaluation.results import Row
 from training.files import write_whole
-from training.report import MEASURES, Measure, Row, number, plot_lines, written
+from training.report import MEASURES, Measure, number, plot_lines, print_text
 from training.stopping import ends_quietly
 
 DEFAULT_MEASURES = ("exact_match", "run_2", "bleu", "passes", "flops_per_token")
@@ -205,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"rdt-compare: {error}", file=sys.stderr)
         return 2
-    status = written(lambda: print(text))
+    status = print_text(text)
     try:
         if options.plot is not None:
             lines = [(f"{name}, {row.kind}", row) for name, rows in models.items() for row in rows]

@@ -48,7 +48,7 @@ from training.evaluation.lookups import halting_depths
 from training.evaluation.restoring import Evaluation, Measured, cut_segments
 from training.evaluation.table import Evaluated, Plan, evaluate
 from training.files import make_folder, write_whole
-from training.report import format_comparisons, format_levels, format_table, plot, written
+from training.report import format_comparisons, format_levels, format_table, plot, print_text
 from training.stopping import ends_quietly
 
 __all__ = ["Evaluation", "Measured", "cut_segments", "halting_depths", "main"]  # the benchmarks measure with these
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, CheckpointError, OSError) as error:
         print(f"rdt-evaluate: {error}", file=sys.stderr)
         return 2
-    status = written(lambda: print(as_text(found)))
+    status = print_text(as_text(found))
     try:
         _keep(options, loaded, evaluation, found, plan=plan, scorer=scorer)
     except OSError as error:

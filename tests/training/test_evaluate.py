@@ -13,7 +13,7 @@ from training.evaluate import main
 from training.evaluation import tallies
 from training.evaluation.restoring import Evaluation, cut_segments
 from training.evaluation.table import Deep, Judge, Plan, choose_tables, evaluate
-from training.report import format_comparisons, format_table, written
+from training.report import format_comparisons, format_table, print_text
 
 SMALL = Plan(
     mask_ratios=(0.3,),
@@ -280,5 +280,5 @@ def test_a_reader_who_has_seen_enough_is_no_error(monkeypatch: pytest.MonkeyPatc
     os.close(reader)
     with os.fdopen(writer, "w") as closed:
         monkeypatch.setattr("sys.stdout", closed)
-        assert written(lambda: print("a line")) == 0
+        assert print_text("a line") == 0
         print("what is flushed at the end goes nowhere")

@@ -6,7 +6,8 @@ import torch
 from rdt_core import ModelConfig
 from training.evaluation.levels import level_readings
 from training.evaluation.restoring import Measured
-from training.report import LevelReading, format_levels
+from training.evaluation.results import LevelReading
+from training.report import format_levels
 
 CONFIG = ModelConfig(vocab_size=50, d_model=16, n_heads=2, d_ff=32, total_steps=10)
 

@@ -24,7 +24,7 @@ from training.evaluation.lookups import (
 )
 from training.evaluation.measures import resamples
 from training.evaluation.restoring import Measured, at_depth
-from training.report import Comparison
+from training.evaluation.results import Comparison
 
 CONFIG = ModelConfig(vocab_size=50, d_model=16, n_heads=2, n_encoder_layers=2, d_ff=32)
 

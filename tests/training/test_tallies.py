@@ -12,7 +12,7 @@ from rdt_core import Tokenizer
 from training.config import ConfigError
 from training.evaluation import tallies
 from training.evaluation.measures import BleuCounter, paired_difference, resamples, share
-from training.report import Row
+from training.evaluation.results import Row
 
 ROWS = [
     Row("fixed", 1, ratio, exact_match=0.5, interval=0.1, bits=1, passes=1, flops_per_token=1) for ratio in (0.2, 0.5)

@@ -5,6 +5,7 @@ rounds      decoders that run the model anew on the text so far: mask-predict an
 measures    exact match, runs, BLEU, and their intervals
 lookups     rules that halt without a gate, and the gate against them at equal passes
 levels      what the level says is left, against what is
-table       the rows of all of it
+results     the figures that come out, as plain data
+table       makes all of them
 causal      the left-to-right model that scores restored text
 """

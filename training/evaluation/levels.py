@@ -13,8 +13,8 @@ from torch import Tensor
 from rdt_core.config import ModelConfig
 from training.config import TrainingSection
 from training.evaluation.restoring import Measured
+from training.evaluation.results import LevelReading
 from training.losses import passes_left
-from training.report import LevelReading
 
 AFTER = (1, 2, 4)
 

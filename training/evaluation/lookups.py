@@ -21,7 +21,7 @@ from torch import Tensor
 from rdt_core.config import ModelConfig
 from training.evaluation.measures import paired_difference, per_segment
 from training.evaluation.restoring import Measured, Outcome, at_depth
-from training.report import Comparison
+from training.evaluation.results import Comparison
 
 
 def halting_depths(levels: Tensor, threshold: float) -> Tensor:

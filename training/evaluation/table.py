@@ -29,9 +29,9 @@ from training.evaluation.lookups import (
 )
 from training.evaluation.measures import RUN_LENGTHS, BleuCounter, per_segment, resamples, runs
 from training.evaluation.restoring import Evaluation, Measured, Outcome, at_depth
+from training.evaluation.results import Comparison, LevelReading, Row
 from training.evaluation.rounds import ancestral, mask_predict
 from training.evaluation.tallies import Tallies, estimate
-from training.report import Comparison, LevelReading, Row
 
 
 @dataclass(frozen=True)

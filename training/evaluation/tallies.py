@@ -19,7 +19,7 @@ from torch import Tensor
 
 from training.config import ConfigError
 from training.evaluation.measures import Estimate, bleu, half_width, share
-from training.report import Row
+from training.evaluation.results import Row
 
 Tallies = dict[str, Tensor]  # of one row, by measure
 

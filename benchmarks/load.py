@@ -89,8 +89,7 @@ def texts(workload: str, n: int, tokenizer: Tokenizer, seed: int = 0) -> list[Re
 
 def whole_words(tokenizer: Tokenizer) -> list[str]:
     """Lower-case words of the vocabulary that stay one token when they are read again."""
-    pieces = [tokenizer.piece(token) for token in range(tokenizer.vocab_size)]
-    words = [piece for piece in pieces if piece.isalpha() and piece.islower()]
+    words = [piece for piece in tokenizer.pieces if piece.isalpha() and piece.islower()]
     encoded = zip(words, tokenizer.encode_training(words), strict=True)
     return [word for word, ids in encoded if len(ids) == 1 and ids[0] not in tokenizer.special_ids]
 

@@ -108,7 +108,7 @@ def seconds(work: Any, device: torch.device) -> float:
 def write_words(path: Path, tokenizer_of: Path) -> None:
     """Random words of the vocabulary, so that no corpus is needed."""
     tokenizer = checkpoint.tokenizer_of(tokenizer_of, checkpoint.read(tokenizer_of))
-    words = [word for word in map(tokenizer.piece, range(tokenizer.vocab_size)) if word.isascii() and word.isalpha()]
+    words = [word for word in tokenizer.pieces if word.isascii() and word.isalpha()]
     drawn = random.Random(0).choices(words, k=N_WORDS)
     path.write_text("\n".join(" ".join(drawn[i : i + 50]) for i in range(0, N_WORDS, 50)), encoding="utf-8")
 

@@ -92,6 +92,11 @@ class Tokenizer:
         """Tokens that are never masked and never a target: padding, unknown, start, end, mask."""
         return frozenset((self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id))
 
+    @property
+    def pieces(self) -> list[str]:
+        """The word pieces of all tokens, by id."""
+        return [self._pieces[token_id] for token_id in range(self.vocab_size)]
+
     def write(self, encoding: Encoding, tokens: Mapping[int, int]) -> str:
         """The encoded text with the tokens of some rows (row -> token) written in, every other character as it was."""
         return fill(encoding, {row: self.piece(token) for row, token in tokens.items()})[0]

@@ -38,7 +38,6 @@ import torch
 from rdt_core import checkpoint
 from rdt_core.checkpoint import CheckpointError, LoadedModel
 from rdt_core.precision import PRECISIONS, prepare
-from rdt_core.tokenizer import Tokenizer
 from training.config import MOST, TOKENS_A_BATCH, ConfigError
 from training.corpus import TEXTS, local_corpus, named_files, shared_files, shown_files
 from training.devices import device_named
@@ -174,7 +173,7 @@ def _scorer(options: argparse.Namespace, loaded: LoadedModel) -> Scorer:
     """The scorer, if it reads the model's word pieces; says so if both learned from the same file."""
     path = options.scorer
     scorer = load_scorer(path, loaded.model.device, bfloat16=options.precision == "bf16")
-    if _pieces(scorer.tokenizer) != _pieces(loaded.tokenizer):
+    if scorer.tokenizer.pieces != loaded.tokenizer.pieces:
         raise ConfigError(f"--scorer {path}: it has other word pieces than the model")
     if shared := _learned_from(loaded) & set(scorer.text.split(",")):
         print(f"rdt-evaluate: the scorer and the model both learned from {', '.join(sorted(shared))}", file=sys.stderr)
@@ -188,10 +187,6 @@ def _learned_from(loaded: LoadedModel) -> set[str]:
     except (KeyError, TypeError):
         return set()
     return {Path(name.strip()).name for name in names} - {""}
-
-
-def _pieces(tokenizer: Tokenizer) -> list[str]:
-    return [tokenizer.piece(i) for i in range(tokenizer.vocab_size)]
 
 
 def _plan(options: argparse.Namespace) -> Plan:

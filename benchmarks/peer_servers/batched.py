@@ -15,7 +15,7 @@ import torch
 
 from rdt_core import RDT, Packing, checkpoint
 from rdt_core.precision import prepare
-from rdt_core.tokenizer import Encoding, fill
+from rdt_core.tokenizer import Encoding
 
 PAD_ID = 0
 
@@ -112,5 +112,4 @@ class Model:
 
     def _write(self, encoding: Encoding, choices: Sequence[int]) -> str:
         rows = [row for row, masked in enumerate(encoding.masked) if masked]
-        pieces = {row: self._tokenizer.piece(token) for row, token in zip(rows, choices, strict=True)}
-        return fill(encoding, pieces)[0]
+        return self._tokenizer.write(encoding, dict(zip(rows, choices, strict=True)))

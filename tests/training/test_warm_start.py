@@ -132,7 +132,7 @@ def test_a_gate_that_reads_a_shortlist_starts_from_one_that_does_not(
 
 def test_a_vocabulary_of_lines_is_compared_too(model: RDT, tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
-    pieces = [tiny_tokenizer.piece(i) for i in range(tiny_tokenizer.vocab_size)]
+    pieces = tiny_tokenizer.pieces
     for lines, problem in ((pieces, "no file named"), (pieces[::-1], "its vocabulary is not this tokenizer's")):
         (tmp_path / "vocab.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         with pytest.raises(ConfigError, match=problem):

@@ -102,7 +102,7 @@ class BleuCounter:
     """
 
     def __init__(self, tokenizer: Tokenizer, targets: Tensor) -> None:
-        self.pieces = [tokenizer.piece(i) for i in range(tokenizer.vocab_size)]
+        self.pieces = tokenizer.pieces
         self.originals = self._texts(targets)
         self._segment = BLEU(tokenize="none", effective_order=True)  # it is asked for its counts alone
 

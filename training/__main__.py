@@ -10,7 +10,7 @@ from pathlib import Path
 from rdt_core.checkpoint import CheckpointError
 from training.config import ConfigError
 from training.config_file import load_config
-from training.devices import device_named
+from training.options import device_named
 from training.processes import meet
 from training.stopping import INTERRUPTED, ends_quietly
 from training.trainer import Trainer, TrainingDiverged

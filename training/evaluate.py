@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -38,15 +37,15 @@ import torch
 from rdt_core import checkpoint
 from rdt_core.checkpoint import CheckpointError, LoadedModel
 from rdt_core.precision import PRECISIONS, prepare
-from training.config import MOST, TOKENS_A_BATCH, ConfigError
+from training.config import MOST, ConfigError
 from training.corpus import TEXTS, local_corpus, named_files, shared_files, shown_files
-from training.devices import device_named
 from training.evaluation import tallies
 from training.evaluation.causal import Scorer, load_scorer
 from training.evaluation.lookups import halting_depths
 from training.evaluation.restoring import Evaluation, Measured, cut_segments
 from training.evaluation.table import Evaluated, Plan, evaluate
 from training.files import make_folder, write_whole
+from training.options import check_at_least, check_batch_size, device_named
 from training.report import format_comparisons, format_levels, format_table, plot, print_text
 from training.stopping import ends_quietly
 
@@ -194,15 +193,10 @@ def _plan(options: argparse.Namespace) -> Plan:
     lowest: dict[str, float] = {"max_depth": 1, "thresholds": 0, "unchanged": 0, "budgets": 1, "settle_passes": 1,
                                 "settle_thresholds": 0, "mask_predict": 1, "ancestral": 1,
                                 "round_depth": 1, "length": 3, "segments": 2, "seed": 0, "batch_size": 1}  # fmt: skip
-    for name, minimum in lowest.items():
-        given = getattr(options, name)
-        for value in given if isinstance(given, list | tuple) else [given]:
-            if value is not None and not minimum <= value < math.inf:
-                raise ConfigError(f"--{name.replace('_', '-')} is {value}: want >= {minimum:g}")
+    check_at_least(options, lowest)
     if options.max_depth > MOST:
         raise ConfigError(f"--max-depth is {options.max_depth}: want <= {MOST}")
-    if (n := options.batch_size * (options.length or LENGTH)) > TOKENS_A_BATCH:
-        raise ConfigError(f"--batch-size is {options.batch_size}: that is {n} tokens, want <= {TOKENS_A_BATCH}")
+    check_batch_size(options.batch_size, options.length or LENGTH)
     if options.validation is not None and shared_files(options.validation, options.text):
         raise ConfigError("--validation is --text: what is chosen must be chosen on other text")
     for ratio in options.mask_ratios:

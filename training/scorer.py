@@ -22,14 +22,14 @@ from tqdm import tqdm
 
 from rdt_core.checkpoint import CheckpointError
 from rdt_core.tokenizer import Tokenizer
-from training.config import MOST, TOKENS_A_BATCH, ConfigError
+from training.config import MOST, ConfigError
 from training.corpus import TEXTS, VALIDATION_TOKENS, Corpus, load_tokenizer, local_corpus, shown_files
 from training.data import stable_seed
-from training.devices import device_named
 from training.evaluation.causal import CausalConfig, CausalLM, save_scorer
 from training.evaluation.restoring import cut_segments
 from training.files import make_folder
 from training.mixed_precision import autocast
+from training.options import check_at_least, check_batch_size, device_named
 from training.stopping import ends_quietly
 from training.vocabulary import vocabulary_loss
 from training.warm_start import copy_embeddings
@@ -44,8 +44,7 @@ def drawn_texts(corpus: Corpus, tokenizer: Tokenizer, length: int, n: int, seed:
     body = length - 2
     starts = torch.randint(len(corpus) - body + 1, (n,), generator=generator).tolist()
     bodies = np.stack([corpus.tokens[start : start + body] for start in starts]).astype(np.int64)
-    ends = (torch.full((n, 1), token) for token in (tokenizer.cls_id, tokenizer.sep_id))
-    first, last = ends
+    first, last = (torch.full((n, 1), token) for token in (tokenizer.cls_id, tokenizer.sep_id))
     return torch.cat((first, torch.from_numpy(bodies), last), 1)
 
 
@@ -115,13 +114,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> float:
     lowest = {"steps": 1, "batch_size": 1, "length": 3, "d_model": 1, "heads": 1, "layers": 1, "seed": 0}
-    for name, minimum in lowest.items():
-        if getattr(options, name) < minimum:
-            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(options, name)}: want >= {minimum}")
+    check_at_least(options, lowest)
     if options.layers > MOST:
         raise ConfigError(f"--layers is {options.layers}: want <= {MOST}")
-    if (n := options.batch_size * options.length) > TOKENS_A_BATCH:
-        raise ConfigError(f"--batch-size is {options.batch_size}: that is {n} tokens, want <= {TOKENS_A_BATCH}")
+    check_batch_size(options.batch_size, options.length)
     if not 0 < options.learning_rate < math.inf:
         raise ConfigError(f"--learning-rate is {options.learning_rate}: want a number > 0")
     if options.d_model % (unit := 2 * options.heads) != 0:

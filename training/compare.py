@@ -32,7 +32,7 @@ SAME = ("masks", "segments", "length", "seed", "precision", "scorer", "round_dep
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class EvaluationFile:
     """One file: a model, what it restored, and how well."""
 
     name: str
@@ -42,7 +42,7 @@ class Evaluated:
     path: Path
 
     @classmethod
-    def read(cls, path: Path) -> Evaluated:
+    def read(cls, path: Path) -> EvaluationFile:
         """Raises `ConfigError` for a file that is no evaluation."""
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -76,9 +76,9 @@ def _plan_of(values: dict[str, Any], kinds: set[str]) -> dict[str, Any]:
     }
 
 
-def read_all(paths: Sequence[Path]) -> dict[str, Evaluated]:
+def read_all(paths: Sequence[Path]) -> dict[str, EvaluationFile]:
     """The evaluation of each model, by its name; models of one name are told apart by their digest."""
-    found = [Evaluated.read(path) for path in paths]
+    found = [EvaluationFile.read(path) for path in paths]
     for name in SAME:
         told = [one for one in found if one.of[name] is not None]
         for one in told[1:]:
@@ -105,7 +105,7 @@ def chosen(rows: Sequence[Row], only: Sequence[str], mask_ratios: Sequence[float
 class Against:
     """A method of one model, from which all others differ; both on the same segments."""
 
-    def __init__(self, models: dict[str, Evaluated], model: str, method: str) -> None:
+    def __init__(self, models: dict[str, EvaluationFile], model: str, method: str) -> None:
         """Raises `ConfigError` where there is no such model or method, or nothing was kept by segment."""
         if model not in models:
             raise ConfigError(f"--against {model}: want one of {', '.join(models)}")
@@ -138,7 +138,7 @@ class Against:
         return self.tallies[model][row.key].get(measure.field)
 
 
-def _tallies_of(one: Evaluated) -> dict[str, tallies.Tallies]:
+def _tallies_of(one: EvaluationFile) -> dict[str, tallies.Tallies]:
     """What is beside it. Raises `ConfigError` unless that adds up to what the rows say, as another model's does not."""
     path = one.path.with_suffix(".npz")
     found = tallies.read(path)

@@ -110,7 +110,10 @@ class _SpanTimeline:
             self._passes.append((self._last, reading.level))
 
     def answered(self, job: Job, result: Result, model: str) -> None:
-        """The engine's durations, laid out backwards from the last pass."""
+        """The engine's durations, laid out backwards from the last pass.
+
+        A job that is read after every pass decodes in many: the sum of that has no place on a time line.
+        """
         span, halted = self._span, self._last or self._now_ns()
         span.set_attributes(
             {
@@ -130,7 +133,7 @@ class _SpanTimeline:
         admitted = halted - _nanoseconds(result.compute_seconds)
         span.add_event("queued", timestamp=admitted - _nanoseconds(result.queue_seconds))
         span.add_event("admitted", timestamp=admitted)
-        decoding = halted - _nanoseconds(result.decode_seconds) if _decodes_once(job) else None
+        decoding = halted - _nanoseconds(result.decode_seconds) if not job.read_every_pass else None
         for step, (made, level) in enumerate(self._passes, start=1):
             if step == result.steps and decoding is not None:
                 span.add_event("decode", timestamp=decoding)
@@ -155,11 +158,6 @@ def _conclude(span: trace.Span, outcome: str) -> None:
     if outcome in OUR_FAULTS:
         span.set_attribute("error.type", outcome)
         span.set_status(trace.Status(trace.StatusCode.ERROR))
-
-
-def _decodes_once(job: Job) -> bool:
-    """Otherwise there is decoding in many passes, and the sum of it has no place on a time line."""
-    return job.halting == "gate" and not job.stream
 
 
 def _milliseconds(seconds: float) -> float:

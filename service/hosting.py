@@ -14,16 +14,12 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
 
-from rdt_core import LoadedModel, Tokenizer, checkpoint, restore
-from rdt_core.checkpoint import CheckpointError
-from rdt_core.config import HALTINGS
+from rdt_core import LoadedModel, Tokenizer
 from service import garbage
 from service.cores import usable_cores
 from service.denoiser import Denoiser
@@ -37,7 +33,7 @@ from service.engine.types import Job
 from service.errors import FailedPrecondition, Unavailable
 from service.lifecycle import Lifecycle
 from service.limits import Limits
-from service.loading import load_model
+from service.loading import check_numbers, has_digest, read_models
 from service.metrics import Metrics
 from service.schema import ModelCard
 from service.settings import Settings
@@ -53,9 +49,6 @@ WARM_TICKS, WARM_TOKENS, FEW_TOKENS = 16, 2048, (16, 8, 4)
 SWITCH_SECONDS = 0.0005
 """How long a thread may keep others waiting for the interpreter. A computing thread gives it up and wants it back at
 every operation of a tick, each of which would wait for Python's own 5 ms beside an event loop that is always busy."""
-
-TRIAL_TOKENS = 64
-"""At the most, in the text that shows whether a model computes numbers."""
 
 UNSERVABLE = (ValueError, OSError, RuntimeError, OutOfMemory)
 """Faults of a checkpoint: what it holds (`CheckpointError`), how it reads, its size. Others are defects of ours."""
@@ -183,7 +176,7 @@ class Host:
     async def _replace(self, serving: ModelCard) -> Reload | str:
         """What became of it, or why the file cannot be served."""
         try:
-            if await _beside(is_file_of, serving.digest, self._settings.checkpoint):
+            if await _beside(has_digest, self._settings.checkpoint, serving.digest):
                 return Reload("unchanged", serving.label, serving.label)
             loaded, *more = await _beside(read_models, self._settings)
             engine = await self._warm_engine(loaded, *more)
@@ -231,13 +224,6 @@ class Host:
         self.failed.set()
 
 
-def is_file_of(digest: str, path: Path) -> bool:
-    """Whether the file has this digest: asked before anything of it takes memory on the device."""
-    with suppress(OSError):  # the loader says it better
-        return path.is_file() and checkpoint.digest(path) == digest  # to open a pipe would be to wait for its writer
-    return False
-
-
 async def _beside(function: Callable[..., Value], *arguments: object) -> Value:
     """What it returns, in a thread that no end of the process waits for: a file system may never answer."""
     thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=THREADS)
@@ -245,27 +231,6 @@ async def _beside(function: Callable[..., Value], *arguments: object) -> Value:
         return await asyncio.get_running_loop().run_in_executor(thread, function, *arguments)
     finally:
         thread.shutdown(wait=False)
-
-
-def read_models(settings: Settings) -> list[LoadedModel]:
-    """The checkpoint on every device, in memory once for each."""
-    models = [load_model(settings.checkpoint, device, settings.precision) for device in settings.device_names]
-    if len({one.digest for one in models}) > 1:
-        raise CheckpointError(settings.checkpoint, "was replaced while it was being read: try again")
-    return models
-
-
-def check_numbers(loaded: LoadedModel, path: Path) -> None:
-    """Raise `CheckpointError` for a model that overflows, as finite weights may: it answers with NaN."""
-    length = min(TRIAL_TOKENS, loaded.model.config.max_seq_len)
-    tokens = torch.arange(length) * loaded.model.config.vocab_size // length
-    masked = torch.arange(length) % 2 == 0
-    tokens[masked] = loaded.tokenizer.mask_id
-    for halting in HALTINGS:
-        found = restore(loaded.model, tokens, masked, max_steps=2, threshold=0.0, halting=halting)
-        for what, values in (("levels", found.levels), ("probabilities", found.probabilities)):
-            if not all(map(math.isfinite, values)):
-                raise CheckpointError(path, f"its weights are too large: the {what} of a text are not finite numbers")
 
 
 def default_replicas(device: torch.device, threads: int = 1) -> int:

@@ -19,7 +19,7 @@ import torch
 
 from rdt_core import RDT, Checkpoint, Encoding, LoadedModel, ModelConfig, Tokenizer, checkpoint
 from rdt_core.tokenizer import LONG_TEXT
-from service import hosting
+from service import hosting, loading
 from service.engine.engine import BatchingEngine
 from service.errors import FailedPrecondition, Unavailable
 from service.hosting import Host
@@ -181,7 +181,7 @@ async def test_several_devices_are_fed_from_one_queue(path: Path, monkeypatch: p
         asked.append(device)
         return load_model(file, "cpu", precision)
 
-    monkeypatch.setattr(hosting, "load_model", load_on_cpu)
+    monkeypatch.setattr(loading, "load_model", load_on_cpu)
     several = Hosted(path, devices="0,2")
     await several.host.load()
     assert asked == ["cuda:0", "cuda:2"]
@@ -239,7 +239,7 @@ async def test_a_bad_file_leaves_the_old_model_serving_and_says_why(
 async def test_a_model_that_breaks_while_warming_is_not_served(
     hosted: Hosted, path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
 ) -> None:
-    serving, read = hosted.lifecycle.denoiser, hosting.read_models
+    serving, read = hosted.lifecycle.denoiser, loading.read_models
     refused: list[weakref.ref[RDT]] = []
     write_other_model(path)
 

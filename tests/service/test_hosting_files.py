@@ -67,7 +67,7 @@ def test_a_file_system_that_does_not_answer_keeps_no_process(tiny_checkpoint: Pa
             return read(settings)
 
         hosting.read_models = read_models
-        hosting.is_file_of = lambda digest, path: False
+        hosting.has_digest = lambda path, digest: False
         raise SystemExit(cli.serve(["--checkpoint", "{tiny_checkpoint}", "--http_port", "0", "--grpc_port", "0"]))
     """
     log = tmp_path / "log"

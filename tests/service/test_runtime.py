@@ -97,7 +97,7 @@ async def test_a_reload_that_does_not_end_before_the_server_is_refused(
         return over.wait(10)
 
     async with running(settings_for(tiny_checkpoint, admin_key="adm1n"), caplog) as (client, serving):
-        monkeypatch.setattr(hosting, "is_file_of", hangs)
+        monkeypatch.setattr(hosting, "has_digest", hangs)
         reloading = asyncio.create_task(client._http.post("/model/reload", headers={"X-API-Key": "adm1n"}))
         await asyncio.to_thread(begun.wait, 5)
         os.kill(os.getpid(), signal.SIGTERM)

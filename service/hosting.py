@@ -161,7 +161,7 @@ class Host:
         n_replicas = settings.replicas or default_replicas(loaded.model.device, settings.threads)
         bounds = limits.token_budget, limits.max_live
         backends = [make_backend(one.model, *bounds) for one in (loaded, *more) for _ in range(n_replicas)]
-        engine = BatchingEngine(backends, limits, watcher=self._metrics, patience=settings.stuck_seconds or None)
+        engine = BatchingEngine(backends, limits, watcher=self._metrics, stuck_seconds=settings.stuck_seconds or None)
         try:
             await engine.warm(rehearsals(loaded, limits), alone=self._engine is None)
             if engine.largest_tick < loaded.model.config.max_seq_len:

@@ -40,8 +40,8 @@ SHORTEST_TEXT = 3  # tokens: [CLS], something, [SEP]
 class BatchingEngine:
     """Sequences of any depth share every pass. Lives on the event loop that called `start`.
 
-    `limits` bound the one line and the batch of each backend. A tick that has not come back after `patience`
-    seconds ends the engine.
+    `limits` bound the one queue and the batch of each backend. A tick that has not come back after `stuck_seconds` ends
+    the engine; None: it may take any time.
     """
 
     def __init__(
@@ -50,11 +50,11 @@ class BatchingEngine:
         limits: SchedulerLimits,
         clock: Clock = time.monotonic,
         watcher: Watcher | None = None,
-        patience: float | None = None,
+        stuck_seconds: float | None = None,
     ) -> None:
         self._limits = limits
         self._line = Line(limits)
-        self._replicas = [Replica(backend, Scheduler(limits, self._line), patience) for backend in backends]
+        self._replicas = [Replica(backend, Scheduler(limits, self._line), stuck_seconds) for backend in backends]
         self._clock = clock
         self._watcher = watcher
         self._callers = Callers()

@@ -16,9 +16,8 @@ Value = TypeVar("Value")
 THREADS = "engine"
 """What the names of computing threads begin with."""
 
-
-LOOKS = 4
-"""Patience with a tick is spent in so many looks: if the whole process has stood still, that uses up only one."""
+POLLS = 4
+"""A tick is polled so many times in `stuck_seconds`: if the whole process has stood still, that uses up only one."""
 
 
 class Stuck(Exception):
@@ -26,24 +25,24 @@ class Stuck(Exception):
 
 
 class Replica:
-    """Its thread is asked for one thing at a time, and given `patience` seconds for a tick; None: any time."""
+    """Its thread does one thing at a time. A tick has `stuck_seconds`; None: any time."""
 
-    def __init__(self, backend: Backend, scheduler: Scheduler, patience: float | None = None) -> None:
+    def __init__(self, backend: Backend, scheduler: Scheduler, stuck_seconds: float | None = None) -> None:
         self.backend = backend
         self.scheduler = scheduler
         self.work = asyncio.Event()  # something to plan
-        self._patience = patience
+        self._stuck_seconds = stuck_seconds
         self._stuck = False
         self._doing: Future[Any] | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=THREADS)
 
     async def run(self, plan: Plan) -> Outcome:
         """Raises what the backend raises, and `Stuck`."""
-        return await self._patiently(lambda: self.backend.run(plan))
+        return await self._unless_stuck(lambda: self.backend.run(plan))
 
     async def reset(self) -> None:
         """Raises as `run`."""
-        await self._patiently(self.backend.reset)
+        await self._unless_stuck(self.backend.reset)
 
     async def rehearse(self, jobs: Sequence[Job]) -> None:
         """One pass of each job: ticks until all are told of, of which a backend that looks ahead needs several."""
@@ -53,22 +52,23 @@ class Replica:
         """End the thread, after at most one pass; one that is stuck stays behind."""
         if self._doing is not None and not self._doing.done() and not self._stuck:
             last = asyncio.wrap_future(self._doing)
-            await asyncio.wait({last}, timeout=self._patience)
+            await asyncio.wait({last}, timeout=self._stuck_seconds)
             self._stuck = not last.done()
             if last.done() and not last.cancelled():
                 last.exception()  # whoever asked for it has it, or has left
         await asyncio.to_thread(self._thread.shutdown, wait=not self._stuck)
 
-    async def _patiently(self, call: Callable[[], Value]) -> Value:
+    async def _unless_stuck(self, call: Callable[[], Value]) -> Value:
+        """What the call returns in the thread. Raises what it raises, and `Stuck`."""
         doing = self._in_thread(call)
         try:
-            for _ in range(LOOKS):
-                if (await asyncio.wait({doing}, timeout=self._patience and self._patience / LOOKS))[0]:
+            for _ in range(POLLS):
+                if (await asyncio.wait({doing}, timeout=self._stuck_seconds and self._stuck_seconds / POLLS))[0]:
                     return doing.result()
         finally:
-            doing.cancel()  # which is nothing if it is done
+            doing.cancel()  # does nothing once it is done
         self._stuck = True
-        raise Stuck(f"a tick has not come back for {self._patience:g} s")
+        raise Stuck(f"a tick has not come back for {self._stuck_seconds:g} s")
 
     def _in_thread(self, call: Callable[[], Value]) -> asyncio.Future[Value]:
         self._doing = doing = self._thread.submit(call)

@@ -35,7 +35,7 @@ async def submit(engine: BatchingEngine, n_tokens: int = 20) -> int:
 
 async def test_everybody_is_told_and_the_engine_gives_up(caplog: pytest.LogCaptureFixture) -> None:
     held = HeldBackend()
-    engine = BatchingEngine([held, ScriptedBackend()], LIMITS, patience=0.05)
+    engine = BatchingEngine([held, ScriptedBackend()], LIMITS, stuck_seconds=0.05)
     await engine.start()
     callers = [asyncio.create_task(submit(engine)) for _ in range(2)]
     answers = await asyncio.wait_for(asyncio.gather(*callers, return_exceptions=True), timeout=5)
@@ -50,7 +50,7 @@ async def test_everybody_is_told_and_the_engine_gives_up(caplog: pytest.LogCaptu
     held.let_go()
 
 
-async def test_all_looks_together_take_the_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_all_polls_together_take_stuck_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
 
     async def wait(futures: set[asyncio.Future[Any]], timeout: float) -> tuple[set[Any], set[asyncio.Future[Any]]]:
@@ -58,7 +58,7 @@ async def test_all_looks_together_take_the_patience(monkeypatch: pytest.MonkeyPa
         return set(), futures
 
     held = HeldBackend()
-    replica = Replica(held, Scheduler(LIMITS), patience=8.0)
+    replica = Replica(held, Scheduler(LIMITS), stuck_seconds=8.0)
     monkeypatch.setattr(asyncio, "wait", wait)
     with pytest.raises(Stuck, match="has not come back for 8 s"):
         await replica.run(Plan((), (), frozenset(), (), (), 0))
@@ -68,7 +68,7 @@ async def test_all_looks_together_take_the_patience(monkeypatch: pytest.MonkeyPa
 
 async def test_an_end_that_is_asked_for_meanwhile_does_not_wait_for_ever() -> None:
     held = HeldBackend()
-    engine = BatchingEngine([held], LIMITS, patience=0.3)
+    engine = BatchingEngine([held], LIMITS, stuck_seconds=0.3)
     await engine.start()
     caller = asyncio.create_task(submit(engine))
     await asyncio.to_thread(held.wait_until_started)
@@ -82,7 +82,7 @@ async def test_an_end_that_is_asked_for_meanwhile_does_not_wait_for_ever() -> No
 
 async def test_a_process_that_was_stopped_for_a_while_goes_on() -> None:
     """After `docker pause`, say: all timers are due at once, and the tick has hardly begun."""
-    engine = BatchingEngine([Slow()], LIMITS, patience=0.4)
+    engine = BatchingEngine([Slow()], LIMITS, stuck_seconds=0.4)
     await engine.start()
     caller = asyncio.create_task(submit(engine))
     await asyncio.sleep(0.02)
@@ -101,7 +101,7 @@ async def test_a_backend_that_does_not_start_again_is_stuck_too() -> None:
 
     backend = NeverResets()
     backend.errors.append(RuntimeError("broken"))
-    engine = BatchingEngine([backend], LIMITS, patience=0.05)
+    engine = BatchingEngine([backend], LIMITS, stuck_seconds=0.05)
     await engine.start()
     with pytest.raises(Internal):
         await submit(engine)
@@ -112,7 +112,7 @@ async def test_a_backend_that_does_not_start_again_is_stuck_too() -> None:
 async def test_a_timeout_of_the_backends_own_is_a_broken_tick() -> None:
     backend = ScriptedBackend()
     backend.errors.append(TimeoutError("a card did not answer"))  # type: ignore[arg-type]
-    engine = BatchingEngine([backend], LIMITS, patience=30)
+    engine = BatchingEngine([backend], LIMITS, stuck_seconds=30)
     await engine.start()
     with pytest.raises(Internal):
         await submit(engine)
@@ -121,8 +121,8 @@ async def test_a_timeout_of_the_backends_own_is_a_broken_tick() -> None:
     await engine.stop()
 
 
-async def test_patience_counts_a_tick_not_a_request() -> None:
-    engine = BatchingEngine([Slow()], LIMITS, patience=0.4)
+async def test_stuck_seconds_count_a_tick_not_a_request() -> None:
+    engine = BatchingEngine([Slow()], LIMITS, stuck_seconds=0.4)
     await engine.start()
     with engine.reserve() as place:
         result = await engine.submit(scripted_job(1, depth=7), place)
@@ -143,7 +143,7 @@ def test_the_process_ends_with_its_status() -> None:
                 time.sleep(60)
 
         async def main():
-            engine = BatchingEngine([Never()], SchedulerLimits(20, 2, 3, 20), patience=0.05)
+            engine = BatchingEngine([Never()], SchedulerLimits(20, 2, 3, 20), stuck_seconds=0.05)
             await engine.start()
             try:
                 with engine.reserve() as place:

@@ -40,8 +40,8 @@ from service.tracing import NO_TRACER, Timeline, Tracer
 
 log = logging.getLogger(__name__)
 
-HANDED_IN_SECONDS = 0.002
-"""How often it is looked whether batches and long texts are on their way to the engine."""
+POLL_SECONDS = 0.002
+"""How often it is checked whether batches and long texts have reached the engine."""
 TURNS = 16
 """Of the event loop, with some to spare: from taking a denoiser to submitting to its engine it is two or three."""
 
@@ -154,7 +154,7 @@ class Denoiser:
         """Returns once everything that was brought here before is on its way to the engine."""
         await _turns()  # who has asked for the denoiser comes to use it
         while self._preparing:
-            await asyncio.sleep(HANDED_IN_SECONDS)
+            await asyncio.sleep(POLL_SECONDS)
         await _turns()  # the last items get to the engine
 
     @contextmanager

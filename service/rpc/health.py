@@ -17,7 +17,7 @@ from service.lifecycle import Lifecycle
 from service.rpc.convert import SERVICE
 
 NAMES = ("", SERVICE)  # the empty name is the whole server
-WATCH_SECONDS = 0.25
+POLL_SECONDS = 0.25
 """How often a watched state is looked up."""
 
 Status = Literal[1, 2, 3]  # SERVING, NOT_SERVING, SERVICE_UNKNOWN
@@ -50,7 +50,7 @@ class Health(HealthServicer):
                 told = status
             if self._lifecycle.state == "draining":
                 return
-            await asyncio.sleep(WATCH_SECONDS)
+            await asyncio.sleep(POLL_SECONDS)
 
     def _status(self, service: str) -> Status:
         if service not in NAMES:

@@ -29,15 +29,15 @@ log = logging.getLogger(__name__)
 TOLERATED = 4
 """Times the limit: up to there we refuse a message ourselves; what gRPC says of larger ones reads as a full queue."""
 CONNECTION_MINUTES = 5
-"""A channel is asked to connect anew after this long (its calls are not interrupted), so that it learns of servers
-that have been added meanwhile; a balancer of connections sees it again.
-"""
-
+"""A channel is asked to connect anew after this long; its calls are not interrupted. So a load balancer sees it again,
+and it learns of servers that have been added meanwhile."""
 
 MOST_STREAMS = 1000
 """Calls of one connection at a time. gRPC keeps what it has begun to hear: without a bound one caller fills memory."""
-LOOK_SECONDS, REOPEN_SECONDS = 0.2, 1.0
+POLL_SECONDS, REOPEN_SECONDS = 0.2, 1.0
+"""How often it is checked that the server has not ended by itself; how often a port that is taken is tried again."""
 RETIRING_SECONDS = 30.0
+"""How long the calls of a server that has ended by itself may still take."""
 
 
 class RpcServer:
@@ -121,7 +121,7 @@ class RpcServer:
     async def _goes_on(self) -> bool:
         """Asked again and again: waiting for the end would be waiting for the connection that caused it to close."""
         with suppress(Exception):  # what ended it is logged by gRPC
-            return await self._server.wait_for_termination(LOOK_SECONDS)
+            return await self._server.wait_for_termination(POLL_SECONDS)
         return False
 
     async def _listens_again(self, host: str) -> bool:

@@ -17,7 +17,8 @@ log = logging.getLogger(__name__)
 
 ADOPTION_SECONDS = 10.0
 """A worker that has not taken up a new model by then is cut off; it comes back with it."""
-LOOK_SECONDS = 0.005
+POLL_SECONDS = 0.005
+"""How often it is checked whether all workers have."""
 
 
 class Adopter(Protocol):
@@ -70,7 +71,7 @@ class Models(Lifecycle):
         try:
             async with asyncio.timeout(ADOPTION_SECONDS):
                 while self._behind():
-                    await asyncio.sleep(LOOK_SECONDS)
+                    await asyncio.sleep(POLL_SECONDS)
         except TimeoutError:
             for adopter in self._behind():
                 log.error("a worker does not take up the new model: cutting it off")

@@ -38,8 +38,8 @@ log = logging.getLogger(__name__)
 
 RECONNECT_SECONDS = 0.05
 """How often an engine is looked for that is not there."""
-LOOK_SECONDS, SILENT_LOOKS = 5.0, 3
-"""The engine says something every second. One that has said nothing at so many looks does not compute either."""
+POLL_SECONDS, SILENT_POLLS = 5.0, 3
+"""The engine says something every second. One that was silent through so many polls does not compute either."""
 NO_ENGINE = Status("failed", 0, 0, 0)
 
 
@@ -78,7 +78,7 @@ class Link:
         self._idle.set()
         self._base = Base("", {})
         self._lost = asyncio.Event()
-        self._spoken = False  # since it was looked at last
+        self._spoken = False  # since the last poll
         self.wire: Wire | None = None
         self.status = NO_ENGINE
         self.draining = False
@@ -98,16 +98,16 @@ class Link:
             await self._watch(wire)
 
     async def _watch(self, wire: Wire) -> None:
-        """Until the connection ends, or the engine at the other end of it stands still."""
+        """Until the connection ends; it is cut where the engine at its other end stands still."""
         silent = 0
         while not self._lost.is_set():
             self._spoken = False
             with suppress(TimeoutError):  # and not `wait_for`, which before Python 3.12 may lose a cancellation
-                async with asyncio.timeout(LOOK_SECONDS):
+                async with asyncio.timeout(POLL_SECONDS):
                     await self._lost.wait()
             silent = 0 if self._spoken else silent + 1
-            if silent == SILENT_LOOKS:  # looks, not seconds: this process may have stood still itself
-                log.error("the engine has said nothing for %g s", LOOK_SECONDS * SILENT_LOOKS)
+            if silent == SILENT_POLLS:  # polls, not seconds: this process may have stood still itself
+                log.error("the engine has said nothing for %g s", POLL_SECONDS * SILENT_POLLS)
                 wire.abort()
 
     async def ask(self, question: Callable[[int], Message], on_reading: OnReading | None = None) -> Message:

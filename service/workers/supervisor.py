@@ -36,7 +36,8 @@ PAUSE_SECONDS = 0.5
 """Before a worker is replaced."""
 LINGERING_SECONDS = 70.0
 """The system keeps the ends of connections that a server before this one has closed for 60 s, and up to 2 more."""
-LOOK_SECONDS = 0.2
+POLL_SECONDS = 0.2
+"""How often it is tried whether the port is free again."""
 MARGIN_SECONDS = 10.0
 """What a child gets to end, beside the grace period of its requests."""
 
@@ -183,7 +184,7 @@ def _bound_once_free(host: str, port: int) -> socket.socket:
             ends_at = time.monotonic() + LINGERING_SECONDS
             where = address(host, port)
             log.warning("waiting for what a server before this one has left of its connections at %s", where)
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)
 
 
 def _bound(host: str, port: int, *, share: bool) -> socket.socket:

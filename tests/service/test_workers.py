@@ -372,7 +372,7 @@ async def test_a_refused_reload_says_why(fleet: Fleet) -> None:
 async def test_an_engine_that_stands_still_is_lost(
     fleet: Fleet, held: HeldBackend, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(remote, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(remote, "POLL_SECONDS", 0.02)
     worker = await fleet.worker()
     task = await live(fleet, worker, held)
     for telling in fleet.server._tasks:

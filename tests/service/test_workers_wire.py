@@ -172,8 +172,8 @@ class Overheard(remote.Link):
 async def test_silence_is_counted_from_the_last_word(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looks: str, n_aborts: int
 ) -> None:
-    monkeypatch.setattr(remote, "LOOK_SECONDS", 0.0)
-    assert remote.SILENT_LOOKS == 3
+    monkeypatch.setattr(remote, "POLL_SECONDS", 0.0)
+    assert remote.SILENT_POLLS == 3
     link = Overheard(tmp_path / "engine", "0.0", lambda *_: None)
     link.looks = iter([look == "x" for look in looks])
     connection = mock.Mock(spec=Wire)

@@ -40,7 +40,7 @@ PROBLEM_CHARACTERS = 1000
 class CheckpointError(ValueError):
     """A file that is no usable checkpoint; the message names the file and what is wrong with it.
 
-    What it quotes of the file may be anything: the message is cut short, and has no lone surrogates.
+    It may quote anything from the file, so the message is cut short and lone surrogates are escaped.
     """
 
     def __init__(self, path: str | Path, problem: str) -> None:
@@ -96,7 +96,7 @@ def save(path: str | Path, checkpoint: Checkpoint) -> None:
             shutil.copymode(path, partial)
         os.replace(partial, path)
     except (RuntimeError, OSError) as error:
-        told = error if isinstance(error, OSError) else error.__context__  # torch has words of its own for a full disk
+        told = error if isinstance(error, OSError) else error.__context__  # torch hides the OSError of a full disk
         reason = told if isinstance(told, OSError) else error
         raise OSError(f"{path}: cannot be written: {_first_line(reason)}") from error
     finally:
@@ -111,10 +111,10 @@ def read(path: str | Path) -> Checkpoint:
         raise CheckpointError(path, "not a checkpoint, or cut short: a checkpoint is a zip archive")
     try:
         values = torch.load(path, map_location="cpu", weights_only=True)
-        with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums of tensors
+        with zipfile.ZipFile(path) as archive:  # torch does not check the checksums of tensors
             broken = archive.testzip()
     except pickle.UnpicklingError as error:
-        raise CheckpointError(path, f"refused: it holds more than tensors and plain values{_named(error)}") from error
+        raise CheckpointError(path, f"refused: it holds more than tensors and plain values{_refused(error)}") from error
     except Exception as error:  # a damaged archive surfaces as RuntimeError, EOFError, KeyError, ...
         raise CheckpointError(path, f"damaged: {_first_line(error)}") from error
     if broken is not None:
@@ -141,7 +141,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> LoadedModel:
     name = _name(path, checkpoint.config)
     tokenizer = tokenizer_of(path, checkpoint)
     _check_vocabulary(path, tokenizer, config)
-    model = _described(path, config)
+    model = _without_weights(path, config)
     check_weights(path, model, checkpoint.model_state_dict)
     weights = {name: tensor.to(torch.float32) for name, tensor in checkpoint.model_state_dict.items()}
     model.load_state_dict(weights, assign=True)
@@ -164,17 +164,17 @@ def export_release(
     source. What was at the target stays unless the release can be loaded.
     """
     if Path(source).resolve() == Path(target).resolve():
-        raise ValueError(f"{target} is the checkpoint itself: a release would take from it what training needs")
+        raise ValueError(f"{target} is the checkpoint itself: a release would overwrite what training needs")
     if not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}: want a floating point format")
     for default in sorted(set(defaults or {}) - set(REQUEST_DEFAULTS)):
         raise ValueError(f"{default} is no default of requests: want {', '.join(REQUEST_DEFAULTS)}")
     checkpoint = read(source)
     released = model_config(source, checkpoint).with_changes(**(defaults or {}))
-    config = {**_without_places(checkpoint.config), "name": name or checkpoint.config.get("name")}
+    config = {**_without_folders(checkpoint.config), "name": name or checkpoint.config.get("name")}
     config["model"] = released.to_mapping()
     _name(target, config)
-    described = _described(source, released)
+    described = _without_weights(source, released)
     _check_vocabulary(source, tokenizer_of(source, checkpoint), described.config)
     check_weights(source, described, checkpoint.model_state_dict)
     weights = {key: tensor.to(dtype) for key, tensor in checkpoint.model_state_dict.items()}
@@ -224,8 +224,8 @@ def _check_vocabulary(path: str | Path, tokenizer: Tokenizer, config: ModelConfi
         )
 
 
-class _Undrawn(TorchFunctionMode):
-    """Draws no random values: on `meta` there are none, and torch would import its compiler to say so."""
+class _WithoutRandomInit(TorchFunctionMode):
+    """Leaves out random initialisation: on `meta` there are no values, and torch would import its compiler for it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (init.uniform_, init.normal_, init.kaiming_uniform_):
@@ -233,12 +233,12 @@ class _Undrawn(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _described(path: str | Path, config: ModelConfig) -> RDT:
-    """The model without weights."""
+def _without_weights(path: str | Path, config: ModelConfig) -> RDT:
+    """The model on the device `meta`: names and shapes of its weights, without their values."""
     try:
-        with torch.device("meta"), _Undrawn():
+        with torch.device("meta"), _WithoutRandomInit():
             return RDT(config)
-    except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond all bounds
+    except (RuntimeError, TypeError, OverflowError) as error:  # sizes that no tensor can have
         raise CheckpointError(path, f"config: no such model can be made: {_first_line(error)}") from error
 
 
@@ -266,7 +266,7 @@ def check_weights(path: str | Path, model: RDT, weights: Any, how: str = "") -> 
 
 
 def _version(path: str | Path) -> tuple[int, ...]:
-    """What changes when a file is written again or another takes its place; empty for none."""
+    """Changes when the file is written again or replaced; empty if there is none."""
     try:
         found = os.stat(path)
     except OSError:
@@ -274,17 +274,17 @@ def _version(path: str | Path) -> tuple[int, ...]:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _without_places(value: Any) -> Any:
-    """The same settings with absolute paths cut to file names: where a run kept its files is nobody's business."""
+def _without_folders(value: Any) -> Any:
+    """The same settings with absolute paths cut to file names: where a run kept its files is not published."""
     if isinstance(value, dict):
-        return {key: _without_places(item) for key, item in value.items()}
+        return {key: _without_folders(item) for key, item in value.items()}
     if isinstance(value, str):
         return ",".join(Path(part).name if Path(part).is_absolute() else part for part in value.split(","))
     return value
 
 
-def _named(error: Exception) -> str:
-    """The type that torch refused, if it says which."""
+def _refused(error: Exception) -> str:
+    """The type that torch refused, for the end of a message; empty if torch does not say which."""
     found = re.search(r"GLOBAL (\S+)", str(error))
     return f": {found[1]}" if found else ""
 

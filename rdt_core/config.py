@@ -21,7 +21,7 @@ REQUEST_DEFAULTS = ("halting", "max_steps", "threshold")
 """The settings of a model that a request may set, too: they shape answers, not weights."""
 
 MAX_LAYERS, MAX_SIZE = 1000, 2**31 - 1
-"""More would only be a damaged file's way of keeping a server busy."""
+"""Larger values come from damaged files, and would keep a server busy for nothing."""
 
 DECODER_TYPES: tuple[str, ...] = get_args(DecoderType)
 NORMS: tuple[str, ...] = get_args(Norm)
@@ -95,7 +95,7 @@ class ModelConfig:
 
     @property
     def n_coda_layers(self) -> int:
-        """Decoder layers that there are: a linear decoder has none, whatever their number says."""
+        """Decoder layers that the model has: `n_decoder_layers` counts only with decoder_type 'transformer'."""
         return self.n_decoder_layers if self.decoder_type == "transformer" else 0
 
     def _check_choices(self) -> None:
@@ -144,7 +144,7 @@ class ModelConfig:
 
 
 def is_finite(number: float) -> bool:
-    """Whether it is a number as floating point knows them, which a whole number may be too large to be."""
+    """As `math.isfinite`; false for a whole number that is too large for a float."""
     try:
         return math.isfinite(number)
     except OverflowError:

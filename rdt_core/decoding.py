@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 LEAST_TOP = 32
-"""Candidates that are looked for at the least, however few are asked for: see `top_first`."""
+"""The fewest candidates that are looked for, however few are asked for: see `top_first`."""
 
 
 class Read(NamedTuple):
@@ -24,7 +24,7 @@ class Read(NamedTuple):
 
 
 def read_logits(logits: Tensor, top_k: int) -> Read:
-    """logits `(M, V)`, used up. Ranked before they become probabilities, which may be equal where logits are not."""
+    """logits `(M, V)`, which are overwritten. Ranked by logit: probabilities may be equal where logits are not."""
     logits = logits.float()
     total = logits.logsumexp(-1)  # (M,)
     best, tokens = logits.max(-1)
@@ -33,16 +33,17 @@ def read_logits(logits: Tensor, top_k: int) -> Read:
 
 
 def top_first(scores: Tensor, best: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The `k` highest of each row `(M, V)`, `best` `(M,)` before any that equal it: `(M, k)` values, `(M, k)` indices.
+    """The `k` highest of each row `(M, V)`, with `best` `(M,)` first among equals: `(M, k)` values, `(M, k)` indices.
 
-    `max` and `topk` choose differently among equals, and `topk` by its `k`, which in a batch is whoever asks for most:
-    so it is asked for at least `LEAST_TOP`. Uses up `scores`: copies of whole vocabularies are dear.
+    `max` and `topk` choose differently among equals, so `best` is put first. What `topk` chooses depends on its `k`
+    too, which in a batch is the largest that anybody asks for: so it is always asked for at least `LEAST_TOP`.
+    Overwrites `scores`, because copying whole vocabularies is slow.
     """
     if k == 0:
         return scores.new_zeros(len(scores), 0), best.new_zeros(len(scores), 0)
     at = best[:, None]
     highest = scores.gather(1, at)  # (M, 1)
-    scores.scatter_(1, at, math.inf)  # not by index: assigning a number so waits for the device
+    scores.scatter_(1, at, math.inf)  # assigning by index would wait for the device
     values, indices = scores.topk(min(max(k, LEAST_TOP), scores.shape[1]), dim=-1)
     values[:, :1] = highest
     return values[:, :k], indices[:, :k]

@@ -1,4 +1,4 @@
-"""From the name of a device to the device, if this machine has it."""
+"""From the name of a device to the device."""
 
 from __future__ import annotations
 

@@ -9,24 +9,24 @@ from rdt_core.config import ModelConfig
 
 
 def layer_flops(config: ModelConfig, length: int) -> int:
-    """One encoder layer, a token: multiply-adds count two; norms and activations are left out."""
+    """One encoder layer, per token: a multiply-add counts as two; norms and activations are left out."""
     projections = 4 * config.d_model**2 + 2 * config.d_model * config.d_ff
     attention = 2 * length * config.d_model
     return 2 * (projections + attention)
 
 
 def pass_flops(config: ModelConfig, length: int) -> int:
-    """One pass of the shared encoder, a token of a sequence of `length` tokens."""
+    """One pass of the shared encoder, per token of a sequence of `length` tokens."""
     return config.n_encoder_layers * layer_flops(config, length) + 2 * config.d_model**2
 
 
 def unread_flops(config: ModelConfig) -> int:
-    """What a row that is not decoded spares in the last pass of its sequence: what it would get from the last layer.
+    """What is saved by a row that is not decoded, in the last pass of its sequence: its output of the last layer.
 
-    Its keys and values are needed by others; its query and its attention are computed with theirs.
+    Its keys and values are needed by other rows; its query and attention are computed along with theirs.
     """
-    spared = config.d_model**2 + 2 * config.d_model * config.d_ff
-    return 2 * spared if config.n_coda_layers == 0 else 0
+    saved = config.d_model**2 + 2 * config.d_model * config.d_ff
+    return 2 * saved if config.n_coda_layers == 0 else 0
 
 
 def decode_flops(config: ModelConfig) -> int:
@@ -40,7 +40,7 @@ def shortlist_flops(config: ModelConfig) -> int:
 
 
 def _projection_flops(config: ModelConfig, n_tokens: int) -> int:
-    """One row onto so many tokens."""
+    """The projection of one row onto `n_tokens` tokens."""
     dense = config.d_model**2 if config.decoder_type == "dense" else 0
     return 2 * (config.d_model * n_tokens + dense)
 
@@ -48,7 +48,7 @@ def _projection_flops(config: ModelConfig, n_tokens: int) -> int:
 def sequence_flops(config: ModelConfig, length: int, n_decoded: int, steps: int) -> int:
     """A whole restoration: prelude, `steps` passes, decoder layers, and `n_decoded` rows through the vocabulary.
 
-    All passes are of all rows; see `unread_flops`.
+    Every pass counts all rows; `unread_flops` is what the last one may save.
     """
     outer = config.n_prelude_layers + config.n_coda_layers
     encoder = length * (steps * pass_flops(config, length) + outer * layer_flops(config, length))

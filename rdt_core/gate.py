@@ -11,8 +11,8 @@ The gate reads the hidden state detached, so its loss never moves the encoder. I
 
 A small network that reads the hidden state alone predicts that badly. The logits of a **shortlist** predict it well:
 the `K` tokens with the largest output bias, which are the most frequent ones. With 1,024 of 30,522 tokens, the best
-guess of seven rows in eight is among them, and of more where the model is sure. The network only has to predict the
-mass and the best of the other tokens.
+guess of seven rows in eight is among them, and of more where the model is sure. The network only has to predict how
+much probability the other tokens have, and how much the best of them.
 """
 
 from __future__ import annotations
@@ -72,14 +72,14 @@ class Gate(nn.Module):
     def token_level(self, hidden: Tensor, shortlisted: Tensor | None) -> Tensor:
         """hidden `(M, D)`, logits of the shortlist `(M, K)`, None without one -> `(M,)` in [0, 1].
 
-        One minus `exp(best - log-sum-exp)` over all tokens. Of those not on the shortlist the gate estimates the
-        log-sum-exp, and how far their best lies below it; without a shortlist these are all there are.
+        One minus `exp(best - log-sum-exp)` over all tokens. For the tokens not on the shortlist the gate estimates
+        their log-sum-exp, and how far the best logit lies below it. Without a shortlist it estimates the level itself.
         """
         with torch.autocast(hidden.device.type, enabled=False):
             gap, *others = few_outputs(self.token, self._features(hidden)).unbind(1)
             if shortlisted is None or self.log_others is None:
                 return torch.sigmoid(gap).float()
-            # The log-sum-exp of the other tokens: that of as many zeros, and what this row adds to it.
+            # The log-sum-exp of the other tokens, as an offset from that of as many zeros.
             mass = others[0] + self.log_others
             top = shortlisted.amax(1).clamp(min=torch.finfo(shortlisted.dtype).min)  # (M,), not minus infinity
             listed = top + (shortlisted - top[:, None]).exp().sum(1).double().log()  # log-sum-exp of the shortlist

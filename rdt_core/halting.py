@@ -41,8 +41,8 @@ def due(n_masked: int, step: int, max_steps: int) -> int:
 def which_settle(token_level: Tensor, rows: Tensor, n_due: int, threshold: float) -> Tensor:
     """Of open rows `(M,)` with these token levels `(M,)`, which settle now: `(M,)` bool.
 
-    Those below the threshold, but of neighbours the surer first; and if these are fewer than `n_due`, the surest
-    others, those beside a surer one last.
+    Those below the threshold, except rows that wait for a surer neighbour. If these are fewer than `n_due`, also the
+    surest of the others, and only then rows that wait.
     """
     waits = ~surest_apart(token_level, rows.diff() == 1)
     n_sure = int(((token_level.double() < threshold) & ~waits).sum())
@@ -54,13 +54,13 @@ def which_settle(token_level: Tensor, rows: Tensor, n_due: int, threshold: float
 def surest_apart(token_level: Tensor, beside: Tensor) -> Tensor:
     """Rows no two of which are neighbours: the surest first, each unless a neighbour has been chosen. `(M,)` bool.
 
-    `beside` `(M - 1,)` bool: row `i + 1` is the neighbour of row `i`. What is written in one pass cannot take account
-    of each other, which matters most between neighbours. Ties: the left one first.
+    `beside` `(M - 1,)` bool: row `i + 1` is the neighbour of row `i`. Tokens written in the same pass do not see each
+    other, which matters most between neighbours. Ties: the left one first.
     """
     left_wins = token_level[:-1] <= token_level[1:]  # of each pair of rows
     undecided = torch.ones_like(token_level, dtype=torch.bool)
     chosen = torch.zeros_like(undecided)
-    while undecided.any():  # mostly twice, at most half as often as the longest stretch has rows
+    while undecided.any():  # usually two rounds, at most half the length of the longest stretch
         rivals = beside & undecided[:-1] & undecided[1:]
         first = undecided.clone()
         first[1:] &= ~(rivals & left_wins)
@@ -73,7 +73,7 @@ def surest_apart(token_level: Tensor, beside: Tensor) -> Tensor:
 
 
 def settling_order(token_level: Tensor, waits: Tensor) -> Tensor:
-    """Keys `(M,)` to sort rows by: the surest first, those that wait behind all that do not."""
+    """Keys `(M,)` to sort rows by: the surest first, and rows that wait after all others."""
     return token_level.double() + waits
 
 
@@ -81,4 +81,4 @@ def settled_level(left_open: Tensor, n_masked: int, levels: list[float]) -> floa
     """Share of the masked rows that stay open, weighted by their token levels `left_open`; it never rises."""
     if n_masked == 0:
         return 0.0
-    return min([float(left_open.sum() / n_masked), *levels[-1:]])  # in float32, as the engine has it
+    return min([float(left_open.sum() / n_masked), *levels[-1:]])  # a float32 division, as in the engine

@@ -1,4 +1,4 @@
-"""The reference: one sequence at a time, one pass after another, nothing clever.
+"""The reference: one sequence at a time, one pass after another, without optimisations.
 
 Every faster way of running the model is compared with this loop: same tokens, same steps.
 
@@ -64,9 +64,9 @@ def restore(
     """Apply the encoder until the sequence halts. tokens `(L,)`, masked `(L,)` bool.
 
     Options default to the model's own. `observe(step, level, state)` is called after every pass.
-    `decode_all` reads every row at the end, not only the masked ones. Once `out_of_time()` is true, what
-    is there is decoded and answered. Raises `ValueError` for tokens or masks of another shape or type, a sequence
-    longer than `max_seq_len`, an option out of range, or a model in training mode that drops out.
+    `decode_all` decodes every row at the end, not only the masked ones. Once `out_of_time()` is true, the
+    sequence stops and is decoded as it stands. Raises `ValueError` for tokens or masks of another shape or type, a
+    sequence longer than `max_seq_len`, an option out of range, or a model in training mode that drops out.
     """
     config = model.config
     max_steps = config.max_steps if max_steps is None else max_steps

@@ -23,7 +23,7 @@ from rdt_core.packing import Packing
 from rdt_core.rows import same_sums
 
 ROTARY_BASE = 10_000.0
-Rotary = tuple[Tensor, ...]  # what `rotary_angles` gives, or `rotary_turns`
+Rotary = tuple[Tensor, ...]  # of `rotary_angles` or of `rotary_turns`
 
 
 def rotary_angles(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -41,7 +41,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotary_turns(positions: Tensor, head_dim: int) -> tuple[Tensor]:
-    """The same as complex numbers `(T, 1, C/2)`."""
+    """`rotary_angles` as complex numbers `(T, 1, C/2)`."""
     return (torch.complex(*rotary_angles(positions, head_dim)),)
 
 
@@ -54,10 +54,12 @@ def rotate_pairs(x: Tensor, turns: Tensor) -> Tensor:
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
     """Attention inside each sequence: three `(T, H, C)` -> `(T, H, C)`.
 
-    Rows after the last sequence's are dead: they stay what their query was, and nobody looks at them.
-    On CUDA in half precision the variable-length kernel, where there is one, takes any lengths in one call; a single
-    sequence takes it, too, and so comes out as it does among others. Elsewhere equal lengths need one batched call.
-    Others need padding on CUDA, where calls are dear, and on a CPU one call a sequence, which costs nothing measurable.
+    Rows after those of the last sequence are dead: they come out as their query, and nobody reads them.
+
+    On CUDA in half precision the variable-length kernel, where there is one, takes any lengths in one call. A single
+    sequence takes it too, so that it gets the same digits as among others. Elsewhere equal lengths take one batched
+    call. Unequal ones are padded on CUDA, where calls are slow, and take a call each on a CPU, which costs nothing
+    measurable.
     """
     if len(query) > packing.n_tokens:
         live, dead = slice(packing.n_tokens), slice(packing.n_tokens, None)
@@ -83,7 +85,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing
 
 def padded_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
     """`packed_attention` in one call: every sequence is padded to the longest, and nobody attends to padding."""
-    longest = max(packing.lengths)
+    longest = packing.longest
     places = packing.sequence_ids * longest + packing.positions  # (T,) of N x L
     nothing = query.new_zeros(packing.n_sequences * longest, *query.shape[1:])  # (N x L, H, C)
     padded = (nothing.index_copy(0, places, x).unflatten(0, (-1, longest)) for x in (query, key, value))
@@ -117,10 +119,10 @@ def slow_backward(query: Tensor) -> bool:
 
 
 class Condition(NamedTuple):
-    """What is known of each sequence."""
+    """What modulates the norms: a vector for each sequence."""
 
     values: Tensor  # (N, D)
-    sequence_ids: Tensor  # (T,) which a row belongs to
+    sequence_ids: Tensor  # (T,) the sequence of each row
 
     def of(self, rows: Tensor) -> Condition:
         """For these rows `(R,)` alone."""
@@ -157,7 +159,7 @@ class SelfAttention(nn.Module):
     def __init__(self, d_model: int, n_heads: int) -> None:
         super().__init__()
         self.n_heads = n_heads
-        self.rotate: Callable[..., Tensor] = rotate  # by a `Rotary`
+        self.rotate: Callable[..., Tensor] = rotate  # takes the tensors of a `Rotary`
         self.attend = packed_attention
         self.qkv = nn.Linear(d_model, 3 * d_model)
         self.out = nn.Linear(d_model, d_model)
@@ -186,7 +188,8 @@ class FeedForward(nn.Module):
 class EncoderLayer(nn.Module):
     """One transformer layer, of pre-norms unless `post`; a `condition` modulates both norms if given.
 
-    With `rows` `(R,)`, only these come out, `(R, D)`: they attend to all others, whose own outputs are never computed.
+    With `rows` `(R,)`, only these come out, `(R, D)`. They attend to all rows; the outputs of the others are never
+    computed.
     """
 
     def __init__(

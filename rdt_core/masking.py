@@ -96,7 +96,7 @@ def corrupt(
     if not (random_share >= 0 and keep_share >= 0 and random_share + keep_share <= 1):
         raise ValueError(f"random_share is {random_share}, keep_share is {keep_share}: want both >= 0, sum <= 1")
     if random_share > 0 and vocab_size < 1:
-        raise ValueError(f"vocab_size is {vocab_size}: want how many tokens there are, with a random_share")
+        raise ValueError(f"vocab_size is {vocab_size}: want the number of tokens, >= 1, with a random_share above 0")
     corrupted = torch.where(masked, mask_token_id, tokens)
     if random_share + keep_share == 0.0:
         return corrupted

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from rdt_core.inference import Restoration
 
 
-POSITION_STD = 0.1  # of a fresh table, where embedded tokens have 1
+POSITION_STD = 0.1  # of a fresh position table; embedded tokens have a standard deviation of 1
 
 
 class State(NamedTuple):
@@ -77,14 +77,14 @@ class RDT(nn.Module):
         self.decoder_dense = nn.Linear(config.d_model, config.d_model) if config.decoder_type == "dense" else None
         self.decoder_norm = nn.LayerNorm(config.d_model)
         self.decoder_bias = nn.Parameter(torch.zeros(config.vocab_size))
-        self.projection: nn.Module | None = None  # onto the vocabulary, when it is not the plain tied one
+        self.projection: nn.Module | None = None  # onto the vocabulary; None: the tied embedding
         self.precision = "fp32"  # of the matrix products, see `rdt_core.precision`
         self.row_counts = RowCounts()
         self.rotary: Callable[[Tensor, int], Rotary] = rotary_angles
         n_others = config.vocab_size - len(config.suppress_tokens) - config.gate_shortlist
         self.gate = Gate(config.d_model, config.gate_hidden_dim, n_others if config.gate_shortlist else None)
-        self.fixed_shortlist: tuple[Tensor, Tensor] | None = None  # that of weights that will not change
-        if not self.embedding.weight.is_meta:  # a description, which has no values
+        self.fixed_shortlist: tuple[Tensor, Tensor] | None = None  # kept once weights no longer change
+        if not self.embedding.weight.is_meta:  # on `meta` there are no values to initialise
             self._initialise()
         self.n_parameters = sum(parameter.numel() for parameter in self.parameters())
 
@@ -131,9 +131,9 @@ class RDT(nn.Module):
     def forward(self, state: State, packing: Packing, rows: Tensor | None = None) -> State:
         """One pass of the shared encoder over every live sequence, then the gate's reading.
 
-        `rows` `(R,)` are all that will be read of what comes out: those of sequences that go on, masked ones of the
-        others, or all. The last layer computes these alone, and the rest of `hidden` is zeros. With coda layers, which
-        read everything, `rows` have no effect.
+        `rows` `(R,)` says which rows of the new hidden state will be read: all rows of sequences that go on, and the
+        masked rows of those that stop. The last layer computes only these, and the rest of `hidden` is zeros; None:
+        all rows. Coda layers read every row, so with them `rows` has no effect.
         """
         if len(self.decoder) > 0:
             rows = None
@@ -165,9 +165,9 @@ class RDT(nn.Module):
         return normed
 
     def token_level(self, hidden: Tensor, packing: Packing, rows: Tensor) -> Tensor:
-        """hidden `(T, D)`, rows `(M,)` -> how likely each row's best guess is wrong, as the gate foretells it `(M,)`.
+        """hidden `(T, D)`, rows `(M,)` -> the gate's prediction of how likely each row's best guess is wrong `(M,)`.
 
-        Float32 whatever the model's precision, and no gradient but the gate's own.
+        Float32 whatever the model's precision. Only the gate's own weights get a gradient.
         """
         with torch.autocast(hidden.device.type, enabled=False):
             hidden = hidden.detach().float()
@@ -190,7 +190,7 @@ class RDT(nn.Module):
 
     @property
     def output_bias(self) -> Tensor:
-        """Of every token `(V,)`: minus infinity for those that are never an answer."""
+        """The bias of every token `(V,)`: minus infinity for those that are never an answer."""
         suppressed = torch.tensor(self.config.suppress_tokens, dtype=torch.int64, device=self.device)
         return self.decoder_bias.index_fill(0, suppressed, -math.inf)
 

@@ -56,8 +56,9 @@ class Packing:
 
 
 def laid_out(lengths: Tensor, n_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Offsets `(N+1,)` int32, positions `(T,)` and sequence ids `(T,)` of lengths `(N,)` int64, 0 or more, on their
-    device, which is not asked for their sum.
+    """Offsets `(N+1,)` int32, positions `(T,)` and sequence ids `(T,)` of lengths `(N,)` int64, 0 or more.
+
+    `n_tokens` is their sum, which the caller knows: reading it off the device would wait for it.
     """
     offsets = F.pad(lengths.cumsum(0), (1, 0))  # (N+1,)
     sequence_ids = torch.repeat_interleave(lengths, output_size=n_tokens)
@@ -66,7 +67,7 @@ def laid_out(lengths: Tensor, n_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def to_device(values: Tensor, device: torch.device | str | None) -> Tensor:
-    """From the host to a device, without waiting for the work that CUDA has before it: by way of pinned memory."""
+    """From the host to a device; to CUDA through pinned memory, so as not to wait for the work queued there."""
     if device is None or torch.device(device).type != "cuda":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
@@ -85,17 +86,16 @@ def unpack(packed: Tensor, packing: Packing) -> list[Tensor]:
 
 def rows_of(packing: Packing, sequences: Sequence[int]) -> Tensor:
     """Packed row numbers `(T',)` of the given sequences, in the given order."""
-    offsets = [0, *accumulate(packing.lengths)]  # those on the device would have to be waited for
+    offsets = [0, *accumulate(packing.lengths)]  # reading those on the device would wait for it
     rows = [torch.arange(offsets[i], offsets[i + 1]) for i in sequences]
     return to_device(torch.cat(rows), packing.positions.device)
 
 
 def sequence_sum(rows: Tensor, packing: Packing) -> Tensor:
-    """Sum of the rows of each sequence, in an order that nothing else in the packing has a say in.
+    """Sum of the rows of each sequence: rows `(T, ...)` of a floating type -> `(N, ...)`.
 
-    On CUDA, adding by `sequence_ids` takes rows as they come, and the last digits differ from run to run.
-
-    rows `(T, ...)` of a floating type -> `(N, ...)`.
+    The order of summation does not depend on the other sequences. (With `index_add_` on `sequence_ids` it does not even
+    stay the same from run to run on CUDA.)
     """
-    # "unsafe": without checks, which would ask the device
+    # "unsafe" leaves out checks that would wait for the device
     return torch.segment_reduce(rows, "sum", offsets=packing.offsets, axis=0, unsafe=True)

@@ -1,4 +1,4 @@
-"""Number formats for inference: the same model, its matrix products made ready for the processor.
+"""Number formats for inference: the same model, with its matrix products prepared for the processor.
 
 R: rows   I: inputs of a layer   O: its outputs
 
@@ -38,13 +38,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 INT8_MAX = 127
 INT8_ZERO = 128  # of rows, which have no sign
 ROW_MULTIPLE = 32
-"""oneDNN compiles a kernel for every number of rows it meets, which takes as long as a pass: let it meet few."""
+"""oneDNN compiles a kernel for every new number of rows, which takes as long as a pass: so rows come in multiples."""
 
 FULL_ROWS = RowCounts(ROW_MULTIPLE)
 
 FEW_ROWS = RowCounts(ROW_MULTIPLE, finely=True)
-"""In fp32. A text alone has few rows, and on 32 of them its passes take up to twice as long. The other formats keep to
-full rows: int8 gained nothing by fewer, and what bf16's kernels for fewer round to has not been looked at."""
+"""For fp32. A single short text has few rows, and filled up to 32 its passes take up to twice as long. The other
+formats keep to `FULL_ROWS`: int8 gained nothing, and how bf16's kernels for fewer rows round has not been checked."""
 
 
 def prepare(model: RDT, precision: Precision = "fp32") -> RDT:
@@ -68,7 +68,7 @@ def prepare(model: RDT, precision: Precision = "fp32") -> RDT:
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums are float32 to their end
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    vocabulary = _vocabulary(model)  # as it will stay: made at every decoding, its biases would come from the host
+    vocabulary = _vocabulary(model)  # once: at every decoding its biases would be copied from the host
     if precision in ("fp32", "tf32") and not packs:
         _replace(model, projection=vocabulary)
         return model
@@ -97,7 +97,7 @@ def prepare(model: RDT, precision: Precision = "fp32") -> RDT:
 
 
 def natural_precision(device: torch.device) -> Precision:
-    """What a device is best at: on a CPU exactness costs a factor of two to three, on CUDA of ten and more."""
+    """The format to serve with by default: fp32 costs a factor of two to three on a CPU, of ten and more on CUDA."""
     if device.type != "cuda":
         return "fp32"
     return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"  # before Ampere bf16 is emulated
@@ -109,7 +109,7 @@ def _replace(module: nn.Module, **parts: nn.Module) -> None:
 
 
 def _row_counts(precision: Precision) -> RowCounts:
-    """Of the layers, on a CPU with oneDNN."""
+    """The numbers of rows that the layers run on, on a CPU with oneDNN."""
     if precision != "fp32":
         return FULL_ROWS
     return SAME_SUMS if _prefers_blas() else FEW_ROWS
@@ -118,8 +118,8 @@ def _row_counts(precision: Precision) -> RowCounts:
 def _ready(
     linear: nn.Linear, precision: Precision, inner: bool = False, gelu: bool = False, wide: bool = False
 ) -> nn.Module:
-    """`inner`: what comes out goes into another product or is added to float32, and may keep its format; else it is
-    float32. `wide`: there are far more outputs than inputs.
+    """The layer in this format. `inner`: its output may keep the format, because it goes into another product or is
+    added to float32; else the output is float32. `gelu`: a GELU follows. `wide`: it has far more outputs than inputs.
     """
     if precision == "int8":
         return Int8Linear(linear, gelu)
@@ -179,7 +179,7 @@ class BlasLinear(nn.Module):
 class SummedLinear(nn.Module):
     """A linear layer on CUDA with products of half precision and the sums as they are, in float32.
 
-    For logits: rounded to the 8 bits of a bfloat16, many of the two best are equal, and the first of them wins.
+    For logits: rounded to the 8 bits of a bfloat16, the two best would often be equal, and the first of them would win.
     """
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
@@ -233,7 +233,7 @@ def _int8_product(x: Tensor, weight: Tensor, weight_scale: Tensor, weight_zero: 
 
 @cache
 def _int8_weight_max() -> int:
-    """127, or 63 where sums of products of 127 are wrong: they are cut off at 16 bits on their way."""
+    """127, or 63 where oneDNN gets sums of products of 127 wrong, because intermediate sums are cut off at 16 bits."""
     rows = torch.full((ROW_MULTIPLE, 64), INT8_ZERO + INT8_MAX, dtype=torch.uint8)
     weight = torch.ops.onednn.qlinear_prepack(torch.full((ROW_MULTIPLE, 64), INT8_MAX, dtype=torch.int8), None)
     found = _int8_product(rows, weight, torch.ones(len(rows)), torch.zeros(len(rows), dtype=torch.int32))
@@ -242,7 +242,7 @@ def _int8_weight_max() -> int:
 
 def _largest(x: Tensor) -> Tensor:
     """Largest magnitude of each row `(R, I)` -> `(R, 1)`, never 0."""
-    largest = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True))  # ten times faster than a norm
+    largest = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True))  # ten times as fast as a norm
     return largest.clamp_(min=torch.finfo(torch.float32).tiny)
 
 
@@ -282,8 +282,8 @@ def _packs(dtype: torch.dtype) -> bool:
 
 @cache
 def _prefers_blas() -> bool:
-    """With AVX2 alone MKL's products take a seventh less time than oneDNN's, where they have tens of rows and not the
-    vocabulary's outputs; and oneDNN's GELU takes half as long as the product it is part of, torch's a tenth.
+    """With AVX2 and nothing newer, MKL's products take a seventh less time than oneDNN's for tens of rows, except
+    onto the vocabulary. And oneDNN's fused GELU adds half to the time of its product, torch's a tenth.
     """
     return torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2"
 

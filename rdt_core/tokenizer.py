@@ -24,11 +24,11 @@ MASK = re.compile(r"\[mask\]", re.IGNORECASE | re.ASCII)
 CONTINUATION = "##"
 MASK_TOKEN = "[MASK]"
 NOT_ONE = "\0"
-"""Stands for a character that normalizing takes away or makes several of."""
+"""Stands for a character that the normalizer removes or turns into several."""
 LAST_KEPT = 0xFFFF
-"""Characters beyond are rare, and there are a million of them to be remembered."""
+"""The last character whose normal form is kept: those beyond are rare, and there are a million of them."""
 LONG_TEXT = 500
-"""Characters. Longer ones may take long: of 8,192 without a known word some take 0.3 s."""
+"""Characters. Longer texts may take long to encode: 8,192 characters without a known word, 0.3 s."""
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", MASK_TOKEN)
 
 
@@ -64,7 +64,7 @@ class Tokenizer:
                 f"the tokenizer has {len(vocabulary)} tokens: want ids 0 to {len(vocabulary) - 1}, each once"
             )
         for piece, number in self._typed.get_vocab(with_added_tokens=True).items():
-            if vocabulary.get(piece) != number:  # those that text has none of are gone, and what follows them moves up
+            if vocabulary.get(piece) != number:  # without the control tokens, ids after theirs are lower
                 raise ValueError(f"the tokenizer's added token {piece!r} follows a control token: want it before")
         missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
         if missing:
@@ -110,14 +110,12 @@ class Tokenizer:
 
     def encode(self, text: str) -> Encoding:
         """What a caller typed, as tokens; offsets count characters of `text` as it was sent."""
-        # Neither way in adds a character to what is encoded, or takes one away.
+        # What is encoded has as many characters as `text` either way, so that offsets count those of `text`.
         if self._normalized is not None and NOT_ONE not in (normal := self._letters.normalize(text)):
             tokenizer, seen = self._normalized, normal
         else:
             tokenizer, seen = self._typed, MASK.sub(MASK_TOKEN, text)
-        if (
-            len(seen) > LONG_TEXT
-        ):  # a batch lets other threads run meanwhile; for a few words that costs more than it gives
+        if len(seen) > LONG_TEXT:  # a batch lets other threads run meanwhile, which costs more than a few words take
             (encoded,) = tokenizer.encode_batch([seen], add_special_tokens=False)
         else:
             encoded = tokenizer.encode(seen, add_special_tokens=False)
@@ -137,7 +135,7 @@ class Tokenizer:
 
 
 def _as_typed(definition: str) -> str:
-    """The tokenizer to which `[MASK]` is itself wherever it stands, and any other control token is text."""
+    """The tokenizer for typed text: `[MASK]` is a token wherever it stands, and any other control token is text."""
     fields = json.loads(definition)
     fields["added_tokens"] = [
         token | {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
@@ -150,10 +148,13 @@ def _as_typed(definition: str) -> str:
 
 
 def _for_normalized(typed: WordPieceTokenizer) -> WordPieceTokenizer | None:
-    """The tokenizer for text that is normalized already, which takes half the time; None if there can be none."""
+    """The same tokenizer without its normalizer, for text that is normalized already, which takes half the time.
+
+    None where normalizing first would change what is read.
+    """
     fields = json.loads(typed.to_str())
     if fields["normalizer"] is None or fields["normalizer"]["type"] != "BertNormalizer":
-        return None  # others may read characters together
+        return None  # others may not take each character by itself
     if not fields["normalizer"]["lowercase"]:
         return None  # accents would come off letters that then read [MASK]
     if [token["content"] for token in fields["added_tokens"]] != [MASK_TOKEN]:
@@ -164,8 +165,8 @@ def _for_normalized(typed: WordPieceTokenizer) -> WordPieceTokenizer | None:
 class _Letters(dict[int, str]):
     """What BERT's normalizer makes of each character where that is one character, else `NOT_ONE`.
 
-    It takes each character by itself: lowers it, strips its accent, drops it, or puts spaces around it. Only accents
-    that stand by themselves are put in order, and they are not kept here. Each character is asked for once.
+    It takes each character by itself: lowers it, strips its accent, drops it, or puts spaces around it. The exception
+    is combining accents, which it reorders: they are `NOT_ONE`. The normalizer is asked once for each character.
     """
 
     def __init__(self, normalizer: Normalizer | None) -> None:
@@ -182,7 +183,7 @@ class _Letters(dict[int, str]):
         """As many characters as `text` has, with masks as `[MASK]`."""
         if text.isascii():
             return MASK.sub(MASK_TOKEN, text.translate(self))
-        # Masks first: some other letters become theirs.
+        # Masks first: normalizing turns some other letters into those of [MASK].
         return MASK_TOKEN.join(part.translate(self) for part in MASK.split(text))
 
 

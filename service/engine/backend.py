@@ -15,8 +15,8 @@ class Backend(Protocol):
     """Holds the live batch between ticks. Called from one thread."""
 
     ticks_late: int
-    """Ticks between a pass that the plan makes a sequence's last and the outcome that tells of it; 0: it is the same
-    tick's. One that the gate stops may be told of a tick later still."""
+    """Ticks from a sequence's last pass to the one that reports it, where the plan made that pass the last; 0: in the
+    same tick. Where the gate stops a sequence, it may be reported one tick later still."""
 
     def run(self, plan: Plan) -> Outcome:
         """Drop and admit as planned, one pass over everything live, decode what settles or leaves, retire.

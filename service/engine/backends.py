@@ -13,14 +13,14 @@ from service.engine.eager import EagerBackend
 from service.engine.lookahead import LookaheadBackend
 
 MOST_LIVE_ON_CUDA = 65_534
-"""Attention is launched with a row of blocks for each place, of which a grid has 65,535 rows; one is nobody's."""
+"""Attention launches a row of blocks for each place. A grid has 65,535 rows, and one place is never a sequence's."""
 
 
 def make_backend(model: RDT, token_budget: int, max_live: int) -> Backend:
-    """Captured passes, launched ahead, where attention needs no lengths on the host: on CUDA from Ampere on, in half
-    precision, with heads of most widths. Eager passes elsewhere; on a CPU there is nobody to run ahead of.
+    """Captured passes with lookahead where there is variable-length attention, which needs no lengths on the host: on
+    CUDA from Ampere on, in half precision, with most head widths. Eager passes elsewhere.
 
-    Raises `ValueError` for more sequences than CUDA takes.
+    Raises `ValueError` for more sequences than CUDA's attention takes.
     """
     if model.device.type == "cuda" and max_live > MOST_LIVE_ON_CUDA:
         raise ValueError(f"max_live is {max_live}: want at most {MOST_LIVE_ON_CUDA} on CUDA")

@@ -1,6 +1,6 @@
 """`rdt_core.halting` for a whole batch, on the device: which rows settle, what level is left, and who stops, and why.
 
-The arithmetic is that of the reference for all sequences at once; no operation asks the device about any single one.
+The arithmetic is that of the reference, for all sequences at once. Nothing is read back from the device.
 
 T: packed tokens   N: live sequences
 """
@@ -21,7 +21,7 @@ GO_ON, GATE, MAX_STEPS, DEADLINE = range(4)
 
 
 class Terms(NamedTuple):
-    """What each live sequence was promised, and how far it is. All `(N,)`."""
+    """The options of each live sequence, and how far it is. All `(N,)`."""
 
     threshold: Tensor  # float64, so that comparisons are those of the reference
     ceiling: Tensor  # passes it may make
@@ -34,8 +34,10 @@ class Terms(NamedTuple):
 
 
 def settling_rows(candidates: Tensor, token_level: Tensor, waits: Tensor, packing: Packing, terms: Terms) -> Tensor:
-    """Rows `(T,)` that become text now: of each settling sequence those below its threshold that need not wait, and
-    the surest others as far as the pace to its ceiling asks. See `rdt_core.halting.which_settle`.
+    """Which rows settle now, `(T,)` bool: `rdt_core.halting.which_settle` for each sequence.
+
+    `candidates` `(T,)` bool are the open rows of sequences that settle; `waits` `(T,)` bool are those with a surer
+    neighbour.
     """
     ids = packing.sequence_ids
     n_open = count(candidates, packing)  # (N,)
@@ -44,8 +46,8 @@ def settling_rows(candidates: Tensor, token_level: Tensor, waits: Tensor, packin
     n_sure = count(candidates & ~waits & (token_level < terms.threshold[ids]), packing)
     n_taken = torch.maximum(n_due, n_sure)  # (N,)
     in_order = torch.argsort(settling_order(token_level, waits), stable=True)
-    groups = 2 * ids + ~candidates  # each sequence's candidates, then its other rows
-    by_sequence = in_order[torch.argsort(groups[in_order], stable=True)]  # rows of each sequence, as they settle
+    groups = 2 * ids + ~candidates  # each sequence's candidates, in the order they settle, then its other rows
+    by_sequence = in_order[torch.argsort(groups[in_order], stable=True)]
     rank = torch.empty_like(ids).scatter_(0, by_sequence, packing.positions)  # (T,) place among its own
     return candidates & (rank < n_taken[ids])
 

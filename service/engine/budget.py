@@ -12,7 +12,7 @@ import math
 from service.errors import MEMORY_RETRY_SECONDS
 
 GROWING_SECONDS = float(MEMORY_RETRY_SECONDS)
-"""So long after the last shortage of memory a tick may have twice the tokens again."""
+"""How long after the last shortage of memory the budget is doubled again."""
 
 
 class TickBudget:
@@ -21,19 +21,19 @@ class TickBudget:
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
         self.short = False
-        """The last tick tried was one that there was no memory for."""
-        self._full = tokens  # to which it may grow again
-        self._largest = 0  # tick that was computed
+        """Whether there was no memory for the last tick that was tried."""
+        self._full = tokens  # the largest that it may grow to
+        self._largest = 0  # tokens of the largest tick that was computed
         self._short_at = -math.inf
         self._warm = False
 
     def worked(self, n_tokens: int) -> None:
-        """A tick of so many tokens was computed."""
+        """A tick of `n_tokens` was computed."""
         self._largest = max(self._largest, n_tokens)
         self.short = False
 
     def warmed(self, alone: bool) -> None:
-        """The budget has been tried out: it is for good if nobody else held memory then."""
+        """Warming is over. If nothing else held memory meanwhile (`alone`), the budget never grows beyond this."""
         self._warm = True
         if alone:
             self._full = self.tokens
@@ -49,6 +49,6 @@ class TickBudget:
         self.short, self._short_at = True, now
 
     def grow(self, now: float) -> None:
-        """A shortage may have passed."""
+        """Double the budget if the last shortage was long enough ago."""
         if self.tokens < self._full and now - self._short_at >= GROWING_SECONDS:
             self.tokens, self._short_at = min(self._full, 2 * self.tokens), now

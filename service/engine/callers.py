@@ -1,4 +1,4 @@
-"""Who waits for which job: shown its passes, and told its end once."""
+"""Who waits for which job. A caller is shown the passes of its job, and gets its end exactly once."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from service.errors import ServiceError
 
 
 class Callers:
-    """Everybody that waits, by ticket. What concerns a ticket that nobody waits for any more is passed over."""
+    """Everybody that waits, by ticket. A ticket that nobody waits for any more is ignored."""
 
     def __init__(self) -> None:
         self._waiting: dict[Ticket, _Caller] = {}
 
     def join(self, ticket: Ticket, on_reading: OnReading | None) -> asyncio.Future[Result]:
-        """The answer to be. Whoever stops waiting for it before it is there must `leave`."""
+        """A future of the answer. Whoever stops waiting before it is there must `leave`."""
         caller = self._waiting[ticket] = _Caller(on_reading)
         return caller.answer
 
     def leave(self, ticket: Ticket) -> bool:
-        """Whether the job had not ended yet."""
+        """Stop waiting; whether the job had not ended yet."""
         return self._waiting.pop(ticket, None) is not None
 
     def show(self, ticket: Ticket, reading: Reading, step: int) -> None:
@@ -44,10 +44,10 @@ class _Caller:
     def __init__(self, on_reading: OnReading | None) -> None:
         self.answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._on_reading = on_reading
-        self._shown = 0  # passes
+        self._shown = 0  # passes shown so far
 
     def show(self, reading: Reading, step: int) -> None:
-        """A job that had to begin anew reads the same again, which nobody needs to see twice."""
+        """Show a pass, unless it was shown before the job had to begin anew."""
         if self._on_reading is None or step <= self._shown:
             return
         self._shown = step

@@ -23,7 +23,7 @@ _CAPTURING = threading.Lock()
 """A process may have one capture under way, on whichever card."""
 
 _FAILED: list[torch.cuda.CUDAGraph] = []
-"""What could not be captured, kept for ever: torch's allocator may go on asking such a graph (2.11)."""
+"""Graphs whose capture failed, kept for ever: torch's allocator (2.11) may go on using such a graph."""
 
 WARM_PASSES = 2
 """Before a capture: libraries choose their kernels and take their workspaces the first time, outside of a graph."""
@@ -39,9 +39,9 @@ class CapturedPasses:
         self._model = model
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(model.device)  # torch's own choice is one of whichever card captured first
+        self._stream = torch.cuda.Stream(model.device)  # torch's own may be of another card, the first to capture
         self._captures = True
-        self._made: list[torch.cuda.CUDAGraph] = []  # failed ones, too: one that goes frees the workspace of its stream
+        self._made: list[torch.cuda.CUDAGraph] = []  # failed ones too: deleting one frees the workspace of its stream
         self._plain: set[int] = set()  # sizes that there was memory to compute but not to capture
 
     @property
@@ -63,7 +63,7 @@ class CapturedPasses:
                 log.warning("no memory for passes of %d rows: %s", size.n_rows, error)
             if not self._captures:
                 break
-            if size.n_rows not in self._graphs:  # asked here, where the error no longer holds what it was raised over
+            if size.n_rows not in self._graphs:  # after `except`, where the error no longer holds tensors
                 torch.cuda.empty_cache()
 
     def __call__(self, buffers: Buffers, bucket: Bucket) -> None:
@@ -77,12 +77,12 @@ class CapturedPasses:
 
     def _capture(self, buffers: Buffers, size: Size) -> None:
         """Raises what a pass raises, above all when there is not enough memory for it."""
-        held = [buffer.clone() for buffer in buffers]  # passes to warm up are real ones
+        held = [buffer.clone() for buffer in buffers]  # warming passes overwrite them
         try:
             with _CAPTURING:
                 bucket = self._any_batch(buffers, size)
                 self._warm(buffers, bucket)
-                with garbage.left_alone():  # an old graph's end is a call that no capture survives
+                with garbage.left_alone():  # collecting an old graph would break the capture
                     self._record(buffers, bucket)
         finally:
             for buffer, was in zip(buffers, held, strict=True):
@@ -119,7 +119,7 @@ class CapturedPasses:
         else:
             self._graphs[bucket.n_rows] = graph
         finally:
-            torch.cuda.set_stream(before)  # torch does not, where it is the end of the capture that fails
+            torch.cuda.set_stream(before)  # torch does not if it is the end of the capture that fails
 
     def _any_batch(self, buffers: Buffers, size: Size) -> Bucket:
         """The same for all batches of the size: nothing of a layout but its places is baked into a graph."""

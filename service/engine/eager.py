@@ -5,8 +5,8 @@ T: packed tokens   N: live sequences   R: rows decoded   V: vocabulary
 One mechanism serves both ways of halting. After a pass some rows are decoded: with `settle` those that
 become text now, with `gate` none until the end, and in both every row still open of a sequence that stops.
 Settled tokens replace their `[MASK]` in the embedded input. Sequences that stop are cut out of the batch. The
-arithmetic is that of `rdt_core.inference`, for all sequences at once and without asking the device
-about any single one. What the host must know is read back after the pass: who stops, and what was decoded.
+arithmetic is that of `rdt_core.inference`, for all sequences at once. What the host must know is read back
+once, after the pass: who stops, and what was decoded.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class Batch:
     jobs: tuple[Job, ...]
     packing: Packing
     state: State
-    asked: Tensor  # (T,) bool, rows that came in masked
+    asked: Tensor  # (T,) bool, rows that were masked in the request
     terms: Terms
 
     @property
     def settles(self) -> bool:
-        """Some of it does."""
+        """Whether any sequence in it settles."""
         return any(job.halting == "settle" for job in self.jobs)
 
 
@@ -113,7 +113,7 @@ class EagerBackend:
         )
 
     def _advance(self, batch: Batch, overdue: frozenset[Ticket]) -> Outcome:
-        """One pass, who settles and who stops, the coda for both, and the farewell of those that stop."""
+        """One pass; which rows settle and which sequences stop; the coda for both; those that stop leave the batch."""
         packing = batch.packing
         state = self._model(batch.state, packing, self._rows_needed(batch))
         terms = batch.terms._replace(step=batch.terms.step + 1)
@@ -145,7 +145,8 @@ class EagerBackend:
     ) -> tuple[Batch, int, float]:
         """The coda of rows that settle `(T,)` bool, of sequences that stop `(N,)` bool, and of what is streamed.
 
-        Readings get their choices. Returns the batch with what has settled written in, how many rows, and seconds.
+        Adds choices and guesses to the readings. Returns the batch with the settled tokens written in, the number of
+        decoded rows, and the seconds that decoding took.
         """
         state, packing, terms = batch.state, batch.packing, batch.terms
         stops = stops[packing.sequence_ids]  # (T,)
@@ -164,23 +165,25 @@ class EagerBackend:
         return replace(batch, state=state), len(rows), decode_seconds
 
     def _rows_needed(self, batch: Batch) -> Tensor | None:
-        """All that will be read after the next pass `(R,)`: of a sequence whose last it is, what is decoded. Or all."""
+        """Rows `(R,)` that will be read after the next pass, None for all: of a sequence whose last pass it is, only
+        those that are decoded.
+        """
         may_go_on = batch.terms.step + 1 < batch.terms.ceiling  # (N,)
         whole = (may_go_on | batch.terms.decode_all)[batch.packing.sequence_ids]  # (T,)
         rows = (whole | batch.state.masked).nonzero().squeeze(1)
         return None if len(rows) == batch.packing.n_tokens else rows
 
     def _settle(self, state: State, packing: Packing, terms: Terms) -> tuple[Tensor, Tensor]:
-        """Of sequences that settle: which rows become text now `(T,)` bool, and the level this leaves them `(N,)`."""
+        """Of sequences that settle: which rows settle now `(T,)` bool, and the level after that `(N,)`."""
         candidates = state.masked & terms.settles[packing.sequence_ids]  # (T,) bool
-        has_choice = terms.step < terms.ceiling  # (N,): after the last pass all of it settles
+        has_choice = terms.step < terms.ceiling  # (N,): after the last pass every row settles
         choosing = candidates & has_choice[packing.sequence_ids]  # (T,) bool
         token_level, waits = self._token_levels(state, packing, choosing)  # (T,) each
         settling = settling_rows(candidates, token_level, waits, packing, terms)
         return settling, settled_level(token_level * (state.masked & ~settling), packing, terms)
 
     def _token_levels(self, state: State, packing: Packing, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the `wanted` rows `(T,)` bool their token levels, 1 elsewhere, and which wait for a surer neighbour."""
+        """Token levels `(T,)` of the `wanted` rows `(T,)` bool, 1 elsewhere, and which wait for a surer neighbour."""
         rows = wanted.nonzero().squeeze(1)  # (M,)
         token_level, waits = torch.ones(len(wanted), device=rows.device), torch.zeros_like(wanted)
         if len(rows) > 0:
@@ -192,7 +195,7 @@ class EagerBackend:
 
 
 class Decoded(NamedTuple):
-    """What the coda says of `R` rows."""
+    """What the coda reads in `R` rows."""
 
     rows: Tensor  # (R,)
     tokens: Tensor  # (R,)
@@ -208,7 +211,7 @@ class Decoded(NamedTuple):
         return cls(rows, *read_logits(model.decode(hidden, packing, rows), top_k))
 
     def choices(self, rows: Iterable[int], top_k: Iterable[int]) -> list[Choice]:
-        """As plain values: of each, which row of its own sequence it is, and how many candidates were asked for."""
+        """As plain values. `rows` numbers each row within its own sequence; `top_k` is how many candidates it gets."""
         columns = (self.tokens, self.probabilities, self.top_tokens, self.top_probabilities)
         return [
             Choice(row, token, probability, list(zip(others[:k], shares[:k], strict=True)) if k else [])
@@ -219,7 +222,7 @@ class Decoded(NamedTuple):
 
 
 def _hand_out(decoded: Decoded, writes: Tensor, batch: Batch, readings: list[Reading]) -> None:
-    """Back to plain values, each row to the reading of the sequence it belongs to."""
+    """Add each decoded row, as plain values, to the reading of its sequence."""
     owners = batch.packing.sequence_ids[decoded.rows].tolist()
     choices = decoded.choices(batch.packing.positions[decoded.rows].tolist(), (batch.jobs[i].top_k for i in owners))
     for i, written, choice in zip(owners, writes.tolist(), choices, strict=True):
@@ -227,7 +230,7 @@ def _hand_out(decoded: Decoded, writes: Tensor, batch: Batch, readings: list[Rea
 
 
 def _keep(batch: Batch, sequences: list[int]) -> Batch | None:
-    """The batch without the other sequences; None when nothing is left."""
+    """The batch with only these sequences; None if there are none."""
     if not sequences:
         return None
     rows = rows_of(batch.packing, sequences)
@@ -249,7 +252,7 @@ def _keep(batch: Batch, sequences: list[int]) -> Batch | None:
 
 
 def _join(live: Batch, newcomers: Batch) -> Batch:
-    """Newcomers last."""
+    """Both batches as one, newcomers last."""
     device = live.asked.device
 
     def both(a: Tensor, b: Tensor) -> Tensor:

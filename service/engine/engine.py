@@ -1,4 +1,4 @@
-"""Depth-wise continuous batching: the loop that every request goes round until it is done.
+"""Depth-wise continuous batching: the loop that every request goes through until it is done.
 
     submit -> Scheduler -> plan -> Backend.run (worker thread) -> commit -> the caller's future
 
@@ -29,10 +29,10 @@ from service.errors import DeadlineExceeded, Internal, ResourceExhausted, Servic
 log = logging.getLogger(__name__)
 
 FATAL_WINDOW_SECONDS = 60.0
-"""A second broken tick within this time ends the process: whatever is wrong, a restart is the better cure."""
+"""A second broken tick within this time ends the process, for its supervisor to restart."""
 
 SHORTAGE_SECONDS = 0.1
-"""Before a third try: whoever else holds the memory gets a moment to give it back."""
+"""Pause before another try when a tick has run out of memory twice: whatever else holds it may give it back."""
 
 SHORTEST_TEXT = 3  # tokens: [CLS], something, [SEP]
 
@@ -92,14 +92,14 @@ class BatchingEngine:
 
     @property
     def bounds(self) -> SchedulerLimits:
-        """As they are after warming, when memory may have halved the budget of a tick."""
+        """The limits after warming, when a shortage of memory may have halved the budget of a tick."""
         return replace(self._limits, token_budget=self.largest_tick)
 
     async def warm(self, ticks: Sequence[Sequence[Job]], alone: bool = True) -> None:
-        """Before `start`: one pass of each of these on every replica. Nothing of it is counted, and no bound applies.
+        """Before `start`: run each of these ticks once on every replica. Nothing is counted, and no bound applies.
 
-        A tick that there is no memory for halves the budget, which `largest_tick` tells: the largest should come first.
-        It stays so if this engine was `alone` on its devices, and is tried again later if not.
+        A tick that there is no memory for halves the budget (see `largest_tick`), so the largest should come first. The
+        budget stays halved if this engine was `alone` on its devices; if not, it may grow again later.
         """
         await asyncio.gather(*(self._warm(replica, ticks, alone) for replica in self._replicas))
 
@@ -119,7 +119,7 @@ class BatchingEngine:
         self._idle.set()
         self._loops = [
             asyncio.create_task(self._run(replica), name="engine", context=Context()) for replica in self._replicas
-        ]  # in no caller's context: after a reload its log lines would bear the id of the request that asked for it
+        ]  # in an empty context: after a reload, log lines would bear the id of the request that asked for it
         for loop in self._loops:
             loop.add_done_callback(self._loop_ended)
 
@@ -131,7 +131,7 @@ class BatchingEngine:
         self._check_ready()
         if self.largest_tick < len(job.tokens) <= self._limits.token_budget:
             for replica in self._replicas:
-                replica.scheduler.budget.grow(self._clock())  # nobody plans while there is nothing to do
+                replica.scheduler.budget.grow(self._clock())  # budgets grow in `plan`, which idle replicas do not call
             if self.largest_tick < len(job.tokens):
                 raise _no_memory(self.largest_tick)
         ticket = self._line.join(job, place, self._clock())
@@ -159,17 +159,17 @@ class BatchingEngine:
             self._drop_all(Unavailable.shut_down)
 
     async def retire(self) -> None:
-        """End once there is nothing left to do: another engine takes the work that comes from now on."""
+        """Stop once all work is done. New work goes to another engine by then."""
         await self._idle.wait()
         await self.stop()
 
     async def stop(self) -> None:
-        """Fail whatever is left and end the worker."""
+        """Fail whatever is left and end the threads."""
         self._accepting = False
         self._drop_all(Unavailable.shut_down)
         for loop in self._loops:
             loop.cancel()
-        self._loops.clear()  # they hold this engine, and it them
+        self._loops.clear()  # breaks the reference cycle between them and this engine
         for replica in self._replicas:
             await replica.stop()
 
@@ -205,7 +205,7 @@ class BatchingEngine:
 
     @property
     def _share(self) -> float:
-        """Packed tokens of each batch if all there are were spread evenly over those that could take any."""
+        """Packed tokens of each batch if all, live and waiting, were spread evenly over the replicas with room."""
         schedulers = [replica.scheduler for replica in self._replicas]
         takers = [one for one in schedulers if one.n_live < self._limits.max_live] or schedulers
         if len({one.budget.tokens for one in takers}) > 1:  # some are short of memory
@@ -222,10 +222,10 @@ class BatchingEngine:
             self._callers.fail(replica.scheduler.drop_all(), make_error)
 
     async def _make_room(self, replica: Replica, plan: Plan, error: OutOfMemory) -> None:
-        """Fewer tokens, or another try. Nobody fails but those whose text alone is too large for any replica."""
+        """After a shortage of memory: smaller ticks, or another try. Only texts too long for any replica fail."""
         if self._watcher is not None:
             self._watcher.memory_ran_out()
-        # Passes may find memory where what comes after the last of them does not: then it is the same jobs again.
+        # Short twice in a row, or for the same jobs: their passes may succeed, and what follows the last one may not.
         again = replica.scheduler.budget.short or replica.scheduler.has_begun_anew
         self._shrink(replica, plan.n_tokens, error, again)
         await replica.reset()
@@ -245,7 +245,7 @@ class BatchingEngine:
         budget = replica.scheduler.budget
         budget.shrink(n_tokens, self._clock(), again)
         replica.scheduler.start_over()
-        said = str(error)  # and not the error, which holds the tick's tensors
+        said = str(error)  # logging the error itself would keep the tick's tensors
         log.warning("no memory for a tick of %d tokens, %d at the most from now on: %s", n_tokens, budget.tokens, said)
 
     async def _recover(self, replica: Replica, error: Exception) -> None:
@@ -271,17 +271,17 @@ class BatchingEngine:
     def _give_up(self) -> None:
         self._broken = True
         self._drop_all(lambda: Unavailable("the engine has failed", "failed"))
-        self._idle.set()  # there may be no loop left to say so
+        self._idle.set()  # there may be no loop left to set it
         self.failed.set()
 
     def _loop_ended(self, loop: asyncio.Task[None]) -> None:
-        """The loop ends when it is cancelled. Any other end, by a stuck tick or a mistake of ours: nobody may hang."""
+        """A loop should end only by being cancelled. After a stuck tick or a defect, fail everybody who waits."""
         if not loop.cancelled() and (error := loop.exception()) is not None:
             log.critical("the engine's loop broke", exc_info=error)
             self._give_up()
 
     def _expire(self, ticket: Ticket) -> None:
-        """The deadline came. In the line it ends the job now; a live job is answered at the end of its pass."""
+        """The deadline has come. A queued job fails now; a live one is answered at the end of its pass."""
         if self._line.withdraw(ticket):
             self._callers.fail([ticket], _too_late)
 

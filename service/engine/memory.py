@@ -12,18 +12,18 @@ from service.engine.backend import OutOfMemory
 Value = TypeVar("Value")
 
 SHORTAGES = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory", "not enough memory")
-"""The driver, the libraries under torch and a CPU's allocator run out of it in errors of other kinds."""
+"""Messages of the driver, of libraries under torch, and of the CPU allocator, which raise other types of error."""
 
 
 def or_out_of_memory(compute: Callable[[], Value]) -> Value:
-    """What is computed. Raises `OutOfMemory` where torch says that it ran out of memory, and else what torch raises."""
+    """What `compute` returns. Raises `OutOfMemory` where it ran out of memory, and else what it raises."""
     try:
         return compute()
     except (RuntimeError, MemoryError) as error:
         said = shortage(error)
         if said is None:
             raise
-    raise OutOfMemory(said)  # not inside `except`: with torch's error for its context it would keep the tick's tensors
+    raise OutOfMemory(said)  # outside of `except`: torch's error as its context would keep the tick's tensors
 
 
 def shortage(error: RuntimeError | MemoryError) -> str | None:

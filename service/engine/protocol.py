@@ -18,7 +18,7 @@ OnReading = Callable[[Reading], None]
 
 
 def show(reading: Reading, on_reading: OnReading) -> ServiceError | None:
-    """Show a pass to its observer. If that raises, returns the error by which this job, and no other, is to fail."""
+    """Show a pass to its observer. If that raises, returns the error that this job, and no other, fails with."""
     try:
         on_reading(reading)
     except Exception:
@@ -28,7 +28,7 @@ def show(reading: Reading, on_reading: OnReading) -> ServiceError | None:
 
 
 class Watcher(Protocol):
-    """Who keeps the accounts."""
+    """Is told of every tick, for metrics."""
 
     def ticked(self, seconds: float, plan: Plan, outcome: Outcome) -> None:
         """A tick was made as planned."""
@@ -65,6 +65,6 @@ class Engine(Protocol):
         """Wait for the job to be computed; `on_reading` sees every pass. Cancelling the wait takes the job out.
 
         Raises `ResourceExhausted` when its tokens do not fit in the queue, `DeadlineExceeded` when the
-        deadline came before the first pass (after it, what is there is the result; but a shortage of memory may
-        have thrown passes away), `Unavailable` when the engine stops first, `Internal` when the computation failed.
+        deadline came before the first pass (after it, the result is what there is; but a shortage of memory may
+        have undone passes), `Unavailable` when the engine stops first, `Internal` when the computation failed.
         """

@@ -79,7 +79,7 @@ class BoundedQueue(Generic[EntryT]):
         self.n_tokens += entry.n_tokens
 
     def put_back(self, entries: Sequence[EntryT]) -> None:
-        """To the head of the line, in this order: they were accepted before, so no bound applies."""
+        """To the head of the queue, in this order. No bound applies: they were accepted before."""
         self._entries.extendleft(reversed(entries))
         self.n_tokens += sum(entry.n_tokens for entry in entries)
 
@@ -92,7 +92,7 @@ class BoundedQueue(Generic[EntryT]):
         return entry
 
     def remove(self, entry: EntryT) -> bool:
-        """Take an entry out of the line; false if it was not in it."""
+        """Take an entry out of the queue; false if it was not in it."""
         if entry not in self._entries:
             return False
         self._entries.remove(entry)

@@ -45,8 +45,8 @@ class Replica:
         await self._unless_stuck(self.backend.reset)
 
     async def rehearse(self, jobs: Sequence[Job]) -> None:
-        """One pass of each job: ticks until all are told of, of which a backend that looks ahead needs several."""
-        await self._in_thread(lambda: _rehearse(self.backend, jobs))  # graphs are captured: that takes its time
+        """One pass of each job: ticks until all are reported, which with lookahead takes several."""
+        await self._in_thread(lambda: _rehearse(self.backend, jobs))  # not watched: capturing graphs may take long
 
     async def stop(self) -> None:
         """End the thread, after at most one pass; one that is stuck stays behind."""

@@ -31,7 +31,7 @@ class Job:
 
     @property
     def read_every_pass(self) -> bool:
-        """What a pass decodes is wanted before the next."""
+        """What a pass decodes is needed before the next pass: to be shown, or to be fed back in."""
         return self.stream or self.halting == "settle"
 
 
@@ -50,15 +50,15 @@ class Result:
     max_steps: int  # the passes it was allowed: the job's, or fewer under load
     queue_seconds: float = 0.0
     compute_seconds: float = 0.0
-    decode_seconds: float = 0.0  # of the compute: in the vocabulary projection, together with the tick's other rows
+    decode_seconds: float = 0.0  # part of compute_seconds: decoding, together with the tick's other rows
 
 
-Ticket = int  # names a job from submission to its end
+Ticket = int  # identifies a job from submission to its end
 
 
 @dataclass(frozen=True)
 class Admission:
-    """A newcomer to the live batch. `ceiling` is the passes it may make."""
+    """A newcomer to the live batch. `ceiling` is the most passes it may make."""
 
     ticket: Ticket
     job: Job
@@ -70,7 +70,7 @@ class Plan:
     """What one tick does: drop, admit, then one pass over `live`, the batch in its new order."""
 
     admitted: tuple[Admission, ...]
-    dropped: tuple[Ticket, ...]  # live before, their callers gone: leave undecoded
+    dropped: tuple[Ticket, ...]  # live until now, caller gone: they leave undecoded
     overdue: frozenset[Ticket]  # live, out of time: answered after this pass, whatever their level
     expired: tuple[Ticket, ...]  # waited past their deadline: never run
     live: tuple[Ticket, ...]  # (N,) newcomers last
@@ -104,7 +104,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one tick did. From a backend that looks ahead: what has become known of the passes launched before."""
+    """What one tick did. From a backend with lookahead: what is known by now of passes launched in earlier ticks."""
 
     readings: dict[Ticket, Reading]
     n_decoded: int  # rows that went through the vocabulary

@@ -70,12 +70,12 @@ def serve(
     tickets: list[Ticket] = []
     results: dict[Ticket, Result] = {}
     for job in jobs:
-        with scheduler.line.reserve() as place:
-            tickets.append(scheduler.line.join(job, place, now=0.0))
+        with scheduler.queue.reserve() as place:
+            tickets.append(scheduler.queue.join(job, place, now=0.0))
     while not scheduler.idle:
         plan = scheduler.plan(now=0.0)
         if queued is not None:
-            queued.append(scheduler.line.n_queued)
+            queued.append(scheduler.queue.n_queued)
         results.update(scheduler.commit(plan, backend.run(plan), now=0.0))
     return [results[ticket] for ticket in tickets]
 

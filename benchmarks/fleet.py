@@ -57,8 +57,8 @@ class Replica:
         """A request comes, no sooner than the last one did: it is queued, or refused."""
         self.run(until=arrival.time)
         try:
-            with self._scheduler.line.reserve() as place:
-                ticket = self._scheduler.line.join(arrival.job, place, arrival.time)
+            with self._scheduler.queue.reserve() as place:
+                ticket = self._scheduler.queue.join(arrival.job, place, arrival.time)
         except ResourceExhausted:
             self.books.n_refused += 1
             return

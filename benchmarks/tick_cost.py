@@ -129,8 +129,8 @@ def _run(model: RDT, jobs: Sequence[Job], limits: SchedulerLimits) -> list[Tick]
 
     scheduler, backend = Scheduler(limits), EagerBackend(model)
     for job in jobs:
-        with scheduler.line.reserve() as place:
-            scheduler.line.join(job, place, now=0.0)
+        with scheduler.queue.reserve() as place:
+            scheduler.queue.join(job, place, now=0.0)
     ticks = []
     while not scheduler.idle:
         began = time.perf_counter()

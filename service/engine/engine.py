@@ -22,7 +22,7 @@ from service.engine.callers import Callers
 from service.engine.protocol import Clock, OnReading, Watcher
 from service.engine.queue import Place
 from service.engine.replica import Replica, Stuck
-from service.engine.scheduler import Line, Scheduler, SchedulerLimits
+from service.engine.scheduler import JobQueue, Scheduler, SchedulerLimits
 from service.engine.types import Job, Outcome, Plan, Result, Ticket
 from service.errors import DeadlineExceeded, Internal, ResourceExhausted, ServiceError, Unavailable
 
@@ -53,8 +53,8 @@ class BatchingEngine:
         stuck_seconds: float | None = None,
     ) -> None:
         self._limits = limits
-        self._line = Line(limits)
-        self._replicas = [Replica(backend, Scheduler(limits, self._line), stuck_seconds) for backend in backends]
+        self._queue = JobQueue(limits)
+        self._replicas = [Replica(backend, Scheduler(limits, self._queue), stuck_seconds) for backend in backends]
         self._clock = clock
         self._watcher = watcher
         self._callers = Callers()
@@ -71,11 +71,11 @@ class BatchingEngine:
 
     @property
     def waiting(self) -> int:
-        return len(self._line)
+        return len(self._queue)
 
     @property
     def waiting_tokens(self) -> int:
-        return self._line.n_tokens
+        return self._queue.n_tokens
 
     @property
     def live(self) -> int:
@@ -125,7 +125,7 @@ class BatchingEngine:
 
     def reserve(self) -> AbstractContextManager[Place]:
         self._check_ready()
-        return self._line.reserve()
+        return self._queue.reserve()
 
     async def submit(self, job: Job, place: Place, on_reading: OnReading | None = None) -> Result:
         self._check_ready()
@@ -134,7 +134,7 @@ class BatchingEngine:
                 replica.scheduler.budget.grow(self._clock())  # budgets grow in `plan`, which idle replicas do not call
             if self.largest_tick < len(job.tokens):
                 raise _no_memory(self.largest_tick)
-        ticket = self._line.join(job, place, self._clock())
+        ticket = self._queue.join(job, place, self._clock())
         answer = self._callers.join(ticket, on_reading)
         timer = None if job.deadline is None else self._at(job.deadline, self._expire, ticket)
         self._idle.clear()
@@ -179,7 +179,7 @@ class BatchingEngine:
             plan = replica.scheduler.plan(self._clock(), self._share, replica.backend.ticks_late)
             self._callers.fail(plan.expired, _too_late)
             if plan.empty:
-                if self.live == 0 and self._line.n_queued == 0:
+                if self.live == 0 and self._queue.n_queued == 0:
                     self._idle.set()
                 await replica.work.wait()
                 replica.work.clear()
@@ -209,9 +209,9 @@ class BatchingEngine:
         schedulers = [replica.scheduler for replica in self._replicas]
         takers = [one for one in schedulers if one.n_live < self._limits.max_live] or schedulers
         if len({one.budget.tokens for one in takers}) > 1:  # some are short of memory
-            shortest = min((entry.n_tokens for entry in self._line), default=0)
+            shortest = min((entry.n_tokens for entry in self._queue), default=0)
             takers = [one for one in takers if one.budget.tokens >= shortest] or takers
-        return (sum(one.live_tokens for one in takers) + self._line.n_tokens) / len(takers)
+        return (sum(one.live_tokens for one in takers) + self._queue.n_tokens) / len(takers)
 
     def _wake(self) -> None:
         for replica in self._replicas:
@@ -232,9 +232,9 @@ class BatchingEngine:
         if again:
             await asyncio.sleep(SHORTAGE_SECONDS)
         largest = self.largest_tick
-        too_long = [entry.ticket for entry in self._line if entry.n_tokens > largest]
+        too_long = [entry.ticket for entry in self._queue if entry.n_tokens > largest]
         for ticket in too_long:
-            self._line.withdraw(ticket)
+            self._queue.withdraw(ticket)
         self._callers.fail(too_long, lambda: _no_memory(largest))
         if largest < SHORTEST_TEXT:
             log.critical("there is no memory for any text")
@@ -282,7 +282,7 @@ class BatchingEngine:
 
     def _expire(self, ticket: Ticket) -> None:
         """The deadline has come. A queued job fails now; a live one is answered at the end of its pass."""
-        if self._line.withdraw(ticket):
+        if self._queue.withdraw(ticket):
             self._callers.fail([ticket], _too_late)
 
     def _at(self, deadline: float, call: Callable[[Ticket], None], ticket: Ticket) -> asyncio.TimerHandle:

@@ -1,6 +1,6 @@
 """Who runs in the next tick. Pure logic: no torch, no clock of its own, no futures.
 
-    Line.join -> plan: admit what fits -> one pass over all live -> commit: depths, results
+    JobQueue.join -> plan: admit what fits -> one pass over all live -> commit: depths, results
 
 A tick advances every live sequence by one pass. Sequences join and leave at every tick, so nobody waits
 for another's depth. Admission is first come first served within a budget of packed tokens. If the first of the
@@ -20,18 +20,18 @@ from service.engine.queue import BoundedQueue, Place
 from service.engine.types import Admission, Choice, HaltReason, Job, Outcome, Plan, Result, Ticket
 
 ANSWER_SECONDS = 0.005
-"""From the end of a tick to the caller: an answer is assembled, written and sent."""
+"""From the end of a tick to the caller: to assemble, write and send an answer."""
 
 
 @dataclass(frozen=True)
 class SchedulerLimits:
-    """Bounds of one scheduler. `shed_min_steps` is the floor of shedding by depth; None: never shed."""
+    """Bounds of a scheduler and its queue. `shed_min_steps` is the floor of shedding by depth; None: never shed."""
 
     token_budget: int  # packed tokens of one tick
     max_live: int  # sequences of one tick
     max_waiting: int  # requests
     max_waiting_tokens: int
-    max_bypass: int = 8  # how often the head of the line may be passed
+    max_bypass: int = 8  # how often the head of the queue may be passed
     shed_min_steps: int | None = None
 
 
@@ -43,7 +43,7 @@ class Entry:
     job: Job
     submitted: float  # seconds
     admitted: float = 0.0
-    ceiling: int = 0  # passes at the most: the job's, or fewer when shedding
+    ceiling: int = 0  # most passes it may make: the job's max_steps, or fewer when shedding
     bypassed: int = 0
     begun_anew: bool = False  # after a shortage of memory
     levels: list[float] = field(default_factory=list)  # after each pass
@@ -56,12 +56,12 @@ class Entry:
 
     @cached_property
     def n_due(self) -> int:
-        """Rows that are decoded by the time it ends."""
+        """Rows that will have been decoded when it ends."""
         return self.n_tokens if self.job.decode_all else sum(self.job.masked)
 
     @property
     def n_due_soon(self) -> int:
-        """Rows of it that this tick and the next one decode for certain."""
+        """Rows of it that this tick and the next are certain to decode."""
         if self.job.stream:
             return 2 * self.n_due
         return self.n_due if self.ceiling - len(self.levels) <= 2 else 0
@@ -70,8 +70,8 @@ class Entry:
         return self.job.deadline is not None and now >= self.job.deadline
 
 
-class Line(BoundedQueue[Entry]):
-    """Who waits, in order of arrival. Several schedulers may admit from one line; tickets are unique in it."""
+class JobQueue(BoundedQueue[Entry]):
+    """Jobs that wait, in order of arrival. Several schedulers may admit from one queue; tickets are unique in it."""
 
     def __init__(self, limits: SchedulerLimits) -> None:
         super().__init__(limits.max_waiting, limits.max_waiting_tokens)
@@ -79,7 +79,7 @@ class Line(BoundedQueue[Entry]):
         self._tickets = count(1)
 
     def join(self, job: Job, place: Place, now: float) -> Ticket:
-        """Queue a job in its reserved place. Raises `ResourceExhausted` when its tokens do not fit in the line,
+        """Queue a job in its reserved place. Raises `ResourceExhausted` when its tokens do not fit in the queue,
         `ValueError` when they would not fit in any tick.
         """
         if len(job.tokens) > self._token_budget:
@@ -89,24 +89,24 @@ class Line(BoundedQueue[Entry]):
         return entry.ticket
 
     def withdraw(self, ticket: Ticket) -> bool:
-        """Take a job out of the line; false if it is not there."""
+        """Take a job out of the queue; false if it is not there."""
         return any(self.remove(entry) for entry in self if entry.ticket == ticket)
 
 
 class Scheduler:
-    """Who is live in one batch. Admits from a line of its own, or from one that others admit from too."""
+    """Who is live in one batch. Admits from a queue of its own, or from one that other schedulers share."""
 
-    def __init__(self, limits: SchedulerLimits, line: Line | None = None) -> None:
+    def __init__(self, limits: SchedulerLimits, queue: JobQueue | None = None) -> None:
         self._limits = limits
         self.budget = TickBudget(limits.token_budget)
-        self._line = Line(limits) if line is None else line
+        self._queue = JobQueue(limits) if queue is None else queue
         self._live: dict[Ticket, Entry] = {}  # in order of admission, which is the backend's order
         self._left: set[Ticket] = set()  # live sequences whose caller is gone
-        self._passing, self._decoding = Pace(), Pace()  # of packed tokens, of rows
+        self._passing, self._decoding = Pace(), Pace()  # seconds by packed tokens, and by decoded rows
 
     @property
-    def line(self) -> Line:
-        return self._line
+    def queue(self) -> JobQueue:
+        return self._queue
 
     @property
     def n_live(self) -> int:
@@ -118,7 +118,7 @@ class Scheduler:
 
     @property
     def has_begun_anew(self) -> bool:
-        """Something live lost its passes to a shortage of memory before."""
+        """Whether anything live has lost passes to a shortage of memory."""
         return any(entry.begun_anew for entry in self._live.values())
 
     @property
@@ -127,30 +127,30 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        return not self._live and self._line.n_queued == 0
+        return not self._live and self._queue.n_queued == 0
 
     def cancel(self, ticket: Ticket) -> None:
-        """The caller left: out of the line at once, out of the live batch with the next plan."""
+        """The caller left: out of the queue at once, out of the live batch with the next plan."""
         if ticket in self._live:
             self._left.add(ticket)
         else:
-            self._line.withdraw(ticket)
+            self._queue.withdraw(ticket)
 
     def plan(self, now: float, share: float = math.inf, ticks_late: int = 0) -> Plan:
         """What the next tick does. Everything in it is decided here; the backend only executes.
 
         A sequence that could not make another pass in time stops after this one, so that its answer is there before
         its deadline; answers come `ticks_late` ticks later than their passes. `share` is how many packed tokens are
-        enough for this batch while others can take what is left in the line.
+        enough for this batch while others can take what is left in the queue.
         """
         self.budget.grow(now)
         dropped = tuple(self._left)
         for ticket in dropped:
             del self._live[ticket]
         self._left.clear()
-        expired = [entry for entry in self._line if entry.is_overdue(now)]
+        expired = [entry for entry in self._queue if entry.is_overdue(now)]
         for entry in expired:
-            self._line.remove(entry)
+            self._queue.remove(entry)
         admitted = self._admit(now, share)
         return Plan(
             admitted=tuple(Admission(entry.ticket, entry.job, entry.ceiling) for entry in admitted),
@@ -163,14 +163,14 @@ class Scheduler:
         )
 
     def commit(self, plan: Plan, outcome: Outcome, now: float) -> list[tuple[Ticket, Result]]:
-        """Book one pass of every sequence that the outcome tells of; the results of those that stop."""
+        """Record one pass of every sequence in the outcome. Returns the results of those that stop."""
         self.budget.worked(plan.n_tokens)
         self._passing.took(plan.n_tokens, now - plan.made_at - outcome.decode_seconds)
         self._decoding.took(outcome.n_decoded, outcome.decode_seconds)
         finished = []
         for ticket, reading in outcome.readings.items():
             if ticket not in self._live:
-                continue  # it was dropped while its pass was on its way
+                continue  # dropped while its pass was computed
             entry = self._live[ticket]
             entry.levels.append(reading.level)
             step = len(entry.levels)
@@ -184,37 +184,38 @@ class Scheduler:
         return finished
 
     def lose_live(self) -> tuple[Ticket, ...]:
-        """The tick broke and the backend forgot the live batch; the line stays."""
+        """The tick broke and the backend forgot the live batch; the queue stays."""
         lost = tuple(self._live)
         self._live.clear()
         self._left.clear()
         return lost
 
     def start_over(self) -> None:
-        """There was no memory for the tick: what was live goes back to the head of the line and begins anew, which ends
-        with the same answer.
+        """There was no memory for the tick: what was live goes back to the head of the queue and begins anew. It
+        will get the same answer.
         """
         again = [entry for ticket, entry in self._live.items() if ticket not in self._left]
         for entry in again:
             entry.levels, entry.chosen, entry.decode_seconds = [], {}, 0.0
             entry.begun_anew = True
-        self._line.put_back(again)
+        self._queue.put_back(again)
         self._live.clear()
         self._left.clear()
 
     def drop_all(self) -> tuple[Ticket, ...]:
-        """Empty the line now and the live batch with the next plan."""
+        """Empty the queue now and the live batch with the next plan."""
         dropped = list(self._live)
         self._left.update(self._live)
-        while (entry := self._line.pop()) is not None:
+        while (entry := self._queue.pop()) is not None:
             dropped.append(entry.ticket)
         return tuple(dropped)
 
     def _overdue(self, now: float, ticks_late: int) -> frozenset[Ticket]:
-        """Those that would be answered too late if they made one more pass after this one.
+        """Live sequences that would be answered too late if they made one more pass after this one.
 
-        Until then two passes are made. What ends for certain is decoded, and what is due no later than the sequence in
-        question, and what is overdue itself: so they are judged from the latest deadline to the nearest.
+        By then two more passes are made, and these rows decoded: of sequences that are certain to end, of those that
+        are overdue, and of those whose deadline is no later than that of the sequence in question. So sequences are
+        judged from the latest deadline to the nearest.
         """
         timed = [entry for entry in self._live.values() if entry.job.deadline is not None]
         if not timed:
@@ -234,7 +235,7 @@ class Scheduler:
         admitted: list[Entry] = []
         used = self.live_tokens
         head: Entry | None = None  # the first that did not fit
-        for entry in self._line:
+        for entry in self._queue:
             if len(self._live) >= self._limits.max_live or used >= share:
                 break
             if entry.n_tokens > self.budget.tokens:
@@ -251,16 +252,16 @@ class Scheduler:
             else:
                 break
         for entry in admitted:
-            self._line.remove(entry)
+            self._queue.remove(entry)
         for entry in admitted:
             entry.ceiling = entry.ceiling or self._ceiling(entry.job)
         return admitted
 
     def _ceiling(self, job: Job) -> int:
-        """Under load, fewer passes: the more of the line is left waiting, the nearer to the floor."""
+        """Under load, fewer passes: the fuller the queue, the nearer to the floor."""
         if self._limits.shed_min_steps is None:
             return job.max_steps
-        fill = min(1.0, len(self._line) / self._limits.max_waiting)
+        fill = min(1.0, len(self._queue) / self._limits.max_waiting)
         floor = min(job.max_steps, self._limits.shed_min_steps)
         return max(floor, round(job.max_steps - fill * (job.max_steps - floor)))
 

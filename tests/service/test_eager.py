@@ -48,8 +48,8 @@ def run_all(backend: EagerBackend, jobs: list[Job], rng: random.Random) -> list[
             results.update(scheduler.commit(plan, backend.run(plan), now=0.0))
 
     for job in jobs:
-        with scheduler.line.reserve() as place:
-            tickets.append(scheduler.line.join(job, place, now=0.0))
+        with scheduler.queue.reserve() as place:
+            tickets.append(scheduler.queue.join(job, place, now=0.0))
         if rng.random() < 0.5:
             tick()
     while not scheduler.idle:

@@ -133,8 +133,8 @@ def test_only_who_is_stopped_by_the_gate_before_the_end_is_in_one_pass_more(
     passes, scheduler = CountedPasses(tiny_model), Scheduler(LIMITS)
     backend = LookaheadBackend(tiny_model, LIMITS.token_budget, LIMITS.max_live, passes)
     job = replace(plain_job(depth=2), **changes)
-    with scheduler.line.reserve() as place:
-        scheduler.line.join(job, place, now=0.0)
+    with scheduler.queue.reserve() as place:
+        scheduler.queue.join(job, place, now=0.0)
     told: list[list[Reading]] = []
     while not scheduler.idle:
         plan = scheduler.plan(now=0.0, ticks_late=backend.ticks_late)
@@ -163,8 +163,8 @@ def test_a_crowd_with_ceilings_costs_no_pass_too_many(tiny_model: RDT, seed: int
 @pytest.mark.parametrize("ahead", [False, True])
 def test_an_answer_is_told_in_the_tick_before_its_deadline(tiny_model: RDT, ahead: bool, deadline: float) -> None:
     backend, scheduler = backend_of(tiny_model) if ahead else EagerBackend(tiny_model), Scheduler(LIMITS)
-    with scheduler.line.reserve() as place:
-        scheduler.line.join(plain_job(depth=1000, deadline=deadline), place, now=0.0)
+    with scheduler.queue.reserve() as place:
+        scheduler.queue.join(plain_job(depth=1000, deadline=deadline), place, now=0.0)
     now, finished = 0.0, []
     while not finished:
         plan = scheduler.plan(now, ticks_late=backend.ticks_late)
@@ -180,8 +180,8 @@ def test_who_is_dropped_is_gone_and_the_others_stay(tiny_model: RDT) -> None:
     jobs = [replace(plain_job(n_masked=1 + i, depth=6), halting=["gate", "settle"][i // 4]) for i in range(8)]
     tickets = []
     for job in jobs:
-        with scheduler.line.reserve() as place:
-            tickets.append(scheduler.line.join(job, place, now=0.0))
+        with scheduler.queue.reserve() as place:
+            tickets.append(scheduler.queue.join(job, place, now=0.0))
     results: dict[int, Result] = {}
     for tick in range(20):
         if tick == 2:
@@ -332,8 +332,8 @@ def test_a_tick_in_which_all_kinds_of_things_happen_sends_the_device_five_copies
     copies = []
     for tick in range(5):
         for depth in (3, 4) if tick == 0 else (5, 1) if tick == 3 else ():  # one has gone, and another goes
-            with scheduler.line.reserve() as place:
-                scheduler.line.join(plain_job(depth=depth), place, now=0.0)
+            with scheduler.queue.reserve() as place:
+                scheduler.queue.join(plain_job(depth=depth), place, now=0.0)
         sent.clear()
         plan = scheduler.plan(now=0.0)
         scheduler.commit(plan, backend.run(plan), now=0.0)
@@ -362,8 +362,8 @@ def test_sizes_have_room_for_the_budget_and_the_batch() -> None:
 def test_what_is_read_after_every_pass_is_not_computed_twice(tiny_model: RDT, changes: dict[str, Any]) -> None:
     backend, scheduler = backend_of(tiny_model), Scheduler(LIMITS)
     job = replace(plain_job(depth=1), **changes)
-    with scheduler.line.reserve() as place:
-        scheduler.line.join(job, place, now=0.0)
+    with scheduler.queue.reserve() as place:
+        scheduler.queue.join(job, place, now=0.0)
     plan = scheduler.plan(now=0.0)
     [(_, result)] = scheduler.commit(plan, backend.run(plan), now=0.0)
     assert result.steps == 1

@@ -60,8 +60,8 @@ class Machine:
         self.scheduler, self.backend, self.now = Scheduler(LIMITS), ScriptedBackend(), 0.0
 
     def submit(self, job: Job) -> None:
-        with self.scheduler.line.reserve() as place:
-            self.scheduler.line.join(job, place, self.now)
+        with self.scheduler.queue.reserve() as place:
+            self.scheduler.queue.join(job, place, self.now)
 
     def run(self, *jobs: Job) -> dict[float, Result]:
         """All of them at once until the last is done: results by the time of the answer."""

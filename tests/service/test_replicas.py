@@ -14,7 +14,7 @@ from rdt_core import RDT
 from service.engine.eager import EagerBackend
 from service.engine.engine import BatchingEngine
 from service.engine.reference import run_reference
-from service.engine.scheduler import Line, Scheduler, SchedulerLimits
+from service.engine.scheduler import JobQueue, Scheduler, SchedulerLimits
 from service.engine.types import Job, Outcome, Plan, Result
 from service.errors import Internal, ResourceExhausted
 from tests.service.scripted import HeldBackend, ScriptedBackend, scripted_job
@@ -140,15 +140,15 @@ async def test_company_and_replica_do_not_change_an_answer(tiny_model: RDT) -> N
         assert (result.tokens, result.steps, result.reason) == (alone.tokens, alone.steps, alone.reason)
 
 
-def test_a_scheduler_takes_its_share_and_leaves_the_rest_in_the_line() -> None:
-    line = Line(LIMITS)
-    first, second = (Scheduler(LIMITS, line) for _ in range(2))
+def test_a_scheduler_takes_its_share_and_leaves_the_rest_in_the_queue() -> None:
+    queue = JobQueue(LIMITS)
+    first, second = (Scheduler(LIMITS, queue) for _ in range(2))
     for _ in range(3):
-        with line.reserve() as place:
-            line.join(scripted_job(4, depth=1), place, now=0.0)
+        with queue.reserve() as place:
+            queue.join(scripted_job(4, depth=1), place, now=0.0)
     assert first.plan(now=0.0, share=6.0).live == (1, 2)  # the job that reaches the share is still taken
     assert second.plan(now=0.0, share=6.0).live == (3,)
-    assert len(line) == 0
+    assert len(queue) == 0
 
 
 async def test_what_gave_up_stays_so_when_another_replica_comes_back() -> None:

@@ -26,8 +26,8 @@ class Bench:
         self.now = 0.0
 
     def submit(self, job: Job) -> Ticket:
-        with self.scheduler.line.reserve() as place:
-            return self.scheduler.line.join(job, place, self.now)
+        with self.scheduler.queue.reserve() as place:
+            return self.scheduler.queue.join(job, place, self.now)
 
     def tick(self) -> Plan:
         plan = self.scheduler.plan(self.now)
@@ -129,7 +129,7 @@ def test_a_waiting_job_whose_caller_left_is_gone_at_once() -> None:
     gone = bench.submit(scripted_job(32, depth=1))
     bench.tick()
     bench.scheduler.cancel(gone)
-    assert bench.scheduler.line.n_queued == 0
+    assert bench.scheduler.queue.n_queued == 0
     bench.run_dry()
     assert gone not in bench.results
 
@@ -206,7 +206,7 @@ def test_dropping_all_empties_the_line_now_and_the_batch_with_the_next_plan() ->
     live, waiting = (bench.submit(scripted_job(4, depth=9)) for _ in range(2))
     bench.tick()
     assert bench.scheduler.drop_all() == (live, waiting)
-    assert bench.scheduler.line.n_queued == 0
+    assert bench.scheduler.queue.n_queued == 0
     assert not bench.scheduler.idle
     assert bench.tick().dropped == (live,)
     assert bench.scheduler.idle
@@ -288,7 +288,7 @@ def test_a_job_that_can_never_fit_a_tick_is_a_mistake_of_the_caller() -> None:
         Bench().submit(scripted_job(33, depth=1))
 
 
-def test_a_broken_tick_loses_what_was_live_and_keeps_the_line() -> None:
+def test_a_broken_tick_loses_what_was_live_and_keeps_the_queue() -> None:
     bench = Bench(replace(LIMITS, max_live=1))
     live, waiting = bench.submit(scripted_job(4, depth=9)), bench.submit(scripted_job(4, depth=1))
     bench.tick()

@@ -18,9 +18,9 @@ from service.schema import DenoiseAnswer, DenoisePass, ModelCard
 
 TIMEOUT_SECONDS = 60.0
 MARGIN_SECONDS = 5.0
-"""For an answer to arrive whose `timeout_ms` is over."""
+"""How long after its `timeout_ms` an answer may still arrive."""
 MOST_ALLOWED_MS = 86_400_000
-"""More is refused by the server, and no time for a socket."""
+"""A longer `timeout_ms` does not lengthen the wait: the server refuses it, and sockets do not take it."""
 
 Item = str | Mapping[str, Any]
 Body = TypeVar("Body", bound=BaseModel)
@@ -34,25 +34,25 @@ class ProblemError(Exception):
         self.problem = problem
 
     def __reduce__(self) -> tuple[type[Self], tuple[Problem]]:
-        """Pickle would make it of its message: a pool of processes that raised one was broken."""
+        """By default pickle would pass the message as the problem, which breaks a pool of processes."""
         return type(self), (self.problem,)
 
 
-class _Patient:
-    """Waits as long as a caller has allowed the server to take, if that is longer than its own time."""
+class _Timeouts:
+    """How long to wait: the client's own timeout, or longer where a request allows the server more (`timeout_ms`)."""
 
     _seconds: float
 
-    def _patience(self, *requests: Mapping[str, Any]) -> float:
+    def _timeout(self, *requests: Mapping[str, Any]) -> float:
         allowed = [request.get("timeout_ms") for request in requests]
         longest = max((ms for ms in allowed if isinstance(ms, int | float)), default=0)
         return max(self._seconds, min(longest, MOST_ALLOWED_MS) / 1e3 + MARGIN_SECONDS) if longest else self._seconds
 
 
-class Client(_Patient):
-    """Raises `ProblemError` for every status that is an error (of type `about:blank` if what comes is no problem
-    document but, say, a proxy's page) and `httpx.HTTPError` for errors of the wire. A success that is no answer, or a
-    stream without an end, is one of those (`httpx.RemoteProtocolError`).
+class Client(_Timeouts):
+    """Raises `ProblemError` for every error status; its type is `about:blank` if the body is no problem document but,
+    say, a proxy's page. Raises `httpx.HTTPError` for errors of the connection; one of them is
+    `httpx.RemoteProtocolError`, for a success without a valid answer and for a stream that is cut.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Client(_Patient):
 
     def denoise(self, text: str, **options: Any) -> DenoiseAnswer:
         """Restore one text; options are the fields of `DenoiseRequest`."""
-        answer = self._http.post("/denoise", json={"text": text, **options}, timeout=self._patience(options))
+        answer = self._http.post("/denoise", json={"text": text, **options}, timeout=self._timeout(options))
         return _parsed(DenoiseAnswer, _checked(answer))
 
     def denoise_batch(self, items: Iterable[Item], **options: Any) -> list[BatchResult]:
@@ -78,15 +78,15 @@ class Client(_Patient):
         An item that failed is a result with a `problem`; only what is wrong with the whole is raised.
         """
         batch = _batch(items, options)
-        answer = self._http.post("/denoise/batch", json=batch, timeout=self._patience(options, *batch["items"]))
+        answer = self._http.post("/denoise/batch", json=batch, timeout=self._timeout(options, *batch["items"]))
         return _parsed(BatchAnswer, _checked(answer)).results
 
     def denoise_stream(self, text: str, **options: Any) -> Generator[DenoisePass | DenoiseAnswer, None, None]:
-        """Restore one text and see it after every pass; the answer comes last. Exhaust or close it: until then the
-        server computes, and the connection is taken.
+        """Restore one text and see it after every pass; the answer comes last. Exhaust or close the stream: until then
+        the server computes, and the connection is in use.
         """
-        request, patience = {"text": text, **options}, self._patience(options)
-        with self._http.stream("POST", "/denoise/stream", json=request, timeout=patience) as response:
+        request, timeout = {"text": text, **options}, self._timeout(options)
+        with self._http.stream("POST", "/denoise/stream", json=request, timeout=timeout) as response:
             if not response.is_success:
                 response.read()
                 _checked(response)
@@ -115,7 +115,7 @@ class Client(_Patient):
         self.close()
 
 
-class AsyncClient(_Patient):
+class AsyncClient(_Timeouts):
     """`Client` for asyncio."""
 
     def __init__(
@@ -132,19 +132,19 @@ class AsyncClient(_Patient):
 
     async def denoise(self, text: str, **options: Any) -> DenoiseAnswer:
         """Restore one text; options are the fields of `DenoiseRequest`."""
-        answer = await self._http.post("/denoise", json={"text": text, **options}, timeout=self._patience(options))
+        answer = await self._http.post("/denoise", json={"text": text, **options}, timeout=self._timeout(options))
         return _parsed(DenoiseAnswer, _checked(answer))
 
     async def denoise_batch(self, items: Iterable[Item], **options: Any) -> list[BatchResult]:
         """See `Client.denoise_batch`."""
         batch = _batch(items, options)
-        answer = await self._http.post("/denoise/batch", json=batch, timeout=self._patience(options, *batch["items"]))
+        answer = await self._http.post("/denoise/batch", json=batch, timeout=self._timeout(options, *batch["items"]))
         return _parsed(BatchAnswer, _checked(answer)).results
 
     async def denoise_stream(self, text: str, **options: Any) -> AsyncGenerator[DenoisePass | DenoiseAnswer, None]:
         """See `Client.denoise_stream`."""
-        request, patience = {"text": text, **options}, self._patience(options)
-        async with self._http.stream("POST", "/denoise/stream", json=request, timeout=patience) as response:
+        request, timeout = {"text": text, **options}, self._timeout(options)
+        async with self._http.stream("POST", "/denoise/stream", json=request, timeout=timeout) as response:
             if not response.is_success:
                 await response.aread()
                 _checked(response)
@@ -175,18 +175,18 @@ class AsyncClient(_Patient):
 
 
 class _Events:
-    """The server's events, put together from their lines: a name, then a document.
+    """Parses server-sent events: of each, a line with its name, then one with its document.
 
-    A line ends where the server ends it, not at what else Python or httpx take for an end: texts may hold that.
+    Lines end at line feeds only. Python and httpx split at other characters too, which texts may contain.
     """
 
     def __init__(self) -> None:
         self._name = ""
-        self._begun = ""  # line
+        self._begun = ""  # the line that has not ended yet
         self._answered = False
 
     def after(self, text: str) -> Iterator[DenoisePass | DenoiseAnswer]:
-        """The events that are complete with this. Raises `ProblemError` for one that says the stream has failed."""
+        """The events that this completes. Raises `ProblemError` for one that says the stream has failed."""
         *lines, self._begun = (self._begun + text).split("\n")
         for line in lines:
             if (event := self._event(line)) is not None:
@@ -203,7 +203,7 @@ class _Events:
         if self._name == "answer":
             self._answered = True
             return _parsed(DenoiseAnswer, value)
-        return _parsed(DenoisePass, value) if self._name == "pass" else None  # others are a later server's
+        return _parsed(DenoisePass, value) if self._name == "pass" else None  # unknown events are of a newer server
 
     def check_end(self) -> None:
         """Raises `httpx.RemoteProtocolError` if the stream was cut: the answer comes last."""

@@ -6,12 +6,12 @@ import ipaddress
 
 
 def address(host: str, port: int) -> str:
-    """As URLs write it."""
+    """`host:port`, as URLs write it."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def is_loopback(host: str) -> bool:
-    """Whether it is reached from this machine only. A name is taken for one that is not."""
+    """Whether only this machine reaches it; false for any name but localhost."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -29,7 +29,7 @@ current: ContextVar[Call | None] = ContextVar("call", default=None)
 def begin(proposed_id: str) -> Call:
     """A call under the caller's own id if that is a sane one, or under a fresh one.
 
-    It is current until the task ends, and never taken back: the task is the call's own, and a server logs a
+    It stays current until the task ends and is never reset: each call has a task of its own, and a server logs a
     crash only after everything here has been left.
     """
     call = Call(proposed_id if SANE_ID.fullmatch(proposed_id) else fresh_id())
@@ -42,14 +42,14 @@ def fresh_id() -> str:
 
 
 def note(outcome: str) -> None:
-    """The current call, if there is one, ends like this."""
+    """Record how the current call, if there is one, has ended."""
     if (call := current.get()) is not None:
         call.outcome = outcome
 
 
 @contextmanager
 def ending(call: Call) -> Iterator[None]:
-    """Notes the error that passes, unless one has been noted already."""
+    """Record the error that is raised inside, unless an outcome has been recorded already."""
     try:
         yield
     except BaseException as error:

@@ -51,8 +51,8 @@ def serve(arguments: Sequence[str] | None = None) -> int:
 
 
 def open_standard_streams() -> None:
-    """Those that are closed become `/dev/null`, in children, too. Sockets would get their numbers, and with those libuv
-    aborts the process when it ends.
+    """Open `/dev/null` for standard streams that are closed, in children too. Else sockets would get their numbers, and
+    with those libuv aborts the process when it ends.
     """
     for number in range(3):
         try:
@@ -65,7 +65,7 @@ def _serve(settings: Settings) -> int:
     if settings.api_workers > 0:
         from service.workers.supervisor import supervise  # noqa: PLC0415 - nobody else needs it
 
-        return asyncio.run(supervise(settings))  # it watches, no more; uvloop knows no process groups
+        return asyncio.run(supervise(settings))  # uvloop cannot start process groups
 
     from service.runtime import serve  # noqa: PLC0415 - torch takes seconds; --help and bad settings need not wait
 
@@ -75,7 +75,7 @@ def _serve(settings: Settings) -> int:
 def denoise(arguments: Sequence[str] | None = None) -> int:
     """Restore a text, the lines of a file, or what is typed. 0: done; 2: bad input, each in one line; 130: Ctrl-C.
 
-    Of a file and of what is typed a bad line is left out, and the others are restored.
+    A bad line of a file, or one that is typed, is reported and the others are restored.
     """
     options = _denoise_parser().parse_args(arguments)
 
@@ -91,7 +91,7 @@ def denoise(arguments: Sequence[str] | None = None) -> int:
             except ServiceError as error:
                 complaint = _complain("rdt-denoise", f"{place}{error}", EXIT_BAD_INPUT)
                 status = status if options.interactive else complaint
-    except BrokenPipeError:  # who reads has seen enough
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
@@ -121,13 +121,13 @@ def _denoise_parser() -> argparse.ArgumentParser:
 
 
 def _file(name: str) -> Path:
-    if not name.strip():  # Path takes it for the current folder
+    if not name.strip():  # Path("") is the current folder
         raise argparse.ArgumentTypeError("no name: want that of a file")
     return Path(name)
 
 
 def _texts(options: argparse.Namespace) -> Iterable[tuple[str, str]]:
-    """Texts, each with what to say before what is wrong with it."""
+    """Texts, each with the prefix of its error messages."""
     if options.interactive:
         return (("", line) for line in _typed_lines())
     if options.file is not None:
@@ -147,7 +147,7 @@ def _typed_lines() -> Iterator[str]:
     if sys.stdin is None:  # closed before the program began
         return
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # as in a file: a bad line is refused, and no other
+        sys.stdin.reconfigure(errors="surrogateescape")  # as in a file: only the bad line is refused
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "")

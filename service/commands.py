@@ -1,4 +1,4 @@
-"""The installed commands. Each has `--version`, and says what else to install if the model package is alone."""
+"""The installed commands. Each has `--version`, and names the extra to install if a package is missing."""
 
 from __future__ import annotations
 

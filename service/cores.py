@@ -1,4 +1,4 @@
-"""How many cores this process may use: those its container grants, not those of the machine."""
+"""How many cores this process may use: those of its container, not of the machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def usable_cores(cgroups: Path = CGROUPS) -> int:
 
 
 def cpu_quota(cgroups: Path = CGROUPS) -> float | None:
-    """Cores' worth of time that the control group gets, by version 2 or 1 of the interface; None: no bound."""
+    """The CPU quota of the control group, in cores, by version 2 or 1 of the interface; None: no quota."""
     try:
         quota, period = _words(cgroups / "cpu.max") or _words(
             cgroups / "cpu" / "cpu.cfs_quota_us", cgroups / "cpu" / "cpu.cfs_period_us"

@@ -43,11 +43,12 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 0.002
 """How often it is checked whether batches and long texts have reached the engine."""
 TURNS = 16
-"""Of the event loop, with some to spare: from taking a denoiser to submitting to its engine it is two or three."""
+"""Turns of the event loop to wait, with some to spare: from taking a denoiser to submitting to its engine are two or
+three."""
 
 
 class Denoiser:
-    """Serves one model. `card` says which; `config` holds the defaults of its requests."""
+    """Serves one model. `card` describes it; `config` holds the defaults of its requests."""
 
     def __init__(
         self,
@@ -69,7 +70,7 @@ class Denoiser:
         self._metrics = metrics
         self._clock = clock
         self._tracer = tracer
-        self._preparing = 0  # batches that are being handed in, and long texts
+        self._preparing = 0  # batches and long texts that have not reached the engine yet
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -84,7 +85,7 @@ class Denoiser:
         return read_request(fields, self._limits)
 
     def read_batch(self, fields: object, options_at: str = "") -> list[BatchItem]:
-        """Raises `InvalidArgument` for a batch that is none; a bad item is returned as its error."""
+        """Raises `InvalidArgument` for what is wrong with the batch as a whole; a bad item is returned as its error."""
         return read_batch(fields, self._limits, options_at)
 
     async def denoise(
@@ -94,8 +95,8 @@ class Denoiser:
         seconds_left: float | None = None,
         cut_at: float | None = None,
     ) -> DenoiseAnswer:
-        """After `seconds_left`, the caller's own deadline if the transport knows of one, the answer is the best so far;
-        at `cut_at`, on the event loop's clock, it is too late for any.
+        """After `seconds_left`, the caller's own deadline if the transport knows of one, the answer is the best so far.
+        At `cut_at`, on the event loop's clock, there is none: `DeadlineExceeded`.
 
         Raises `TooLarge`, `InvalidArgument`, `DeadlineExceeded`, and what `Engine.reserve` and `Engine.submit` raise.
         """
@@ -115,7 +116,7 @@ class Denoiser:
         seconds_left: float | None = None,
         seconds_to_cut: float | None = None,
     ) -> list[DenoiseAnswer | ServiceError]:
-        """All items at once; the queue and the metrics see each as a request of its own. An item's error is its result.
+        """All items at once. The queue and the metrics count each as a request. An item's error is its result.
 
         Items without an answer after `seconds_to_cut` fail, so that the answers of the others arrive in time.
         """
@@ -151,11 +152,11 @@ class Denoiser:
         return [end.result() for end in ends]
 
     async def handed_in(self) -> None:
-        """Returns once everything that was brought here before is on its way to the engine."""
-        await _turns()  # who has asked for the denoiser comes to use it
+        """Returns once everything that came here before has reached the engine."""
+        await _turns()  # whoever has just taken this denoiser begins to use it
         while self._preparing:
             await asyncio.sleep(POLL_SECONDS)
-        await _turns()  # the last items get to the engine
+        await _turns()  # the last items reach the engine
 
     @contextmanager
     def _handing_in(self) -> Iterator[None]:
@@ -246,7 +247,7 @@ class _Work:
 def follow(
     engine: Engine, job: Job, place: Place, timeline: Timeline | None = None
 ) -> AsyncGenerator[Reading | Result, None]:
-    """What the engine reads in every pass, and the result last. Closing it takes the job out of the engine, before its
+    """The reading of every pass, and the result last. Closing the generator takes the job out of the engine before its
     place in the queue is freed.
     """
 
@@ -270,7 +271,7 @@ def build_job(
     deadline: float | None = None,
     stream: bool = False,
 ) -> Job:
-    """The request's options, and the checkpoint's where it has none."""
+    """Options that the request leaves out are the checkpoint's."""
     return Job(
         tokens=encoding.ids,
         masked=encoding.masked,

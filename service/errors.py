@@ -44,9 +44,9 @@ RefusalReason = Literal["queue_requests", "queue_tokens", "memory", "loading", "
 Printable = str | int | float | bool | None
 
 RETRY_SECONDS = 1
-"""When a refused caller is told to try again."""
+"""After how long a refused caller is told to try again."""
 MEMORY_RETRY_SECONDS = 60
-"""The same for who was refused for want of memory: sooner, no more of it is asked for."""
+"""The same where memory was short: budgets do not grow again sooner."""
 
 DRAINING = "the server is shutting down and takes no new work"
 
@@ -123,12 +123,12 @@ class Unavailable(Refused):
 
     @classmethod
     def draining(cls) -> Unavailable:
-        """For who comes once the end has begun."""
+        """For requests that come while the server drains."""
         return cls(DRAINING, "draining")
 
     @classmethod
     def shut_down(cls) -> Unavailable:
-        """For who was still waiting when it came."""
+        """For requests that were not finished in the grace period."""
         return cls("the server shut down before this request was finished", "draining")
 
     @classmethod
@@ -181,7 +181,7 @@ class FieldProblem:
         return cls(field, f"{field} is missing: want {wanted}", None)
 
     def under(self, path: str) -> FieldProblem:
-        """The same of a field of the field `path`: messages begin with the field's name."""
+        """The same problem, of a field inside the field `path`."""
         return replace(self, field=f"{path}.{self.field}", message=f"{path}.{self.message}") if path else self
 
 

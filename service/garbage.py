@@ -1,4 +1,4 @@
-"""When Python collects garbage, that is, looks for cycles of objects that nothing refers to any more."""
+"""When Python's cyclic garbage collector runs."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 NEW_OBJECTS = 20_000
-"""As many more made than freed before the youngest are looked through. Python's own 700 are reached every other
-request or so, which costs a tenth of its time."""
+"""Threshold of the youngest generation: so many more objects made than freed start a collection. Python's own 700 are
+reached every other request or so, which costs a tenth of a request's time."""
 
 
 def freeze() -> None:
-    """Whatever is alive now stays: a full collection over a model and its libraries would hold every request up for
-    0.2 s. To be called before the first request: what requests hold then would stay for ever, and their model with it.
+    """Exempt all objects that are alive now: a full collection over a model and its libraries would delay every request
+    by 0.2 s. Call it before the first request: what requests hold would never be freed, nor their model.
     """
     gc.collect()
     gc.freeze()
@@ -22,7 +22,7 @@ def freeze() -> None:
 
 @contextmanager
 def left_alone() -> Iterator[None]:
-    """Nothing is collected meanwhile, by whichever thread."""
+    """No collection meanwhile, in any thread."""
     collects = gc.isenabled()
     gc.disable()
     try:

@@ -44,19 +44,20 @@ log = logging.getLogger(__name__)
 Value = TypeVar("Value")
 
 WARM_TICKS, WARM_TOKENS, FEW_TOKENS = 16, 2048, (16, 8, 4)
-"""So many sizes of tick are run before the first request, up to this one at the most, then those of one short text."""
+"""Before the first request, so many sizes of tick are run up to `WARM_TOKENS`, and then those of one short text."""
 
 SWITCH_SECONDS = 0.0005
-"""How long a thread may keep others waiting for the interpreter. A computing thread gives it up and wants it back at
-every operation of a tick, each of which would wait for Python's own 5 ms beside an event loop that is always busy."""
+"""How long a thread may hold the interpreter's lock while others wait. A computing thread releases and takes it at
+every operation of a tick; beside a busy event loop, each would wait for Python's default of 5 ms."""
 
 UNSERVABLE = (ValueError, OSError, RuntimeError, OutOfMemory)
-"""Faults of a checkpoint: what it holds (`CheckpointError`), how it reads, its size. Others are defects of ours."""
+"""Errors for which the checkpoint is to blame: its contents (`CheckpointError`), reading it, its size. Others are
+defects of ours."""
 
 
 @dataclass(frozen=True)
 class Reload:
-    """What became of a request to reload: whether the file held another model, and which one is served now."""
+    """The outcome of a reload: whether the file held another model, and which one is served now."""
 
     outcome: Literal["swapped", "unchanged"]
     previous: str
@@ -111,7 +112,7 @@ class Host:
         log.info("ready after %.1f s: %s on %s", time.monotonic() - began, loaded.name, loaded.model.device)
 
     async def at_rest(self) -> None:
-        """Until the model is loaded and no reload is under way: `reload` can be called at once."""
+        """Returns when the model is loaded and no reload is under way: `reload` can be called at once."""
         while not self._at_rest.is_set():  # it may have been set and cleared before we ran
             await self._at_rest.wait()
 
@@ -130,7 +131,7 @@ class Host:
         try:
             change = await self._replace(serving)
             if isinstance(change, str):
-                gc.collect()  # its traceback still holds the model; nearly all else is frozen and not looked at
+                gc.collect()  # the error's traceback still holds the model; quick, since most objects are frozen
                 raise FailedPrecondition(f"the checkpoint cannot be served, {serving.label} stays: {change}")
             outcome = change.outcome
         finally:
@@ -140,11 +141,11 @@ class Host:
         return change
 
     async def drain(self, grace_seconds: float) -> None:
-        """Turn new requests away, and give those accepted the grace period to finish, on whichever model they are."""
+        """Refuse new requests, and give accepted ones, of either model, the grace period to finish."""
         await self._lifecycle.drain(grace_seconds, *self._engines)
 
     async def stop(self) -> None:
-        """End the engines and their threads; whatever they still had fails."""
+        """Stop the engines and their threads; unfinished requests fail."""
         for task in (self._watching, self._finishing):
             if task is not None:
                 task.cancel()
@@ -174,7 +175,7 @@ class Host:
         return engine
 
     async def _replace(self, serving: ModelCard) -> Reload | str:
-        """What became of it, or why the file cannot be served."""
+        """The outcome, or why the file cannot be served."""
         try:
             if await _beside(has_digest, self._settings.checkpoint, serving.digest):
                 return Reload("unchanged", serving.label, serving.label)
@@ -203,7 +204,7 @@ class Host:
         self._metrics.describe_bounds(engine.bounds, engine.n_replicas)
         self._lifecycle.open(denoiser)
         if self._watching is not None:
-            self._watching.cancel()  # it would keep the old engine, and so the old weights, for ever
+            self._watching.cancel()  # it holds the old engine, and so the old weights
         self._watching = asyncio.create_task(self._watch(engine))
         return card
 
@@ -212,7 +213,7 @@ class Host:
         await self._lifecycle.handed_over()
         await self._retiring.retire()
         self._retiring = None
-        gc.collect()  # errors that its requests ended with may still hold it
+        gc.collect()  # errors of its requests may still hold it
         self._rest()
 
     def _rest(self) -> None:
@@ -225,7 +226,7 @@ class Host:
 
 
 async def _beside(function: Callable[..., Value], *arguments: object) -> Value:
-    """What it returns, in a thread that no end of the process waits for: a file system may never answer."""
+    """Run the function in a thread that the end of the process does not wait for: a file system may never answer."""
     thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=THREADS)
     try:
         return await asyncio.get_running_loop().run_in_executor(thread, function, *arguments)
@@ -234,14 +235,14 @@ async def _beside(function: Callable[..., Value], *arguments: object) -> Value:
 
 
 def default_replicas(device: torch.device, threads: int = 1) -> int:
-    """One batch a core, each in one thread unless told otherwise: several threads to a batch wait for one another at
-    every operation, and for the event loop when it takes one of their cores. A GPU takes one batch at a time.
+    """One batch a core, divided by the threads of each. One thread each is best: several threads of a batch wait for
+    one another at every operation, and for the event loop when it takes one of their cores. A GPU computes one batch.
     """
     return max(1, usable_cores() // threads) if device.type == "cpu" else 1
 
 
 def scheduler_limits(settings: Settings, loaded: LoadedModel) -> SchedulerLimits:
-    """Raises `ValueError` for a tick that could not hold the longest text the model takes."""
+    """Raises `ValueError` for a budget too small for the longest text the model takes."""
     limits, longest = settings.limits_on(loaded.model.device.type), loaded.model.config.max_seq_len
     if limits.token_budget < longest:
         raise ValueError(f"token_budget is {limits.token_budget}: want at least max_seq_len = {longest}")
@@ -274,8 +275,8 @@ def build_denoiser(
 
 
 def rehearsals(loaded: LoadedModel, limits: SchedulerLimits) -> list[list[Job]]:
-    """Ticks to warm up with. First the heaviest there can be, then half of that and so on, to find out what there is
-    memory for. Then one of each size: the first pass of a thread is slow, and so is the first of each size.
+    """Ticks to warm up with. First the heaviest that may occur, then (on CUDA) half of it and so on, to find out what
+    there is memory for. Then one of each size, because the first pass of each size is slow.
     """
     ticks, longest = [], loaded.model.config.max_seq_len
     n_tokens = limits.token_budget
@@ -292,6 +293,6 @@ def rehearsals(loaded: LoadedModel, limits: SchedulerLimits) -> list[list[Job]]:
 
 
 def _rehearsal(tokenizer: Tokenizer, masked: list[bool]) -> Job:
-    """It halts by the gate after one pass. If that had to be its last, less of it would be computed."""
+    """A job that the gate halts after one pass. With `max_steps=1`, less would be computed: not all rows are needed."""
     tokens = [tokenizer.mask_id if is_masked else tokenizer.cls_id for is_masked in masked]
     return Job(tokens, masked, max_steps=2, threshold=math.inf, halting="gate")

@@ -1,4 +1,4 @@
-"""Where a server stands between start and end, and what it serves: shared by all transports.
+"""The state of a server from start to end, and what it serves: shared by all transports.
 
 loading -> ready -> draining
     └──> failed <┘
@@ -24,7 +24,7 @@ REFUSALS: dict[State, tuple[str, RefusalReason]] = {
 
 
 class Drains(Protocol):
-    """An engine, or the way to one."""
+    """An engine, or the connection to one."""
 
     async def drain(self, grace_seconds: float) -> None:
         """Refuse new work, finish what there is, and fail what is left after the grace period."""
@@ -33,7 +33,7 @@ class Drains(Protocol):
 class Lifecycle:
     def __init__(self) -> None:
         self._denoiser: Denoiser | None = None
-        self._leaving: list[Denoiser] = []  # some texts may still be on their way from these to their engines
+        self._leaving: list[Denoiser] = []  # replaced ones, from which texts may not have reached their engine yet
         self._draining = False
 
     @property
@@ -46,7 +46,7 @@ class Lifecycle:
 
     @property
     def denoiser(self) -> Denoiser:
-        """What to serve a request with, now: ask for each anew. Raises `Unavailable` unless ready."""
+        """What serves requests now; ask anew for each request. Raises `Unavailable` unless ready."""
         state = self.state
         if self._denoiser is None or state != "ready":
             raise Unavailable(*REFUSALS[state])
@@ -57,24 +57,24 @@ class Lifecycle:
         _ = self.denoiser
 
     def open(self, denoiser: Denoiser) -> None:
-        """Loaded and warmed: take requests, from now on with this one."""
+        """Take requests from now on, and with this denoiser."""
         if self._denoiser is not None:
             self._leaving.append(self._denoiser)
         self._denoiser = denoiser
 
     async def handed_over(self) -> None:
-        """Returns once nothing comes any more to the engines of the denoisers before this one."""
+        """Returns once replaced denoisers send nothing more to their engines."""
         for denoiser in tuple(self._leaving):
             await denoiser.handed_in()
             if denoiser in self._leaving:
                 self._leaving.remove(denoiser)
 
     async def drain(self, grace_seconds: float, *engines: Drains) -> None:
-        """Turn new requests away, and give these engines the grace period to finish those accepted."""
+        """Refuse new requests, and give these engines the grace period to finish accepted ones."""
         self._draining = True
         ends_at = time.monotonic() + grace_seconds
         with suppress(TimeoutError):
-            async with asyncio.timeout(grace_seconds):  # an engine knows nothing of texts that are being tokenised
+            async with asyncio.timeout(grace_seconds):  # engines do not know of texts that are still being tokenised
                 for denoiser in filter(None, (*self._leaving, self._denoiser)):
                     await denoiser.handed_in()
         left = max(0.0, ends_at - time.monotonic())

@@ -33,7 +33,7 @@ class Limits:
 
     @property
     def shown(self) -> dict[str, int]:
-        """All of them, as callers are told."""
+        """All limits, as `GET /model` shows them."""
         lengths = {"max_seq_len": self.max_seq_len, "max_characters": self.max_characters}
         return {**lengths, "max_batch_items": self.max_batch_items, **self.ceilings}
 
@@ -43,7 +43,7 @@ class Limits:
         return {"max_steps": self.max_steps, "top_k": self.max_top_k, "timeout_ms": self.max_timeout_ms}
 
     def above(self, fields: Mapping[str, object], wanted: Mapping[str, str]) -> list[FieldProblem]:
-        """The fields whose whole number is above its ceiling; other faults are the schema's to find."""
+        """Problems of fields whose whole number is above its ceiling. The schema finds all others."""
         return [
             FieldProblem.of(name, value, wanted[name])
             for name, ceiling in self.ceilings.items()

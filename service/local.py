@@ -13,7 +13,7 @@ from service.schema import read_request
 from service.text import encode, write_back
 
 MAX_STEPS = 1000
-"""A ceiling against slips of the finger: nobody else's request waits behind this one."""
+"""Only a guard against typing errors: no other request waits behind this one."""
 
 
 @dataclass(frozen=True)

@@ -28,18 +28,18 @@ def configure(level: str, form: Format) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler])
     logging.getLogger("grpc._cython.cygrpc").addFilter(_worth_a_line)
     if form == "json":
-        logging.captureWarnings(True)  # they would be the only lines that are no JSON
+        logging.captureWarnings(True)  # else warnings would be the only lines that are not JSON
 
 
 def _worth_a_line(record: logging.LogRecord) -> bool:
-    """Not so what gRPC says of metadata that is no UTF-8, quoted whole, a caller's key as anything else; nor that an
-    answer could not be sent, which it takes for an error where a caller has just left.
+    """False for two kinds of gRPC's records: of metadata that is not UTF-8, which it quotes in full, even a caller's
+    key; and of an answer that could not be sent, which only says that a caller has left.
     """
     return not str(record.msg).startswith(("Invalid encoding on", "ExecuteBatchError raised in core"))
 
 
 def complain(program: str, problem: object) -> None:
-    """Say in one line why a program ends: as it is for who started it, as one of them where lines are JSON."""
+    """Say in one line why a program ends: as a log record if the log is JSON, else plainly on stderr."""
     line = " ".join(str(problem).split())
     if any(isinstance(handler.formatter, JsonLines) for handler in logging.getLogger().handlers):
         logging.getLogger(program).critical("%s", line)
@@ -80,12 +80,12 @@ class JsonLines(logging.Formatter):
 
 
 def fields(**named: object) -> Mapping[str, object]:
-    """`extra=` of a log call whose numbers a program may want to read beside the sentence they stand in."""
+    """For `extra=` of a log call: values that JSON lines have as fields of their own, beside the message."""
     return {"fields": named}
 
 
 def _message(record: logging.LogRecord) -> str:
-    return record.getMessage().rstrip("\n")  # some end theirs, as if the traceback were a part of it
+    return record.getMessage().rstrip("\n")  # some libraries end messages with a line break
 
 
 def _below(formatter: logging.Formatter, record: logging.LogRecord) -> str:

@@ -13,14 +13,14 @@ from service.engine.replica import THREADS
 
 try:
     import uvloop
-except ImportError:  # not made for Windows
+except ImportError:  # there is none for Windows
     new_event_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
 else:
     new_event_loop = uvloop.new_event_loop
 
 
 def run(main: Coroutine[Any, Any, int]) -> int:
-    """As `asyncio.run`, on uvloop where there is one. Ends the process when a stuck thread would keep it for ever."""
+    """`asyncio.run`, on uvloop where there is one. Ends the process at once if a stuck thread would keep it alive."""
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         status = runner.run(main)
     if any(thread.name.startswith(THREADS) for thread in threading.enumerate()):

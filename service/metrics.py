@@ -78,7 +78,7 @@ class Declaration:
 
 class Metrics:
     def __init__(self, clock: Callable[[], float]) -> None:
-        disable_created_metrics()  # a second series for each counter and bucket, which nobody asks for
+        disable_created_metrics()  # else a second series for each counter and histogram
         self._clock = clock
         self.registry = CollectorRegistry()
         self.declared: list[Declaration] = []
@@ -256,11 +256,11 @@ class Metrics:
         self.out_of_memory.inc()
 
     async def scrape(self) -> bytes:
-        """What a scraper is shown: everything of the whole server, wherever the rest of it runs."""
+        """What `/metrics` answers: the metrics of the whole server, of other processes too where there are any."""
         return self.exposition()
 
     def exposition(self) -> bytes:
-        """Everything, in Prometheus' text format."""
+        """The metrics of this registry, in Prometheus' text format."""
         return generate_latest(self.registry)
 
     def _counter(self, name: str, meaning: str, **labels: Sequence[str]) -> Counter:

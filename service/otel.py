@@ -35,10 +35,10 @@ MAX_SHOWN_PASSES = 100
 """A span holds 128 events, and throws out the first when there are more."""
 
 MAX_CONTEXT_CHARACTERS = 512
-"""Of each context header. As much as every part of a trace is asked to hand on; longer ones are not read."""
+"""Longest context header that is read: as much as W3C Trace Context asks everybody to pass on."""
 
 OUR_FAULTS = ("internal", "unavailable")
-"""Outcomes that make a span an error; the others are answers that the caller asked for."""
+"""Outcomes that make a span an error; for the others the caller is to blame."""
 
 
 class OtelTracer:
@@ -87,7 +87,7 @@ class OtelTracer:
         return _SpanTimeline(span, self._now_ns) if span.is_recording() else None
 
     def close(self) -> None:
-        """Once the time is over the exporter is shut, which ends what it is doing and whatever it would try again."""
+        """Send what is left for at most `CLOSE_SECONDS`; then the exporter is shut down, retries included."""
         overtime = threading.Timer(CLOSE_SECONDS, self._exporter.shutdown)
         overtime.daemon = True
         overtime.start()
@@ -142,12 +142,12 @@ class _SpanTimeline:
 
 def exporter_to(endpoint: str) -> SpanExporter:
     for name in ("opentelemetry.trace.span", "opentelemetry.trace.propagation.tracecontext"):
-        logging.getLogger(name).setLevel(logging.ERROR)  # they warn of callers' bad headers, with the callers' words
+        logging.getLogger(name).setLevel(logging.ERROR)  # their warnings quote callers' bad headers
     return OTLPSpanExporter(endpoint=endpoint)
 
 
 def _resource() -> Resource:
-    """Who sends: "rdt" unless the environment has another name for it."""
+    """The sender of the spans: "rdt", unless the environment names it otherwise."""
     return Resource.create(
         {"service.name": "rdt", "service.version": release(), **OTELResourceDetector().detect().attributes}
     )

@@ -10,9 +10,10 @@ Value = TypeVar("Value")
 
 
 async def pumped(work: Callable[[Callable[[Value], None]], Awaitable[None]]) -> AsyncGenerator[Value, None]:
-    """What `work` hands to its argument, as it comes, and in the end what it raises. Closing it cancels the work.
+    """The values that `work` passes to its argument, as they come; raises what `work` raises. Closing the generator
+    cancels the work.
 
-    Unbounded: for as much as a caller may ask for anyway.
+    The queue between them is unbounded: use it where requests are bounded anyway.
     """
     values: asyncio.Queue[tuple[Value] | None] = asyncio.Queue()
     working = asyncio.ensure_future(work(lambda value: values.put_nowait((value,))))
@@ -23,4 +24,4 @@ async def pumped(work: Callable[[Callable[[Value], None]], Awaitable[None]]) -> 
         await working
     finally:
         working.cancel()
-        await asyncio.gather(working, return_exceptions=True)  # whatever it holds is free when this ends
+        await asyncio.gather(working, return_exceptions=True)  # so that all it holds is free afterwards

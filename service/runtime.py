@@ -1,6 +1,6 @@
 """The composition root: settings -> host of the model -> two listening servers, and back down.
 
-The ports are bound first and the checkpoint loaded behind it, so that probes get true answers from the
+The ports are bound first and the checkpoint is loaded after that, so that probes get true answers from the
 start. On SIGTERM or SIGINT new requests are refused, accepted ones finish within the grace period, and
 the process ends with 0. A checkpoint that cannot be loaded ends it with 1. SIGHUP reloads the checkpoint.
 """
@@ -69,7 +69,7 @@ class FrontEnd:
         self._answering: asyncio.Task[None] | None = None
 
     async def open(self, listener: socket.socket) -> None:
-        """Raises `OSError` if the gRPC address cannot be had."""
+        """Raises `OSError` if the gRPC address cannot be bound."""
         settings = self._settings
         await self.rpc.start(settings.host, settings.grpc_port)
         log.info("listening on http://%s", address(*listener.getsockname()[:2]))
@@ -84,7 +84,7 @@ class FrontEnd:
 
 
 class Runtime:
-    """One server in one process: what it is made of, before and after its model is there."""
+    """The parts of a server in one process."""
 
     def __init__(self, settings: Settings) -> None:
         self.lifecycle = Lifecycle()
@@ -95,7 +95,7 @@ class Runtime:
 
 
 async def serve(settings: Settings) -> int:
-    """Run until a signal comes. Returns the exit status; raises `OSError` if the address cannot be had."""
+    """Run until a signal comes. Returns the exit status; raises `OSError` if the address cannot be bound."""
     stopped = asked_to_end()
     runtime = Runtime(settings)
     on_hangup(Reloader(runtime.host), stopped)
@@ -127,8 +127,8 @@ def listen(host: str, port: int, *, share: bool = False) -> socket.socket:
 
 
 class Reloader:
-    """What SIGHUP calls. Its sender waits for no answer and will not ask again, so what cannot be done now is done
-    when it can: one reload more after the one under way, which may have read the file before it was written.
+    """What SIGHUP calls. Its sender gets no answer and will not ask again, so a signal during a reload leads to one
+    more afterwards: the one under way may have read the file before it was written.
     """
 
     def __init__(self, host: Host) -> None:
@@ -172,7 +172,7 @@ async def load_and_wait(host: Host, stopped: asyncio.Event) -> int:
 
 
 async def _reload(host: Host) -> None:
-    """Asked for by no caller. The host has logged what became of it, but when the server is ending."""
+    """Reload without a caller. The host logs a failure itself, except while the server is ending."""
     try:
         change = await host.reload()
     except ServiceError as error:

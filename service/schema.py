@@ -64,7 +64,7 @@ class DenoiseRequest(BaseModel):
         default=None, ge=0, le=MAX_SEED, description="Which tokens `mask_ratio` picks: same seed, same tokens."
     )
 
-    @field_validator("text", mode="before")  # before pydantic, which has another name for what is wrong
+    @field_validator("text", mode="before")  # before pydantic, whose message would not say what is wanted
     @classmethod
     def _is_plain_text(cls, text: object) -> object:
         if not isinstance(text, str):
@@ -207,7 +207,7 @@ def _read_item(item: object, shared: Mapping[str, object], path: str, limits: Li
 
 
 def _list_problems(fields: Mapping[str, object], limits: Limits) -> list[FieldProblem]:
-    """What is wrong with `items` as a list."""
+    """Problems of `items` as a list."""
     wanted = f"an array of 1 to {limits.max_batch_items} objects with the field text"
     if "items" not in fields:
         return [FieldProblem.missing("items", wanted)]

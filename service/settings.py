@@ -16,15 +16,15 @@ from service.errors import printable
 
 PREFIX = "RDT_"
 NOT_SET = "(not set)"
-"""`--help`'s word for no value. It is also read as that, so it must be nothing that a template writes for a secret it
-does not find: with pydantic's own, `None`, the server would then run without a key."""
+"""How `--help` shows no value. It is also read as no value, so it must not be what a template writes for a missing
+secret: with pydantic's own, `None`, the server would then run without a key."""
 
 MOST = 2**31 - 1
-"""Of whatever is counted: more is nobody's wish, and some of those who count for us take no more."""
+"""Largest count of any setting: some libraries take 32-bit numbers."""
 
 
 def _sendable(key: SecretStr) -> SecretStr:
-    """Headers and gRPC metadata carry nothing else alike, and callers' libraries trim them."""
+    """Only such keys arrive unchanged both in HTTP headers and in gRPC metadata; clients trim spaces."""
     text = key.get_secret_value()
     if not text.isascii() or not text.isprintable() or text != text.strip():
         raise PydanticCustomError("key", "want printable ASCII characters, and no space at either end")
@@ -198,7 +198,7 @@ class Settings(BaseSettings):
         return [f"cuda:{number}" for number in self.devices.split(",") if number] or [self.device]
 
     def limits_on(self, device_type: str) -> SchedulerLimits:
-        """What is left to us, chosen for the device. A budget that CUDA has no memory for shrinks while warming."""
+        """A setting of 0 gets the default of the device. A budget that CUDA has no memory for shrinks while warming."""
         token_budget, max_live = (16_384, 512) if device_type == "cuda" else (512, 64)
         return SchedulerLimits(
             token_budget=self.token_budget or token_budget,

@@ -19,7 +19,7 @@ def asked_to_end(*numbers: signal.Signals) -> asyncio.Event:
 
 @contextmanager
 def hangup_held() -> Iterator[None]:
-    """SIGHUP, which would be fatal, waits until somebody takes it, in children that are started meanwhile, too."""
+    """Block SIGHUP, which would end the process, until `take_hangup`; also in children that are started meanwhile."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
         yield
@@ -28,13 +28,13 @@ def hangup_held() -> Iterator[None]:
 
 
 def take_hangup(act: Callable[[], None]) -> None:
-    """SIGHUP calls this from now on, also if it came while it was held."""
+    """SIGHUP calls `act` from now on; so does one that came while it was held."""
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, act)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
 
 
 def on_hangup(reload: Callable[[], None], stopped: asyncio.Event) -> None:
-    """SIGHUP asks for a reload, or says that the terminal has gone, and ends us."""
+    """SIGHUP reloads; if it says that the terminal has gone, it ends the server."""
     in_terminal = _has_terminal() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN  # which `nohup` has set
 
     def hang_up() -> None:

@@ -1,4 +1,4 @@
-"""Between characters and tokens: bounded encoding, corruption on request, and writing back."""
+"""From characters to tokens and back: bounded encoding, masking on request, and writing tokens back."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ def encode(text: str, tokenizer: Tokenizer, limits: Limits) -> Encoding:
 
 
 def hide(encoding: Encoding, tokenizer: Tokenizer, ratio: float, seed: int) -> Encoding:
-    """Mask a share of the tokens: the same ones for the same seed. Each has `[MASK]` in its place in the text. Every
-    other token stays what it was, though part of a word may look like another word without the rest.
+    """Mask a share of the tokens, the same ones for the same seed, and write `[MASK]` in their place in the text. Every
+    other token keeps its id, even where the rest of a word alone would be read as another word.
     """
     maskable = maskable_rows(torch.tensor(encoding.ids), tokenizer.special_ids)
     ranks = mask_ranks(maskable, torch.Generator().manual_seed(seed))
     hidden_by: dict[int, int] = {}  # character -> row
     for row in masked_at(ranks, ratio).nonzero().squeeze(1).tolist():
         hidden_by |= {character: row for character in range(*encoding.spans[row]) if character not in hidden_by}
-    hiding = set(hidden_by.values())  # where tokens share a character, only the first has it
+    hiding = set(hidden_by.values())  # of tokens that share a character, only the first hides it
     text, ids, spans, masked, read = "", [], [], [], 0
     for row, (start, end) in enumerate(encoding.spans):
         if row not in hiding and any(character in hidden_by for character in range(start, end)):
@@ -87,7 +87,7 @@ def write_back(encoding: Encoding, result: Result, tokenizer: Tokenizer, *, rewr
 
 
 class Draft:
-    """A restoration in the making: what a pass has fixed stays, what it guessed gives way to the next."""
+    """The text of a stream: what a pass has fixed stays, and its guesses are replaced by those of the next pass."""
 
     def __init__(self, encoding: Encoding, tokenizer: Tokenizer, *, rewrite: bool = False) -> None:
         self._encoding = encoding

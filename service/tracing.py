@@ -14,11 +14,11 @@ from service.calls import Call
 from service.engine.types import Job, Reading, Result
 
 CONTEXT_HEADERS = ("traceparent", "tracestate")
-"""Of W3C Trace Context: how a caller says which trace a call belongs to."""
+"""Headers of W3C Trace Context, by which a caller says which trace a call belongs to."""
 
 
 class Span(Protocol):
-    """What a transport writes on."""
+    """What a transport uses of a span."""
 
     def update_name(self, name: str) -> None: ...
 
@@ -40,14 +40,14 @@ class Tracer(Protocol):
     ) -> AbstractContextManager[Span]:
         """A span for a whole call, under the one that the context headers name; the call learns its trace id.
 
-        Says at its end how the call has ended.
+        Records at its end how the call has ended.
         """
 
     def item(self, index: int) -> AbstractContextManager[None]:
-        """A span for an item of a batch, below that of the call. Says at its end how the item has ended."""
+        """A span for an item of a batch, below that of the call. Records at its end how the item has ended."""
 
     def timeline(self) -> Timeline | None:
-        """For a request that is about to be submitted; None if nobody will look at it."""
+        """For a request that is about to be submitted; None if it is not traced."""
 
     def close(self) -> None:
         """Send what has not been sent yet, for a bounded time."""
@@ -62,7 +62,7 @@ class _NoSpan:
 
 
 class NoTracer:
-    """Nobody looks."""
+    """Traces nothing."""
 
     def __init__(self) -> None:
         self._span = nullcontext(_NoSpan())
@@ -113,5 +113,5 @@ def open_tracer(endpoint: str | None) -> Tracer:
 
 
 def _unreadable(error: Exception) -> TracingError:
-    """Of whatever kind the error is: it is the library that reads its variables, some of them on being imported."""
+    """For any error of the library: it reads its variables itself, some of them when it is imported."""
     return TracingError(f"traces cannot be sent, look at the OTEL_* variables: {error!r}")

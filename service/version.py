@@ -1,4 +1,4 @@
-"""Which release of this package runs."""
+"""The release of this package."""
 
 from __future__ import annotations
 

@@ -22,84 +22,86 @@ from service.rest.problem import PROBLEM_JSON, Problem
 log = logging.getLogger(__name__)
 
 HEAD_BYTES = 65_536
-"""Of a request line and its headers, and of the trailers of a body in chunks. Nothing else bounds them."""
+"""Longest request line with headers, and longest trailers of a chunked body. uvicorn does not bound them."""
 ARRIVAL_SECONDS = 30.0
-"""Until a request has arrived, head and body, from its first byte on; and until the first byte of a connection."""
+"""How long a request may take to arrive, head and body, from its first byte on; also how long a new connection may stay
+silent."""
 READING_SECONDS = 30.0
-"""How long a caller may leave everything unread that is sent to it."""
+"""How long a caller may read nothing of what is sent to it."""
 PARTING_SECONDS = 1.0
-"""For a caller to read an answer to what it has not finished sending: to close at once might take it away."""
+"""How long a connection stays open after a request was refused as it arrived: closed at once, the caller might not get
+the answer."""
 HEAD_END = re.compile(rb"\n\r?\n")
 UPGRADE = re.compile(rb"\nupgrade[ \t]*:", re.IGNORECASE)
 NO_HTTP = "Invalid HTTP request received."
 NOT_ONE_HOST = "the request does not say for whom it is: want one header Host"
 
 
-class Unfit(ValueError):
-    """Why a head is refused that the parser would let pass."""
+class BadHead(ValueError):
+    """Why we refuse a head that the parser accepts."""
 
 
 class Http(HttpToolsProtocol):
-    """What arrives too slowly or with too long a head is answered with an error, and so is what is still arriving when
-    the server shuts down; then the connection is closed.
+    """A request that arrives too slowly, has too long a head, or is still arriving when the server shuts down is
+    answered with an error, and its connection is closed.
 
-    A request that offers an upgrade is answered as if it did not, which is what HTTP asks of who takes none.
-    Java's own client offers HTTP/2 with every request, and so does `curl --http2`. The parser takes any offer for
-    accepted and the body for the other protocol's, so that it would be lost (Kludex/uvicorn#2722). Here the header gets
-    another name before the parser sees it; WebSockets are not served.
+    A request that offers an upgrade is answered as if it did not, as HTTP asks of servers that do not upgrade. Java's
+    own client offers HTTP/2 with every request, and so does `curl --http2`. The parser assumes that every offer is
+    accepted and takes the body for the other protocol's, so that it would be lost (Kludex/uvicorn#2722). Here the
+    header gets another name before the parser sees it. WebSockets are not served.
 
-    Where a body in chunks ends only the parser knows, so it is the last of its connection.
+    Only the parser knows where a chunked body ends, so a request with one is the last of its connection.
     """
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self._head = bytearray()  # what there is of the next one
-        self._n_heads = 0  # that the parser has read
+        self._head = bytearray()  # of the next request, as far as it has arrived
+        self._n_heads = 0  # heads that the parser has read
         self._in_body = False
-        self._left: int | None = None  # bytes of the body that are to come; None for chunks
-        self._n_aside = 0  # bytes since the last of a body in chunks
-        self._later = b""  # what came behind a request that waits for its turn
-        self._deaf = False  # to all that may still come
-        self._running: RequestResponseCycle | None = None  # the request that is being answered, or was last
-        self._deadline: asyncio.TimerHandle | None = None  # of what arrives
-        self._patience: asyncio.TimerHandle | None = None  # with what is not read
+        self._body_left: int | None = None  # bytes of the body still to come; None: it is chunked
+        self._n_since_body = 0  # bytes since the last data of a chunked body: chunk sizes, trailers
+        self._unread = b""  # bytes behind a request that waits for its turn
+        self._ignores_input = False  # from now on
+        self._running: RequestResponseCycle | None = None  # the request being answered, or the last one that was
+        self._arrival_timer: asyncio.TimerHandle | None = None
+        self._reading_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as in uvicorn
         super().connection_made(transport)
-        self._deadline = self.loop.call_later(ARRIVAL_SECONDS, self._is_late)
+        self._arrival_timer = self.loop.call_later(ARRIVAL_SECONDS, self._arrival_timed_out)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_waiting()
+        self._stop_arrival_timer()
         self.resume_writing()
         self.pipeline.clear()
-        self._later = b""
-        if self._answering is not None:  # uvicorn tells only the newest
+        self._unread = b""
+        if self._answering is not None:  # uvicorn tells only the newest request
             self._answering.disconnected = True
             self._answering.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        data = self._later + data
-        self._later = b""
-        while data and not self._deaf:
-            if self.pipeline:  # one request may wait behind the one that is answered; the others stay bytes
-                self._later = data
+        data = self._unread + data
+        self._unread = b""
+        while data and not self._ignores_input:
+            if self.pipeline:  # one request may wait behind the one being answered; further ones stay unread
+                self._unread = data
                 self.flow.pause_reading()
                 break
             data = self._read_body(data) if self._in_body else self._read_head(data)
-        if (self._head or self._in_body) and self._deadline is None and not self._deaf:
-            self._deadline = self.loop.call_later(ARRIVAL_SECONDS, self._is_late)
+        if (self._head or self._in_body) and self._arrival_timer is None and not self._ignores_input:
+            self._arrival_timer = self.loop.call_later(ARRIVAL_SECONDS, self._arrival_timed_out)
 
     def _read_head(self, data: bytes) -> bytes:
-        """What is left of the data."""
+        """Take the data of a head. Returns what comes after it."""
         if not self._head:
             data = data.lstrip(b"\r\n")  # as the parser does
             if not data:
                 return b""
-            self._stop_waiting()
+            self._stop_arrival_timer()
             self._unset_keepalive_if_required()
-            if not data[:1].isalpha():  # TLS, say, whose head would never end
-                self._end(400, NO_HTTP)
+            if not data[:1].isalpha():  # TLS, say, in which no end of a head would be found
+                self._refuse(400, NO_HTTP)
                 return b""
         n_before = len(self._head)
         if n_before:
@@ -108,71 +110,71 @@ class Http(HttpToolsProtocol):
         end = HEAD_END.search(head, max(0, n_before - 2))
         length = len(head) if end is None else end.end()
         if length > HEAD_BYTES:
-            self._end(431, f"the headers are longer than {HEAD_BYTES} bytes")
+            self._refuse(431, f"the headers are longer than {HEAD_BYTES} bytes")
         elif end is None:
             self._head = self._head or bytearray(data)
         else:
             self._head = bytearray()
             n_parsed = self._n_heads
             self._parse(without_upgrade(bytes(head[:length])))
-            if self._n_heads == n_parsed and not self._deaf:  # the parser sees no end where we do
-                self._end(400, NO_HTTP)
+            if self._n_heads == n_parsed and not self._ignores_input:  # the parser sees no end of the head where we do
+                self._refuse(400, NO_HTTP)
             return data[length - n_before :]
         return b""
 
     def _read_body(self, data: bytes) -> bytes:
-        """What is left of the data."""
-        if self._left:
-            piece, rest = data[: self._left], data[self._left :]
-            self._left -= len(piece)
+        """Take the data of a body. Returns what comes after it."""
+        if self._body_left:
+            piece, rest = data[: self._body_left], data[self._body_left :]
+            self._body_left -= len(piece)
             self._parse(piece)
             return rest
-        self._n_aside += len(data)
+        self._n_since_body += len(data)
         self._parse(data)
-        if self._n_aside > HEAD_BYTES and self._in_body and not self._deaf:
-            self._end(431, f"the trailers are longer than {HEAD_BYTES} bytes")
+        if self._n_since_body > HEAD_BYTES and self._in_body and not self._ignores_input:
+            self._refuse(431, f"the trailers are longer than {HEAD_BYTES} bytes")
         return b""
 
     def _parse(self, data: bytes) -> None:
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:  # CONNECT
-            self._end(400, NO_HTTP)
+            self._refuse(400, NO_HTTP)
         except httptools.HttpParserError as error:
-            if not self._deaf:
+            if not self._ignores_input:
                 log.debug("not HTTP", exc_info=error)
-                self._end(400, str(error.__context__) if isinstance(error.__context__, Unfit) else NO_HTTP)
+                self._refuse(400, str(error.__context__) if isinstance(error.__context__, BadHead) else NO_HTTP)
 
     def on_message_begin(self) -> None:
-        if self._deaf:
-            raise ValueError("a request behind a body in chunks")  # stops the parser
+        if self._ignores_input:
+            raise ValueError("a request behind a chunked body")  # stops the parser
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         n_hosts = [name for name, _ in self.headers].count(b"host")
         if n_hosts > 1 or (n_hosts == 0 and self.parser.get_http_version() == "1.1"):
-            raise Unfit(NOT_ONE_HOST)  # RFC 9112, 3.2; it stops the parser
+            raise BadHead(NOT_ONE_HOST)  # RFC 9112, 3.2; raising stops the parser
         coding = b", ".join(value for name, value in self.headers if name == b"transfer-encoding")
-        if coding.lower() not in (b"", b"chunked"):  # the parser looks at the last alone
-            raise Unfit(f"the transfer coding is {coding[:80].decode('latin-1')}: want chunked or none")
+        if coding.lower() not in (b"", b"chunked"):  # the parser looks only at the last
+            raise BadHead(f"the transfer coding is {coding[:80].decode('latin-1')}: want chunked or none")
         super().on_headers_complete()
         headers = dict(self.headers)
-        self.headers = []  # for trailers, which must not pass for headers
+        self.headers = []  # the parser adds trailers, which must not pass for headers
         self._n_heads += 1
-        self._in_body, self._n_aside = True, 0
-        self._left = None if b"transfer-encoding" in headers else int(headers.get(b"content-length", 0))
+        self._in_body, self._n_since_body = True, 0
+        self._body_left = None if b"transfer-encoding" in headers else int(headers.get(b"content-length", 0))
 
     def on_body(self, body: bytes) -> None:
-        self._n_aside = 0
+        self._n_since_body = 0
         super().on_body(body)
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
         self._in_body = False
-        self._stop_waiting()
-        if self._left is None:
-            self._deaf, self.cycle.keep_alive = True, False
-            if self.cycle.response_complete:  # refused before it was there
+        self._stop_arrival_timer()
+        if self._body_left is None:
+            self._ignores_input, self.cycle.keep_alive = True, False
+            if self.cycle.response_complete:  # it was refused before it had arrived
                 self.transport.close()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
@@ -181,61 +183,61 @@ class Http(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self._later and not self.transport.is_closing():
+        if self._unread and not self.transport.is_closing():
             self.data_received(b"")
-        if self._head or self._in_body:  # it is not idle
+        if self._head or self._in_body:  # the connection is not idle
             self._unset_keepalive_if_required()
 
     @property
     def _answering(self) -> RequestResponseCycle | None:
-        """The request that is being answered, if there is one."""
+        """The request being answered, if there is one."""
         return None if self._running is None or self._running.response_complete else self._running
 
     def shutdown(self) -> None:
         if self._head or self._in_body:
-            self._end(503, DRAINING)
+            self._refuse(503, DRAINING)
         else:
             super().shutdown()
 
-    def _is_late(self) -> None:
-        self._deadline = None
+    def _arrival_timed_out(self) -> None:
+        self._arrival_timer = None
         arriving = self.cycle if self._in_body else None
-        if self._answering is not None and self._answering is not arriving:  # what came before it goes before it
-            self._deadline = self.loop.call_later(ARRIVAL_SECONDS, self._is_late)
+        if self._answering is not None and self._answering is not arriving:  # the earlier request is answered first
+            self._arrival_timer = self.loop.call_later(ARRIVAL_SECONDS, self._arrival_timed_out)
         elif self._head or self._in_body:
-            self._end(408, f"the request has not arrived within {ARRIVAL_SECONDS:g} s")
+            self._refuse(408, f"the request has not arrived within {ARRIVAL_SECONDS:g} s")
         else:
             self.transport.close()
 
-    def _stop_waiting(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
+    def _stop_arrival_timer(self) -> None:
+        if self._arrival_timer is not None:
+            self._arrival_timer.cancel()
+            self._arrival_timer = None
 
-    def _end(self, status: int, detail: str) -> None:
-        """Answer a request that has not arrived in whole, unless it has been answered, and hang up."""
+    def _refuse(self, status: int, detail: str) -> None:
+        """Answer a request that has not fully arrived, unless it has been answered, and close the connection."""
         arriving = self.cycle if self._in_body else None
-        self._deaf, self._in_body, self._head, self._later = True, False, bytearray(), b""
-        self._stop_waiting()
+        self._ignores_input, self._in_body, self._head, self._unread = True, False, bytearray(), b""
+        self._stop_arrival_timer()
         log.debug("a request is refused as it arrives: %d %s", status, detail)
         if (earlier := self._answering) is not None and earlier is not arriving:
             earlier.keep_alive = False  # the connection ends with its answer
             self.pipeline.clear()
             return
         if arriving is None or not arriving.response_started:
-            self._say(status, detail)
+            self._write_problem(status, detail)
         if arriving is not None:
-            arriving.disconnected = True  # so that nobody answers it once more
+            arriving.disconnected = True  # so that it is not answered again
             arriving.message_event.set()
         self.transport.write_eof()
         self.flow.resume_reading()
-        self._deadline = self.loop.call_later(PARTING_SECONDS, self.transport.abort)
+        self._arrival_timer = self.loop.call_later(PARTING_SECONDS, self.transport.abort)
 
-    def _say(self, status: int, detail: str) -> None:
+    def _write_problem(self, status: int, detail: str) -> None:
         call, phrase = calls.fresh_id(), HTTPStatus(status).phrase
         problem = Problem(type="about:blank", title=phrase, status=status, detail=detail, request_id=call)
         head = f"HTTP/1.1 {status} {phrase}\r\nContent-Type: {PROBLEM_JSON}\r\nX-Request-Id: {call}\r\n"
-        if status == STATUS["unavailable"]:  # not of HTTP alone
+        if status == STATUS["unavailable"]:  # the one error here that has a neutral code
             problem = problem_of(Unavailable.draining(), call)
             head += f"Retry-After: {RETRY_SECONDS}\r\n"
         body = problem.model_dump_json().encode("ascii")
@@ -243,16 +245,16 @@ class Http(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        if self._patience is None:
-            self._patience = self.loop.call_later(READING_SECONDS, self.transport.abort)
+        if self._reading_timer is None:
+            self._reading_timer = self.loop.call_later(READING_SECONDS, self.transport.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self._patience is not None:
-            self._patience.cancel()
-            self._patience = None
+        if self._reading_timer is not None:
+            self._reading_timer.cancel()
+            self._reading_timer = None
 
 
 def without_upgrade(head: bytes) -> bytes:
-    """Offers of another protocol under a name that means nothing. Most heads have none."""
+    """The head with its header Upgrade, if it has one, renamed."""
     return UPGRADE.sub(b"\nx-offered-upgrade:", head) if b"pgrade" in head.lower() else head

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from service.errors import ServiceError
 
-SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+WELL_FORMED_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 @dataclass
@@ -27,12 +27,12 @@ current: ContextVar[Call | None] = ContextVar("call", default=None)
 
 
 def begin(proposed_id: str) -> Call:
-    """A call under the caller's own id if that is a sane one, or under a fresh one.
+    """A call under the caller's own id if that is well-formed, or under a fresh one.
 
     It stays current until the task ends and is never reset: each call has a task of its own, and a server logs a
     crash only after everything here has been left.
     """
-    call = Call(proposed_id if SANE_ID.fullmatch(proposed_id) else fresh_id())
+    call = Call(proposed_id if WELL_FORMED_ID.fullmatch(proposed_id) else fresh_id())
     current.set(call)
     return call
 

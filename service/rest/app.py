@@ -28,12 +28,12 @@ from service.version import release
 
 
 class PlainRoute(APIRoute):
-    """Documents an endpoint, and hands it the request as it came: every endpoint here reads its request and writes its
-    response itself, and to find its arguments and to check its answer once more would take longer than all of that.
+    """Documents an endpoint, and passes it the plain request. Every endpoint here reads its request and writes its
+    response itself; FastAPI's handling of arguments and response models would take longer than all of that.
     """
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """HEAD is GET; the server leaves the body out."""
+        """HEAD is handled as GET; the server leaves the body out."""
         if scope["method"] == "HEAD" and "GET" in (self.methods or ()):
             scope = {**scope, "method": "GET"}
         await super().handle(scope, receive, send)
@@ -56,16 +56,16 @@ def create_app(
 
     `reload` can be asked for only with `admin_key`, and without one not at all.
     """
-    # The bundled documentation pages load scripts from elsewhere; the schema itself stays at /openapi.json.
-    # Behind a proxy a redirect would name an address of its own, and callers send their keys wherever it leads.
-    # Spans and metrics are our own: the framework's would come on top wherever OpenTelemetry is set up.
+    # No documentation pages: they load scripts from elsewhere. The schema itself stays at /openapi.json.
+    # No redirects: behind a proxy they would name the wrong address, and callers send their keys wherever they lead.
+    # No telemetry of the framework: where OpenTelemetry is set up, it would come on top of our own.
     app = FastAPI(
         title="RDT", version=release(), docs_url=None, redoc_url=None, redirect_slashes=False,
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )  # fmt: skip
     app.router.route_class = PlainRoute
-    for room in (denoise, batch, stream):
-        room.add_routes(app, lifecycle, measures)
+    for routes in (denoise, batch, stream):
+        routes.add_routes(app, lifecycle, measures)
     health.add_routes(app, lifecycle)
     metrics.add_routes(app, measures)
     model.add_routes(app, lifecycle)
@@ -77,7 +77,7 @@ def create_app(
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(Exception, on_crash)
     app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
-    open_paths = (health.LIVE_PATH, health.READY_PATH, playground.PATH, PATH)  # the last asks for its own key
+    open_paths = (health.LIVE_PATH, health.READY_PATH, playground.PATH, PATH)  # the last has a key of its own
     if api_key is not None:
         app.add_middleware(Door, key=ApiKey(api_key), open_paths=open_paths, metrics=measures)
     if tracer is not NO_TRACER or logging.getLogger(Observer.__module__).isEnabledFor(logging.DEBUG):
@@ -90,7 +90,7 @@ def create_app(
 
 
 def _document_bodies(app: FastAPI) -> None:
-    """What requests hold, once more: FastAPI makes a float of every bound, and 2**63 - 1 is none."""
+    """Write the request bodies again, as declared: FastAPI makes floats of bounds, which 2**63 - 1 does not survive."""
     paths = app.openapi()["paths"]  # built once and kept by FastAPI
     for route in app.routes:
         if isinstance(route, PlainRoute) and route.openapi_extra:
@@ -99,7 +99,7 @@ def _document_bodies(app: FastAPI) -> None:
 
 
 def _document_components(app: FastAPI) -> None:
-    """Put into the schema's components what the routes refer to and FastAPI does not see."""
+    """Add the schemas that routes refer to and FastAPI does not see."""
     components = app.openapi()["components"]["schemas"]
     for document in (Problem, DenoisePass):
         schema = document.model_json_schema(ref_template="#/components/schemas/{model}")
@@ -108,7 +108,7 @@ def _document_components(app: FastAPI) -> None:
 
 
 def _document_keys(app: FastAPI, paths: Collection[str]) -> None:
-    """The paths that ask for a key, in either of the two headers."""
+    """Declare that these paths ask for a key, in either of the two headers."""
     schema = app.openapi()
     schema["components"]["securitySchemes"] = {
         "bearer": {"type": "http", "scheme": "bearer"},

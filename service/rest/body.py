@@ -1,4 +1,4 @@
-"""Reads a JSON body in a way that lets us name every error in it."""
+"""Reads a JSON body, so that every error in it can be named."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def json_body(schema: dict[str, object], example: object) -> dict[str, object]:
 
 
 async def received(request: Request, lifecycle: Lifecycle) -> tuple[Denoiser, object]:
-    """What answers the request, and its fields. Raises `Unavailable`, and as `read_json` does."""
+    """The denoiser to answer with, and the fields of the request. Raises `Unavailable`, and what `read_json` raises."""
     lifecycle.check()  # before anything is read
     fields = await read_json(request)
-    return lifecycle.denoiser, fields  # taken only now: a reload may have come while the body did
+    return lifecycle.denoiser, fields  # taken only now: the model may have been reloaded meanwhile
 
 
 async def read_json(request: Request) -> object:
@@ -44,14 +44,14 @@ async def read_json(request: Request) -> object:
 
 
 def parse_json(body: bytes) -> object:
-    """Raises `Malformed` for whatever is not JSON in UTF-8 that can be taken in."""
+    """Raises `Malformed` for anything but JSON in UTF-8 that Python can hold."""
     try:
         return json.loads(body.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise Malformed(f"the body is not UTF-8: byte {error.start} is {body[error.start]:#04x}") from None
     except json.JSONDecodeError as error:
         raise Malformed(f"the body is not JSON: {error}") from None
-    except ValueError:  # Python converts no more digits than these
+    except ValueError:  # more digits than Python converts
         raise Malformed("the body has a number of more than 4300 digits") from None
     except RecursionError:
         raise Malformed("the body is nested too deeply") from None

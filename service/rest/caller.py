@@ -23,18 +23,18 @@ async def unless_gone(request: Request, work: Awaitable[Value]) -> Value:
     def leave(ended: asyncio.Task[None]) -> None:
         nonlocal left
         if not ended.cancelled():
-            ended.exception()  # or the loop would report what a broken connection raised
+            ended.exception()  # retrieved, or the loop would report it
             left = waits and working.cancel()
 
     listening.add_done_callback(leave)
     try:
         return await work
     except asyncio.CancelledError:
-        if left and working.uncancel() == 0:  # nobody else has cancelled it, too
+        if left and working.uncancel() == 0:  # else somebody else has cancelled it too
             raise Cancelled("the caller left before the answer") from None
         raise
     finally:
-        waits = False  # should the hang-up be known already, and `leave` about to be called
+        waits = False  # `leave` may still be called, if the caller has just hung up
         listening.cancel()
 
 

@@ -43,7 +43,7 @@ TITLE: dict[Code, str] = {
 OUT_OF_MEMORY = "The server is short of memory"
 
 DENOISE_CODES: tuple[Code, ...] = tuple(code for code in STATUS if code not in ("cancelled", "failed_precondition"))
-"""What a caller of the denoising routes who stays can be answered with."""
+"""Errors that a caller of the denoising routes can be answered with."""
 
 
 def problem_responses(*codes: Code) -> dict[int | str, dict[str, object]]:
@@ -68,7 +68,7 @@ def problem_response(error: ServiceError, request_id: str) -> Response:
     if isinstance(error, Refused):
         headers["Retry-After"] = str(error.retry_seconds)
         if error.reason == "draining":
-            headers["Connection"] = "close"  # the next try is for another server, on a connection of its own
+            headers["Connection"] = "close"  # the next try should reach another server, by a new connection
     if error.code == "unauthenticated":
         headers["WWW-Authenticate"] = "Bearer"
     return _response(problem_of(error, request_id), headers)
@@ -101,7 +101,7 @@ async def on_http_error(request: Request, error: Exception) -> Response:
 async def on_crash(request: Request, _error: Exception) -> Response:
     """A bug of ours. The server logs the traceback; the caller gets an id to quote."""
     response = problem_response(Internal(), request.state.request_id)
-    response.headers["X-Request-Id"] = request.state.request_id  # answered outside of what sets it elsewhere
+    response.headers["X-Request-Id"] = request.state.request_id  # crashes are answered outside of `RequestId`
     return response
 
 

@@ -16,7 +16,7 @@ from service.rest.errors import problem_response
 
 
 class RequestId:
-    """Gives each request an id: the caller's own X-Request-Id if it is a sane one, or a fresh one."""
+    """Gives each request an id: the caller's own X-Request-Id if it is well-formed, or a fresh one."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -57,7 +57,7 @@ class Door:
 
 
 def route(scope: MutableMapping[str, Any]) -> str:
-    """The path without what the application is mounted under."""
+    """The path below the one that the application is mounted under."""
     path: str = scope["path"]
     return path.removeprefix(scope.get("root_path", "")) or "/"
 

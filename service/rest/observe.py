@@ -1,4 +1,4 @@
-"""What is recorded of every HTTP request once it has ended: a line at debug level, and a span if it asked for work."""
+"""Records every HTTP request once it has ended: a log line at debug level, and a span for POST."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OUTCOMES = {status: code for code, status in STATUS.items()}
 
 
 class Observer:
-    """Runs inside `RequestId`. Probes, scrapes and pages would drown what matters, so only POST gets a span."""
+    """Runs inside `RequestId`. Only POST gets a span: probes and scrapes would hide what matters."""
 
     def __init__(self, app: ASGIApp, tracer: Tracer) -> None:
         self._app = app
@@ -32,7 +32,7 @@ class Observer:
             return
         began = time.monotonic()
         method: str = scope["method"]
-        status = 500  # what a crash before the answer ends with, outside of here
+        status = 500  # of a crash before the response starts, which is answered outside of here
 
         async def send_noting_status(message: Message) -> None:
             nonlocal status

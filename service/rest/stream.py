@@ -29,7 +29,7 @@ from service.schema import DenoiseAnswer, DenoisePass, DenoiseRequest
 log = logging.getLogger(__name__)
 
 EVENT_STREAM = "text/event-stream"
-HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # a proxy that buffers would undo the point
+HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # a proxy must not buffer events
 
 Event = DenoisePass | DenoiseAnswer
 Events = AsyncGenerator[Event, None]
@@ -59,7 +59,7 @@ def add_routes(app: FastAPI, lifecycle: Lifecycle, metrics: Metrics) -> None:
 
 
 class EventStream(Response):
-    """Sends events as they come. Listens for the caller's leaving all the while, also when a pass takes long."""
+    """Sends events as they come. Notices at once when the caller leaves, also during a long pass."""
 
     media_type = EVENT_STREAM
 

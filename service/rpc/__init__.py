@@ -2,4 +2,4 @@
 
 import os
 
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its core writes to stderr, past the log, whatever callers send amiss
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # else its core writes callers' bad input to stderr, past the log

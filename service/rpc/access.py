@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeAlias
 
 import grpc
 from grpc_health.v1 import health
@@ -11,10 +10,8 @@ from grpc_health.v1 import health
 from service.access import ApiKey
 from service.errors import Unauthenticated
 from service.metrics import Metrics
+from service.rpc.calls import Details, Handler
 from service.rpc.errors import Context, fail
-
-Details = grpc.HandlerCallDetails
-Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"  # a plain class, generic in its stubs only
 
 
 class Door(grpc.aio.ServerInterceptor):
@@ -41,7 +38,7 @@ def _refusal(error: Unauthenticated) -> Handler:
     async def refuse(_message: bytes, context: Context) -> None:
         await fail(context, error)
 
-    return grpc.unary_unary_rpc_method_handler(refuse)  # a stream that ends with a status at once looks the same
+    return grpc.unary_unary_rpc_method_handler(refuse)  # a stream that ends at once with a status looks the same
 
 
 def _bytes(value: str | bytes) -> bytes:

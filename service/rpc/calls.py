@@ -20,12 +20,12 @@ log = logging.getLogger(__name__)
 ID_KEY = "x-request-id"
 
 Details = grpc.HandlerCallDetails
-Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"  # a plain class, generic in its stubs only
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"  # quoted: it is generic in the stubs only
 NUMBERS: Mapping[str, int] = {code: status.value[0] for code, status in STATUS.items()}
 
 
 class Calls(grpc.aio.ServerInterceptor):
-    """Runs before all others. The id goes back with the status, at the end of the call: it costs no message."""
+    """The outermost interceptor. The id is sent with the status at the end of the call: that costs no message."""
 
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = tracer

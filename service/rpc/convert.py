@@ -18,7 +18,7 @@ Parsed = TypeVar("Parsed", bound=Message)
 
 
 def parse(kind: type[Parsed], message: bytes) -> Parsed:
-    """Raises `Malformed`; gRPC's own reading would end in a status that says the server is broken."""
+    """Raises `Malformed`; with gRPC's own parsing, the status would blame the server."""
     try:
         return kind.FromString(message)
     except DecodeError:
@@ -41,7 +41,7 @@ def to_response(answer: DenoiseAnswer) -> pb.DenoiseResponse:
 def to_event(event: DenoisePass | DenoiseAnswer) -> pb.DenoiseEvent:
     if isinstance(event, DenoiseAnswer):
         return pb.DenoiseEvent(answer=to_response(event))
-    return pb.DenoiseEvent(**{"pass": event.model_dump()})  # a keyword of Python
+    return pb.DenoiseEvent(**{"pass": event.model_dump()})  # `pass` is a keyword
 
 
 def to_result(end: DenoiseAnswer | ServiceError) -> pb.BatchResult:

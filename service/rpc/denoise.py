@@ -27,9 +27,9 @@ from service.rpc.errors import Context, mapped_errors
 from service.rpc.pb import denoiser_pb2 as pb
 
 MARGIN_SECONDS = 0.02
-"""How long before the call's deadline the answer should be ready: it still has to travel."""
+"""How long before the call's deadline the answer should be ready, to arrive in time."""
 ROUNDING = 0.01
-"""Share by which gRPC may round a deadline up on its way here: its timeouts travel with two to three digits."""
+"""Share by which a deadline may have been rounded up: gRPC sends timeouts with two to three digits."""
 
 
 class DenoiserCalls:
@@ -87,6 +87,6 @@ class DenoiserCalls:
 
 
 def seconds_left(context: Context) -> float | None:
-    """Until the answer is wanted, by the call's own deadline; None if it has none."""
+    """Seconds until the answer should be ready for the call's own deadline; None if it has none."""
     left = context.time_remaining()
     return None if left is None else left - min(MARGIN_SECONDS + ROUNDING * left, left / 4)

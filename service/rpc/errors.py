@@ -29,7 +29,7 @@ STATUS: dict[Code, grpc.StatusCode] = {
     "invalid_argument": grpc.StatusCode.INVALID_ARGUMENT,
     "malformed": grpc.StatusCode.INVALID_ARGUMENT,
     "unsupported_format": grpc.StatusCode.INVALID_ARGUMENT,
-    "too_large": grpc.StatusCode.INVALID_ARGUMENT,  # RESOURCE_EXHAUSTED invites to send the same again
+    "too_large": grpc.StatusCode.INVALID_ARGUMENT,  # RESOURCE_EXHAUSTED would invite to send it again
     "unauthenticated": grpc.StatusCode.UNAUTHENTICATED,
     "resource_exhausted": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "unavailable": grpc.StatusCode.UNAVAILABLE,
@@ -41,7 +41,7 @@ STATUS: dict[Code, grpc.StatusCode] = {
 
 
 def status_of(error: ServiceError) -> grpc.Status:
-    """Code and message, with what a program may want to know beside them."""
+    """Code and message, and for programs: the neutral code, bad fields, and when to try again."""
     details: list[Message] = [ErrorInfo(reason=error.code.upper(), domain=SERVICE)]
     if error.problems:
         violations = [

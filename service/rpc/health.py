@@ -23,7 +23,7 @@ POLL_SECONDS = 0.25
 Status = Literal[1, 2, 3]  # SERVING, NOT_SERVING, SERVICE_UNKNOWN
 WatchContext = grpc.aio.ServicerContext[HealthCheckRequest, HealthCheckResponse]
 
-messages: Any = health_pb2  # the stubs of types are older than `List`
+messages: Any = health_pb2  # its type stubs do not know `List`
 
 
 class Health(HealthServicer):

@@ -27,13 +27,13 @@ from service.tracing import NO_TRACER, Tracer
 log = logging.getLogger(__name__)
 
 TOLERATED = 4
-"""Times the limit: up to there we refuse a message ourselves; what gRPC says of larger ones reads as a full queue."""
+"""Messages up to so many times the limit are refused by us; for larger ones gRPC's status reads as a full queue."""
 CONNECTION_MINUTES = 5
 """A channel is asked to connect anew after this long; its calls are not interrupted. So a load balancer sees it again,
 and it learns of servers that have been added meanwhile."""
 
 MOST_STREAMS = 1000
-"""Calls of one connection at a time. gRPC keeps what it has begun to hear: without a bound one caller fills memory."""
+"""Calls of one connection at a time. gRPC holds what it receives of each: unbounded, one caller could fill memory."""
 POLL_SECONDS, REOPEN_SECONDS = 0.2, 1.0
 """How often it is checked that the server has not ended by itself; how often a port that is taken is tried again."""
 RETIRING_SECONDS = 30.0
@@ -41,7 +41,7 @@ RETIRING_SECONDS = 30.0
 
 
 class RpcServer:
-    """Belongs to the event loop it is made on. `port` is known once it has started."""
+    """Belongs to the event loop that it is made on. `port` is known once it has started."""
 
     def __init__(
         self,
@@ -62,14 +62,14 @@ class RpcServer:
         self._retired: dict[grpc.aio.Server, asyncio.Task[None]] = {}  # they may still have calls
 
     async def start(self, host: str, port: int) -> None:
-        """Raises `OSError` if the address cannot be had."""
+        """Raises `OSError` if the address cannot be bound."""
         await self._listen(host, port)
         self._keeping = asyncio.create_task(self._keep(host), name="gRPC")
 
     async def stop(self, grace_seconds: float) -> None:
         """Take no more calls; those under way get the grace period to be answered."""
         if self._keeping is not None:
-            self._keeping.cancel()  # first: it would take the end for one that nobody asked for
+            self._keeping.cancel()  # first, or it would start the server again
         servers = self._server, *self._retired
         await asyncio.gather(*(server.stop(grace_seconds) for server in servers), return_exceptions=True)
 
@@ -81,7 +81,7 @@ class RpcServer:
                 ("grpc.max_receive_message_length", min(TOLERATED * self._max_message_bytes, MOST)),
                 ("grpc.max_connection_age_ms", round(CONNECTION_MINUTES * 60_000)),
                 ("grpc.max_concurrent_streams", MOST_STREAMS),
-                ("grpc.so_reuseport", int(self._shares_port)),  # else another server would get some calls unnoticed
+                ("grpc.so_reuseport", int(self._shares_port)),  # else another server could share the port unnoticed
             ],
         )
         service = DenoiserCalls(self._lifecycle, self._metrics, self._max_message_bytes)
@@ -100,9 +100,9 @@ class RpcServer:
         await self._server.start()
 
     async def _keep(self, host: str) -> None:
-        """Begin anew whenever gRPC ends by itself, as it does over a call whose path is no UTF-8 (grpcio 1.85).
+        """Start a new server whenever gRPC's ends by itself, as on a call whose path is not UTF-8 (grpcio 1.85).
 
-        Calls under way then may be cut off, and now and then the process with them, which its supervisor starts again.
+        Calls under way may then be cut off. Now and then the whole process ends, and its supervisor restarts it.
         """
         while True:
             while await self._goes_on():
@@ -114,12 +114,12 @@ class RpcServer:
                 await asyncio.sleep(REOPEN_SECONDS)
 
     async def _retire(self, server: grpc.aio.Server) -> None:
-        with suppress(Exception):  # what ended it is raised once more
+        with suppress(Exception):  # it raises what ended the server again
             await server.stop(RETIRING_SECONDS)
         self._retired.pop(server, None)
 
     async def _goes_on(self) -> bool:
-        """Asked again and again: waiting for the end would be waiting for the connection that caused it to close."""
+        """Polled: a plain wait would return only when the connection that caused the end has closed."""
         with suppress(Exception):  # what ended it is logged by gRPC
             return await self._server.wait_for_termination(POLL_SECONDS)
         return False
@@ -134,7 +134,7 @@ class RpcServer:
 
 
 def _try_out(host: str, port: int) -> None:
-    """Raises `OSError`. What gRPC cannot have it writes to standard error, in a form of its own."""
+    """Raises `OSError`. Tried before gRPC, which would write its own message to standard error."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as trial:
         trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         trial.bind((host, port))

@@ -34,7 +34,7 @@ def main() -> int:
 
 
 async def run(orders: Orders, settings: Settings) -> int:
-    # Each loads what it needs, before it listens to signals: while that lasts, SIGTERM simply ends it.
+    # Imports come before the signal handler: until then, SIGTERM simply ends the process.
     if orders.role == "worker":
         from service.workers import worker  # noqa: PLC0415
     else:
@@ -46,14 +46,14 @@ async def run(orders: Orders, settings: Settings) -> int:
 
     status = await engine.run(settings, path, stopped)
     if orphaned.is_set():
-        with suppress(OSError):  # who made the folder cannot remove it any more
+        with suppress(OSError):  # the supervisor, which made the folder, can no longer remove it
             path.unlink(missing_ok=True)
             path.parent.rmdir()
     return status
 
 
 def read_line(pipe: int) -> str:
-    """Byte by byte: what comes after it must stay in the pipe, where its end is looked for."""
+    """Byte by byte: the rest must stay in the pipe, which is watched for its end."""
     line = bytearray()
     while (byte := os.read(pipe, 1)) not in (b"\n", b""):
         line += byte

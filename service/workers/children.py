@@ -25,11 +25,11 @@ from service.settings import Settings
 log = logging.getLogger(__name__)
 
 CANNOT_START = 1
-"""Exit status of a child: another one would fail likewise."""
+"""Exit status of a child that could not start: another one would not either."""
 BAD_INPUT = 2
-"""Exit status: another one would fail likewise, because of the settings."""
+"""Exit status for bad settings: another child would fail with them too."""
 ENGINE_FAILED = 3
-"""Exit status: it has run, and a fresh process may do better."""
+"""Exit status of an engine that has run and failed: another one may not."""
 CRASHED = 70
 """Exit status: a defect of ours."""
 
@@ -38,7 +38,7 @@ Role = Literal["engine", "worker"]
 
 @dataclass(frozen=True)
 class Orders:
-    """What a child is told."""
+    """What a child is told to do."""
 
     role: Role
     name: str
@@ -58,8 +58,8 @@ class Orders:
 
 
 def _environment() -> dict[str, str]:
-    """Ours. Children do not look for modules where they are started, as `python -m` does: if we come from there, they
-    are told so.
+    """The environment of a child. `-P` keeps it from importing from its current folder; if this package was imported
+    from there, `PYTHONPATH` says so.
     """
     root, path = str(Path(service.__file__).parents[1]), os.environ.get("PYTHONPATH")
     if os.path.abspath(sys.path[0]) != root:
@@ -74,7 +74,7 @@ def _plain(value: object) -> object:
 
 
 class Child:
-    """A process of ours, as the supervisor sees it."""
+    """A child process, as the supervisor sees it."""
 
     command: ClassVar[tuple[str, ...]] = (sys.executable, "-P", "-m", "service.workers")
 
@@ -84,9 +84,9 @@ class Child:
 
     @classmethod
     async def start(cls, orders: Orders) -> Child:
-        """In a group of its own: a key pressed at a terminal is for the supervisor alone."""
-        # Children are born with SIGHUP held: workers have no use for it, and the engine none before it is up. The
-        # process is there before anything else has a turn, but other births may overlap with the rest of this.
+        """In a process group of its own, so that Ctrl-C at a terminal reaches the supervisor alone."""
+        # Children start with SIGHUP blocked: workers never use it, and the engine only once it is up. The process has
+        # been made when this first yields to the event loop, so that other children starting meanwhile do no harm.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
         try:
             process = await asyncio.create_subprocess_exec(
@@ -95,7 +95,7 @@ class Child:
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
         assert process.stdin is not None
-        with suppress(ConnectionError):  # it died at once, as its status will say
+        with suppress(ConnectionError):  # it died at once, which its exit status will tell
             process.stdin.write(orders.line())
             await process.stdin.drain()
         return cls(orders, process)
@@ -113,7 +113,7 @@ class Child:
             self._process.send_signal(number)
 
     async def end(self, seconds: float) -> None:
-        """Ask it to end; make it, if it has not after so long."""
+        """Ask it to end, and kill it if it has not after so many seconds."""
         self.send(signal.SIGTERM)
         try:
             await asyncio.wait_for(self._process.wait(), seconds)
@@ -127,7 +127,7 @@ class Child:
 
 
 def end_with_parent(stopped: asyncio.Event) -> asyncio.Event:
-    """In a child: the end of standard input asks it to end. What is returned is set then too, and by nothing else."""
+    """In a child: the end of standard input sets `stopped`, and the event that is returned, which nothing else sets."""
     loop, pipe, orphaned = asyncio.get_running_loop(), sys.stdin.fileno(), asyncio.Event()
 
     def look() -> None:

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 async def run(settings: Settings, path: Path, stopped: asyncio.Event) -> int:
-    """Until it is asked to end, and the workers have left. The status says whether to try again."""
+    """Run until asked to end, and until the workers have left. The status tells the supervisor whether to try again."""
     metrics = Metrics(time.monotonic)
     server = EngineServer(Ledger(metrics, settings.api_workers))
     host = Host(settings, server.models, metrics)

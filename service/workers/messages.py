@@ -1,7 +1,6 @@
-"""What workers and the engine say to each other: plain values, each written and read in one place.
+"""The messages between workers and the engine, and their form on the wire.
 
-A message is an array: its number, then its fields in order. `read` raises `ValueError` or `TypeError` for an array
-that is none.
+A message is an array: the number of its kind, then its fields in order.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from service.lifecycle import State
 
 Row = Sequence[Any]
 Samples = dict[str, float]
-"""Counters by the name and the labels that a scrape would show."""
+"""Values of counters, by the name and labels that a scrape shows."""
 
 ERRORS = {error.code: error for error in (DeadlineExceeded, FailedPrecondition, Internal)}
 RESULT = tuple(field.name for field in fields(Result))
@@ -33,7 +32,7 @@ REFUSALS = {error.code: error for error in (ResourceExhausted, Unavailable)}
 
 
 class Message:
-    """Fields go over the wire as they are, unless a class says otherwise."""
+    """Fields are sent as they are, unless a class overrides `row` and `of`."""
 
     KIND: ClassVar[int]
 
@@ -49,7 +48,7 @@ class Message:
 class Hello(Message):
     KIND: ClassVar[int] = 1
     worker: str
-    engine: str  # whose base this is; empty for none
+    engine: str  # the engine whose base this is; empty for none
     base: Samples
 
 
@@ -58,9 +57,9 @@ class Submit(Message):
     KIND: ClassVar[int] = 2
     id: int
     digest: str  # of the model whose tokenizer made the tokens
-    job: Job  # without its deadline, which is on a clock of the sender's
+    job: Job  # without its deadline, which is on the sender's clock
     seconds_left: float | None
-    watched: bool  # every pass is to be told
+    watched: bool  # whether to send a `Pass` after every pass
 
     def row(self) -> list[Any]:
         job = self.job
@@ -110,7 +109,7 @@ class Report(Message):
 
 @dataclass(frozen=True)
 class Leave(Message):
-    """The connection ends because its worker was asked to."""
+    """The connection will end because its worker was asked to end."""
 
     KIND: ClassVar[int] = 8
 
@@ -187,7 +186,7 @@ class Answered(Message):
 
 @dataclass(frozen=True)
 class Failed(Message):
-    """The end of whatever was asked for under this number."""
+    """The job, reload or scrape of this id has failed."""
 
     KIND: ClassVar[int] = 21
     id: int

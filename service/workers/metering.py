@@ -1,8 +1,8 @@
-"""Metrics of several processes as those of one server, whichever worker is asked.
+"""The metrics of several processes as those of one server, whichever worker is asked.
 
 Counters and histograms are sums over the engine and all workers, present and past. Gauges are the engine's, except
-for the memory and the files of processes, which are sums too. A counter that was shown never shrinks while a worker
-remembers it, because Prometheus would read that as a restart and compute false rates.
+for the memory and open files of processes, which are sums too. A counter that was shown never shrinks as long as a
+worker remembers it, because Prometheus would take that for a restart and compute false rates.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from service.workers.wire import Wire
 log = logging.getLogger(__name__)
 
 REPORT_SECONDS = 1.0
-"""How often a worker reports: what it loses at the most when it is killed."""
+"""How often a worker reports; a killed one loses what it counted since its last report."""
 ANSWER_SECONDS = 0.5
-"""How long a scrape waits for the workers' reports; of one that is late, the last one counts."""
+"""How long a scrape waits for the workers' reports; for a late worker, its last report counts."""
 SCRAPE_SECONDS = 2.0
 COUNTERS = ("counter", "histogram")
 MAX_DEPARTED = 64
-"""Workers that are gone and told apart."""
+"""How many departed workers have counters of their own; those of older ones are added up."""
 SUMMED_GAUGES = ("process_resident_memory_bytes", "process_virtual_memory_bytes", "process_open_fds")
 
 
@@ -55,7 +55,7 @@ class WorkerMetrics(Metrics):
             await asyncio.sleep(REPORT_SECONDS)
 
     async def scrape(self) -> bytes:
-        """Raises `Unavailable` without an engine: a scrape that fails is honest, half of the server is not."""
+        """Raises `Unavailable` without an engine: a failed scrape is better than one of half the server."""
         try:
             answer = await asyncio.wait_for(self._link().ask(Scrape), SCRAPE_SECONDS)
         except TimeoutError:
@@ -65,17 +65,17 @@ class WorkerMetrics(Metrics):
 
 
 class Ledger:
-    """In the engine's process: what every worker has reported, and the sum. `n_workers` is how many there should be."""
+    """In the engine's process: the reports of all workers, and their sum. `n_workers` is how many there should be."""
 
     def __init__(self, metrics: Metrics, n_workers: int = 0) -> None:
         self._metrics = metrics
         self._n_workers = n_workers
         self._id = uuid.uuid4().hex
         self._reports: dict[str, Report] = {}  # by worker
-        self._departed: dict[str, Samples] = {}  # by worker: one that was only cut off comes back with its counters
+        self._departed: dict[str, Samples] = {}  # by worker: one that only lost its connection comes back
         self._inherited: Samples = {}
         self.asked = 0
-        """Number of the last round of reports that was asked for."""
+        """The number of the last round of reports."""
         self._booked = asyncio.Event()
 
     def book(self, worker: str, report: Report) -> None:
@@ -84,7 +84,7 @@ class Ledger:
         self._booked.set()
 
     def depart(self, worker: str, lost: bool) -> None:
-        """What it has counted stays."""
+        """A worker has gone; what it has counted stays in the sum."""
         if lost:
             self._metrics.workers_lost.inc()
         report = self._reports.pop(worker, None)
@@ -96,13 +96,13 @@ class Ledger:
         self._booked.set()
 
     def inherit(self, hello: Hello) -> None:
-        """Of an engine that has died, as its workers remember it: some may have heard more than others."""
+        """Take over the counters of an engine that has died, of which some workers have heard more than others."""
         if hello.engine != self._id:  # the worker only lost its connection
             for key, value in hello.base.items():
                 self._inherited[key] = max(value, self._inherited.get(key, 0.0))
 
     def base(self) -> Base:
-        """What would be lost with this process."""
+        """The counters that would be lost with this process."""
         own = _samples(self._metrics.registry.collect(), _counts)
         return Base(self._id, _sum([self._inherited, *self._departed.values(), own]))
 
@@ -141,7 +141,7 @@ class Ledger:
 
 
 class _Families:
-    """What `generate_latest` asks of a registry."""
+    """The part of a registry that `generate_latest` uses."""
 
     def __init__(self, families: Iterable[Metric]) -> None:
         self._families = families

@@ -1,4 +1,4 @@
-"""The lifecycle in the engine's process: which model is served, and which one workers still send jobs for."""
+"""The lifecycle in the engine's process: which model is served, and which ones workers still send jobs for."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from service.workers.messages import Serving
 log = logging.getLogger(__name__)
 
 ADOPTION_SECONDS = 10.0
-"""A worker that has not taken up a new model by then is cut off; it comes back with it."""
+"""A worker that has not adopted a new model by then is disconnected; it reconnects and gets that model."""
 POLL_SECONDS = 0.005
 """How often it is checked whether all workers have."""
 
 
 class Adopter(Protocol):
-    """A worker, as far as models go."""
+    """A worker, as far as its model is concerned."""
 
     adopted: str
 
@@ -30,7 +30,7 @@ class Adopter(Protocol):
 
 
 class Models(Lifecycle):
-    """`opened` is called with each model that is served from then on; `adopters` are the workers there are."""
+    """`opened` is called with each model when it begins to be served; `adopters` returns the connected workers."""
 
     def __init__(self, adopters: Callable[[], Collection[Adopter]], opened: Callable[[Serving], None]) -> None:
         super().__init__()
@@ -54,20 +54,21 @@ class Models(Lifecycle):
         self._opened(self.serving)
 
     def engine(self, digest: str) -> Engine:
-        """That of the model which a job was made for. Raises `Unavailable`."""
+        """The engine of the model that a job was made for. Raises `Unavailable`."""
         engine = self._engines.get(digest)
         if engine is None:
             raise Unavailable(*REFUSALS["failed"])
         return engine
 
     async def handed_over(self) -> None:
-        """Returns once every worker has said that it sends no more jobs for the model before."""
+        """Returns once no worker sends jobs for earlier models any more."""
         await super().handed_over()
         await self.adoption()
         if self.serving is not None:
             self._engines = {self.serving.digest: self._engines[self.serving.digest]}
 
     async def adoption(self) -> None:
+        """Returns once every worker has adopted the model that is served; those that take too long are disconnected."""
         try:
             async with asyncio.timeout(ADOPTION_SECONDS):
                 while self._behind():

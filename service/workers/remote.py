@@ -1,7 +1,7 @@
 """The engine as a worker sees it: an `Engine` like any other, at the other end of a connection.
 
-`Link` connects to the engine, and to the next one when it has died; whoever was waiting is told of that at once.
-`RemoteEngine` is one model of the engine on one connection, and ends with either of the two.
+`Link` connects to the engine, and when that has died, to the next one; whoever was waiting gets an error at once.
+`RemoteEngine` is one model of the engine on one connection, and is of no use after either has gone.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from service.workers.wire import Wire
 log = logging.getLogger(__name__)
 
 RECONNECT_SECONDS = 0.05
-"""How often an engine is looked for that is not there."""
+"""How often it is tried to connect while there is no engine."""
 POLL_SECONDS, SILENT_POLLS = 5.0, 3
 """The engine says something every second. One that was silent through so many polls does not compute either."""
 NO_ENGINE = Status("failed", 0, 0, 0)
 
 
 class Asked:
-    """Who waits for an answer."""
+    """A question to the engine that has no answer yet."""
 
     def __init__(self, on_reading: OnReading | None) -> None:
         self.answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
@@ -53,7 +53,7 @@ class Asked:
     def show(self, reading: Reading) -> None:
         if self._on_reading is None or self.answer.done():
             return
-        if (error := show(reading, self._on_reading)) is not None:  # here, as the connection is everybody's
+        if (error := show(reading, self._on_reading)) is not None:  # must not break the connection, which all share
             self.end(error)
 
     def end(self, end: Message | ServiceError) -> None:
@@ -66,7 +66,7 @@ class Asked:
 
 
 class Link:
-    """A worker's connection to the engine. `hear` is told what is not an answer, of the connection it came on."""
+    """A worker's connection to the engine. `hear` gets all messages but answers, with the connection they came on."""
 
     def __init__(self, path: Path, worker: str, hear: Callable[[Wire, Message], None]) -> None:
         self._path = path
@@ -111,9 +111,9 @@ class Link:
                 wire.abort()
 
     async def ask(self, question: Callable[[int], Message], on_reading: OnReading | None = None) -> Message:
-        """The answer. Raises the error that was answered instead, and `Unavailable` when the engine is lost.
+        """The answer. Raises the error that came instead, and `Unavailable` when the engine is lost.
 
-        Cancelling it tells the engine that nobody waits any more.
+        Cancelling the wait cancels the work in the engine.
         """
         if self.wire is None:
             raise Unavailable.restarting()
@@ -182,10 +182,10 @@ class Link:
             self._idle.set()
 
 
-class ToldQueue(BoundedQueue[Sized]):
-    """The engine's queue as it was told last, and the places that are being prepared here.
+class QueueView(BoundedQueue[Sized]):
+    """The engine's queue by its last `Status`, and places for requests that are being prepared here.
 
-    It refuses before any work is done on a request; what passes, the engine still may refuse.
+    It refuses before any work is done on a request. The engine may still refuse what passes here.
     """
 
     def __init__(self, link: Link, max_requests: int, max_tokens: int) -> None:
@@ -204,10 +204,10 @@ class ToldQueue(BoundedQueue[Sized]):
 
 
 class RemoteEngine:
-    """One model, on the connection that it was told of on."""
+    """One model of the engine, on the connection that announced it."""
 
     def __init__(
-        self, link: Link, wire: Wire, serving: Serving, queue: ToldQueue, clock: Clock = time.monotonic
+        self, link: Link, wire: Wire, serving: Serving, queue: QueueView, clock: Clock = time.monotonic
     ) -> None:
         self._link = link
         self._wire = wire

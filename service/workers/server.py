@@ -1,6 +1,6 @@
 """The engine's end of the connections: jobs in, results out, and what the workers need to know.
 
-When a connection ends its worker is gone, and whatever it asked for is cancelled.
+When a connection ends, everything that its worker has asked for is cancelled.
 """
 
 from __future__ import annotations
@@ -44,25 +44,25 @@ from service.workers.wire import Wire
 log = logging.getLogger(__name__)
 
 STATUS_SECONDS = 0.02
-"""How often workers are told of the queue, if it has changed."""
+"""How often workers get the status of the queue, if it has changed."""
 BASE_SECONDS = 1.0
-"""How often they are told of the counters here."""
+"""How often workers get the engine's counters, to keep them should it die."""
 
 
 class Host(Occupancy, Protocol):
-    """The part of `service.hosting.Host` that workers reach."""
+    """What is used of `service.hosting.Host`."""
 
     async def reload(self) -> Change: ...
 
 
 class Peer:
-    """A worker: its connection, and what it has asked for."""
+    """A connected worker, and the tasks that answer it."""
 
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
         self.name = ""  # until it has said hello
         self.adopted = ""
-        self.leaves = False  # as it was asked to
+        self.leaves = False  # because it was asked to end
         self.tasks: dict[int, asyncio.Task[None]] = {}
 
     def abort(self) -> None:
@@ -70,7 +70,7 @@ class Peer:
 
 
 class EngineServer:
-    """Listens on a socket of the file system; its folder says who may connect."""
+    """Listens on a Unix socket; the permissions of its folder decide who may connect."""
 
     def __init__(self, ledger: Ledger, clock: Clock = time.monotonic) -> None:
         self._ledger = ledger
@@ -92,7 +92,7 @@ class EngineServer:
         self._tasks = [asyncio.create_task(self._tell_status()), asyncio.create_task(self._tell_base())]
 
     async def left(self, grace_seconds: float) -> None:
-        """Returns when no worker is there any more, or after the grace period."""
+        """Returns when all workers have left, or after the grace period."""
         try:
             await asyncio.wait_for(self._empty.wait(), grace_seconds)
         except TimeoutError:
@@ -138,7 +138,8 @@ class EngineServer:
             case Scrape():
                 self._begin(peer, message.id, self._scrape(peer, message))
             case Reload():
-                self._reloads.add(task := asyncio.create_task(self._reload(peer, message)))  # goes on if it leaves
+                task = asyncio.create_task(self._reload(peer, message))  # goes on if the worker leaves
+                self._reloads.add(task)
                 task.add_done_callback(self._reloads.discard)
             case Hello():
                 peer.name = message.worker
@@ -146,7 +147,7 @@ class EngineServer:
                 if self.models.serving is not None:
                     wire.send(self.models.serving)
                 wire.send(self._status())
-                wire.send(ReportWanted(self._ledger.asked))  # a scrape may be waiting for all to be there
+                wire.send(ReportWanted(self._ledger.asked))  # a scrape may be waiting for this worker
 
     def _begin(self, peer: Peer, number: int, work: Coroutine[Any, Any, None]) -> None:
         task = peer.tasks[number] = asyncio.create_task(work)
@@ -175,7 +176,7 @@ class EngineServer:
 
     async def _scrape(self, peer: Peer, asked: Scrape) -> None:
         exposition = await self._ledger.total({each.name: each.wire for each in self._peers.values() if each.name})
-        self._tell_all(self._ledger.base())  # before it is shown: the next engine must not show less
+        self._tell_all(self._ledger.base())  # before it is shown: a later engine must not show less
         peer.wire.send(Scraped(asked.id, exposition))
 
     def _status(self) -> Status:
@@ -200,7 +201,7 @@ class EngineServer:
 
 
 async def _respond(peer: Peer, number: int, work: Callable[[], Awaitable[Message]]) -> None:
-    """What was asked for, or what it failed by."""
+    """Send the answer, or the error."""
     try:
         response = await work()
     except ServiceError as error:

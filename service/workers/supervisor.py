@@ -1,7 +1,7 @@
-"""The process that was started: it holds the ports, receives the signals, and keeps the other processes alive.
+"""The process that was started: it holds the ports, receives the signals, and restarts the other processes.
 
-A worker or an engine that dies is replaced. If two engines die within a minute the server ends. So it does if workers
-die too often. At the end the workers finish first what they have accepted; then the engine has nothing left to do.
+A worker or an engine that dies is replaced. The server ends if two engines die within a minute, or if workers die too
+often. When it is asked to end, the workers finish what they have accepted first, and then the engine ends.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from service.workers.children import BAD_INPUT, CANNOT_START, CRASHED, Child, Or
 log = logging.getLogger(__name__)
 
 MAX_WORKER_DEATHS = 10
-"""More in a minute end the server: whatever is wrong, births do not cure it."""
+"""More deaths in a minute end the server: whatever is wrong, new processes do not cure it."""
 MAX_CRASHES = 3
-"""So many times in a row the same worker has crashed soon after its birth: a defect, which ends the server."""
-BIRTHS = 20
-"""So often a child is tried to be started when the machine has no room for a process."""
+"""The server ends if the same worker crashes so many times in a row soon after its start: that is a defect."""
+MAX_STARTS = 20
+"""How often to try to start a child when the machine has no room for a process."""
 PAUSE_SECONDS = 0.5
-"""Before a worker is replaced."""
+"""Before a worker is replaced, and before the next try to start a child."""
 LINGERING_SECONDS = 70.0
-"""The system keeps the ends of connections that a server before this one has closed for 60 s, and up to 2 more."""
+"""How long to wait for connections that a server before this one has closed: the system keeps them for up to 62 s."""
 POLL_SECONDS = 0.2
 """How often it is tried whether the port is free again."""
 MARGIN_SECONDS = 10.0
-"""What a child gets to end, beside the grace period of its requests."""
+"""How long a child may take to end, beyond the grace period of its requests."""
 
 
 async def supervise(settings: Settings) -> int:
-    """Run until a signal comes. Returns the exit status; raises `OSError` if the addresses cannot be had."""
+    """Run until a signal comes. Returns the exit status; raises `OSError` if the addresses cannot be bound."""
     with reserved(settings) as chosen, tempfile.TemporaryDirectory(prefix="rdt-") as folder:
         stopped = asked_to_end()
         crew = Crew(chosen, Path(folder) / "engine")
@@ -65,7 +65,7 @@ class Crew:
         self._deaths: deque[float] = deque(maxlen=MAX_WORKER_DEATHS)
 
     async def work(self, stopped: asyncio.Event) -> int:
-        """Until it is asked to end (0), or cannot go on."""
+        """Run until asked to end (0), or until it cannot go on. Returns the exit status."""
         slots = range(self._settings.api_workers)
         keepers = [asyncio.create_task(self._keep_engine()), *(asyncio.create_task(self._keep(slot)) for slot in slots)]
         stopping = asyncio.create_task(stopped.wait())
@@ -84,7 +84,7 @@ class Crew:
             self._engine.send(signal.SIGHUP)
 
     async def kill(self) -> None:
-        """Whatever happened, nobody is left."""
+        """Kill all children that are left."""
         for child in self._children:
             await child.kill()
 
@@ -99,7 +99,7 @@ class Crew:
             await self._engine.end(MARGIN_SECONDS)
 
     async def _keep_engine(self) -> int:
-        """Returns when there is no point in another one."""
+        """Restart it whenever it ends. Returns the exit status when there is no point in another one."""
         died = float("-inf")
         while True:
             self._engine = await self._start("engine", "")
@@ -114,6 +114,7 @@ class Crew:
             died = now
 
     async def _keep(self, slot: int) -> int:
+        """The same for the worker of this slot."""
         n_before = n_crashes = 0
         while True:
             born = time.monotonic()
@@ -135,13 +136,13 @@ class Crew:
             await asyncio.sleep(PAUSE_SECONDS)
 
     async def _start(self, role: Role, name: str) -> Child:
-        child = await self._born(Orders.of(role, name, self._path, self._settings))
+        child = await self._start_when_possible(Orders.of(role, name, self._path, self._settings))
         log.info("started %s as process %d", child.name, child.pid)
         return child
 
-    async def _born(self, orders: Orders) -> Child:
-        """Raises `OSError` if there is no room for a process, and not for a while."""
-        for _ in range(BIRTHS - 1):
+    async def _start_when_possible(self, orders: Orders) -> Child:
+        """Raises `OSError` if there is no room for a process after many tries."""
+        for _ in range(MAX_STARTS - 1):
             try:
                 return await Child.start(orders)
             except OSError as error:
@@ -152,9 +153,9 @@ class Crew:
 
 @contextmanager
 def reserved(settings: Settings) -> Iterator[Settings]:
-    """The settings with ports that are ours, for as long as this lasts. Raises `OSError` naming the address.
+    """The settings with ports that stay reserved inside the block. Raises `OSError` naming the address.
 
-    The sockets that hold them do not listen: the system passes connections to workers alone.
+    The sockets that reserve them do not listen, so connections go to workers only.
     """
     with _holder(settings.host, settings.http_port) as http, _holder(settings.host, settings.grpc_port) as grpc:
         ports = {"http_port": http.getsockname()[1], "grpc_port": grpc.getsockname()[1]}
@@ -162,7 +163,9 @@ def reserved(settings: Settings) -> Iterator[Settings]:
 
 
 def _holder(host: str, port: int) -> socket.socket:
-    """Bound twice: alone, because two servers that both share a port would each get some of the connections."""
+    """A bound socket. First bound without sharing, because another server that shares the port would get some of the
+    connections.
+    """
     try:
         with _bound(host, port, share=False) as alone:
             port = alone.getsockname()[1]
@@ -172,7 +175,7 @@ def _holder(host: str, port: int) -> socket.socket:
 
 
 def _bound_once_free(host: str, port: int) -> socket.socket:
-    """Shared. What a server that did not share the port has left of its connections is in the way for a while."""
+    """Bound with sharing. Closed connections of an earlier server that did not share may block the port for a while."""
     ends_at = None
     while True:
         try:

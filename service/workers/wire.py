@@ -1,4 +1,4 @@
-"""One connection between a worker and the engine: messages in order, bounded both ways, with an end that both see."""
+"""One connection between a worker and the engine: messages in order, bounded in both directions."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from service.workers.messages import Message, read, write
 log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 64 * 2**20
-"""The largest is a tokenizer: a megabyte or so."""
+"""Largest message that is read. The largest that is sent is a tokenizer, of a megabyte or so."""
 MAX_UNSENT_BYTES = 64 * 2**20
-"""An end that has let so much pile up does not read any more, and is as good as dead."""
+"""With more unsent, the other end no longer reads, and the connection is closed."""
 CROWDED_BYTES = 4 * 2**20
-"""With so much unsent, the other end is behind."""
+"""With more unsent, the other end is behind, and new requests are refused."""
 
 
 class Wire(asyncio.Protocol):
-    """Calls `on_message` with each message, and then, once, `on_end`."""
+    """Calls `on_message` with each message, and `on_end` once at the end."""
 
     def __init__(self, on_message: Callable[[Wire, Message], None], on_end: Callable[[Wire], None]) -> None:
         self._on_message = on_message
@@ -39,7 +39,7 @@ class Wire(asyncio.Protocol):
         return self._transport is not None and self._transport.get_write_buffer_size() > CROWDED_BYTES
 
     def send(self, message: Message) -> None:
-        """Nothing happens once the connection is over: whoever waited for an answer has been told."""
+        """Does nothing once the connection has ended: whoever waits for an answer has been told then."""
         if self._transport is None or self._transport.is_closing():
             return
         self._transport.write(msgpack.packb(write(message)))
@@ -48,7 +48,7 @@ class Wire(asyncio.Protocol):
             self._transport.abort()
 
     def close(self) -> None:
-        """What has been said is still sent."""
+        """Messages written before are still sent."""
         if self._transport is not None:
             self._transport.close()
 
@@ -57,7 +57,7 @@ class Wire(asyncio.Protocol):
             self._transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)  # which not every loop's own is derived from
+        self._transport = cast("asyncio.Transport", transport)  # not every loop's transport derives from it
 
     def data_received(self, received: bytes) -> None:
         try:

@@ -23,18 +23,18 @@ from service.settings import Settings
 from service.tracing import NO_TRACER, Tracer, open_tracer
 from service.workers.messages import Adopted, Leave, Message, Reload, Reloaded, ReportWanted, Serving
 from service.workers.metering import WorkerMetrics
-from service.workers.remote import Link, RemoteEngine, ToldQueue
+from service.workers.remote import Link, QueueView, RemoteEngine
 from service.workers.wire import Wire
 
 log = logging.getLogger(__name__)
 
 FIRST_MODEL_SECONDS = 1.0
-"""How long a worker waits for a model before it listens. As soon as it does it gets its share of the callers, though
-other workers could answer them."""
+"""How long a worker waits for a model before it listens. Once it listens it gets a share of the connections, even if it
+cannot answer them yet."""
 
 
 class Worker:
-    """Serves whatever model the engine says it serves."""
+    """Serves the model that the engine serves."""
 
     def __init__(self, settings: Settings, name: str, path: Path, tracer: Tracer = NO_TRACER) -> None:
         self._settings = settings
@@ -42,7 +42,7 @@ class Worker:
         self.lifecycle = Lifecycle()
         self.link = Link(path, name, self._hear)
         self.metrics = WorkerMetrics(time.monotonic, lambda: self.link)
-        self._queue = ToldQueue(self.link, settings.max_waiting, settings.max_waiting_tokens)
+        self._queue = QueueView(self.link, settings.max_waiting, settings.max_waiting_tokens)
         self._tokenizer: Tokenizer | None = None
         self._adopting = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -53,12 +53,12 @@ class Worker:
         self._begin(self.metrics.report_forever())
 
     async def first_model(self, seconds: float) -> None:
-        """Until it serves a model, or so long: an engine that is up says at once which."""
+        """Returns when it serves a model, or after so many seconds: an engine that is up announces it at once."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self._adopted.wait(), seconds)
 
     async def reload(self) -> Reloaded:
-        """Ask the engine to. Every worker serves the new model when this returns; raises as `Host.reload` does."""
+        """Ask the engine to reload. Afterwards every worker serves the new model. Raises as `Host.reload` does."""
         self.lifecycle.check()
         answer = await self.link.ask(Reload)
         if not isinstance(answer, Reloaded):
@@ -69,7 +69,7 @@ class Worker:
         await self.lifecycle.drain(grace_seconds, self.link)
 
     async def stop(self) -> None:
-        """Leave the engine, with the last of the counters."""
+        """Send the last counters, and disconnect."""
         self.link.send(self.metrics.report())
         self.link.send(Leave())
         self.link.draining = True
@@ -85,8 +85,8 @@ class Worker:
             wire.send(self.metrics.report(message.asked))
 
     async def _adopt(self, wire: Wire, serving: Serving) -> None:
-        """Serve this from now on, and say so once no request can be on its way to the engine with the last one."""
-        async with self._adopting:  # in the order in which they came
+        """Serve this model from now on, and tell the engine once no job of an earlier one can follow."""
+        async with self._adopting:  # one after another, in order
             if wire is not self.link.wire:
                 return
             if self._tokenizer is None or self._tokenizer.json != serving.tokenizer:
@@ -123,7 +123,7 @@ def build_denoiser(
 
 
 async def run(settings: Settings, name: str, path: Path, stopped: asyncio.Event) -> int:
-    """Until it is asked to end. Raises `OSError` if the addresses cannot be had."""
+    """Run until asked to end. Raises `OSError` if the addresses cannot be bound."""
     tracer = open_tracer(settings.otel_endpoint)
     worker = Worker(settings, name, path, tracer)
     front = FrontEnd(settings, worker.lifecycle, worker.metrics, tracer, worker.reload, share_port=True)

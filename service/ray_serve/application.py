@@ -16,9 +16,9 @@ from service.settings import Settings
 NAME = "Denoiser"
 
 LEAVING_SECONDS = 5.0
-"""How long a replica may take to go once its requests are answered."""
+"""How long a replica may take to end once its requests are answered."""
 HEALTH_SECONDS = 1.0
-"""A replica whose engine has failed refuses quickly, which makes it look idle: Serve should know soon."""
+"""Serve should know soon of a failed engine: its replica refuses at once, so it looks idle and gets more requests."""
 
 
 def application(settings: Settings, fleet: Fleet) -> Any:
@@ -28,7 +28,7 @@ def application(settings: Settings, fleet: Fleet) -> Any:
         name=NAME,
         ray_actor_options={"num_cpus": fleet.num_cpus, "num_gpus": fleet.num_gpus},
         max_ongoing_requests=ongoing,
-        max_queued_requests=ongoing * fleet.max_replicas,  # or a burst would fail for which there is room
+        max_queued_requests=ongoing * fleet.max_replicas,  # or a burst would be refused while there is room for it
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_SECONDS),
         graceful_shutdown_timeout_s=settings.grace_seconds + LEAVING_SECONDS,
         graceful_shutdown_wait_loop_s=0.5,
@@ -49,8 +49,8 @@ def application(settings: Settings, fleet: Fleet) -> Any:
 
 
 def max_ongoing(settings: Settings, fleet: Fleet) -> int:
-    """More than the engine holds, live and waiting: so that it is the engine that refuses, at once and in its own
-    words, before Serve keeps callers waiting in front of it.
+    """More than the engine holds, live and waiting, so that the engine refuses further requests at once, before Serve
+    queues them itself.
     """
     max_live = settings.limits_on("cuda" if fleet.num_gpus else "cpu").max_live
     holds = settings.max_waiting + max_live * n_batches(settings)

@@ -32,7 +32,7 @@ class Edge:
         given = [value for name, value in scope["headers"] if name == ID]
 
         async def send_once(message: Message) -> None:
-            # The proxy names an id to us and again to the caller, who would get it twice.
+            # The proxy sends its id to us and to the caller, who would get it twice.
             if message["type"] == "http.response.start":
                 message["headers"] = [
                     (name, value) for name, value in message["headers"] if name.lower() != ID or value not in given

@@ -1,8 +1,8 @@
 """The metrics of all replicas, whichever of them is asked.
 
 Behind Serve's proxy a scrape reaches any one replica. So every few seconds each replica puts what it has measured on
-a common board, an actor of Ray's. The one that is asked adds what it finds there: every series of every replica, told
-apart by the label `replica`.
+a common board, an actor of Ray's. The one that is asked shows what it finds there: every series of every replica, with
+the label `replica`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ REPORT_SECONDS = 2.0
 STALE_SECONDS = 5 * REPORT_SECONDS
 """A replica that has not reported for this long is gone."""
 ASK_SECONDS = 1.0
-"""How long a scrape waits for the board; without it, the replica shows its own metrics alone."""
+"""How long a scrape waits for the board; without an answer, the replica shows only its own metrics."""
 NAMESPACE = "rdt"
 
 
 class Board:
-    """What each replica reported last. Runs in a process of its own, that of the replica which asked for it first
-    takes it along when it ends; the next report then makes another.
+    """The last report of each replica. A Ray actor that ends with the replica which made it; the next report then makes
+    another.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -50,8 +50,8 @@ class Board:
         return {replica: report for replica, (_, report) in self._reports.items()}
 
 
-class Shared(Protocol):
-    """The board, from afar."""
+class BoardClient(Protocol):
+    """The board as replicas reach it."""
 
     async def put(self, replica: str, report: str) -> None: ...
 
@@ -61,7 +61,7 @@ class Shared(Protocol):
 
 
 class RayBoard:
-    """Finds the board by its name, or makes it; finds it again when it is gone."""
+    """Finds the board by its name, or makes it; does so again when it is gone."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -94,7 +94,7 @@ class RayBoard:
 class ReplicaMetrics(Metrics):
     """A replica's own metrics, shown together with the others'."""
 
-    def __init__(self, clock: Callable[[], float], replica: str, board: Shared, token_budget: int = 1) -> None:
+    def __init__(self, clock: Callable[[], float], replica: str, board: BoardClient, token_budget: int = 1) -> None:
         super().__init__(clock)
         self._replica = replica
         self._board = board
@@ -112,7 +112,7 @@ class ReplicaMetrics(Metrics):
         self._filled_seconds += seconds * min(1.0, plan.n_tokens / self._token_budget)
 
     def fill(self, n_batches: int) -> float:
-        """How full the ticks of that many batches were since this was asked last: 0 idle, 1 full all the time."""
+        """How full the ticks of `n_batches` were since the last call: 0 idle, 1 full all the time."""
         now = self._clock()
         passed, filled = now - self._fill_asked, self._filled_seconds
         self._fill_asked, self._filled_seconds = now, 0.0
@@ -123,7 +123,7 @@ class ReplicaMetrics(Metrics):
         return merge({**self._others, self._replica: super().exposition().decode()}).encode()
 
     async def gather(self) -> None:
-        """Look what the others have reported. Without an answer in time, this replica is shown alone."""
+        """Fetch the reports of all replicas. Without an answer in time, only this replica is shown."""
         try:
             self._others = await asyncio.wait_for(self._board.reports(), ASK_SECONDS)
         except (TimeoutError, ray.exceptions.RayError) as error:
@@ -139,14 +139,14 @@ class ReplicaMetrics(Metrics):
             await asyncio.sleep(REPORT_SECONDS)
 
     async def leave(self) -> None:
-        """A replica that ends in good order is gone from the next scrape."""
+        """Remove this replica's report, so that the next scrape does not show it."""
         with suppress(TimeoutError, ray.exceptions.RayError):
             await asyncio.wait_for(self._board.drop(self._replica), ASK_SECONDS)
 
 
 def merge(reports: Mapping[str, str]) -> str:
     """One exposition of many: each family once, with the samples of every replica."""
-    families: dict[str, list[str]] = {}  # by their two lines of comment
+    families: dict[str, list[str]] = {}  # by their lines HELP and TYPE
     for replica, report in sorted(reports.items()):
         head = ""
         for line in report.splitlines():

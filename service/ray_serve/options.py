@@ -16,8 +16,7 @@ NOT_HERE = {
     "admin_key": "user_config of the deployment, which reloads every replica",
     "api_workers": "proxy_location of Serve, whose proxies answer callers",
 }
-"""Settings that Serve has in its own hands, and where."""
-
+"""Settings that Serve decides, and where."""
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -45,8 +44,8 @@ class Fleet(BaseModel):
 
 
 def read_arguments(arguments: Mapping[str, object]) -> tuple[Settings, Fleet]:
-    """Arguments over environment over defaults, as for `rdt-serve`. What comes back no longer depends on where it
-    is read: replicas elsewhere serve what was asked for here.
+    """Arguments over environment over defaults, as for `rdt-serve`. The result does not depend on where it is used,
+    because replicas may run on other machines.
 
     Raises `SettingsError`.
     """
@@ -77,7 +76,7 @@ def n_batches(settings: Settings) -> int:
 
 
 def _replicas(settings: Settings, fleet: Fleet) -> int:
-    """As many batches side by side as Ray sets cores aside: the machine's own number may be others' too."""
+    """One batch for each core that Ray sets aside, not for each core of the machine, which others may use too."""
     if settings.replicas or fleet.num_gpus:
         return settings.replicas
     return max(1, int(fleet.num_cpus) // settings.threads)

@@ -1,14 +1,14 @@
 """In front of the replicas: makes Serve's proxies answer as a single server would.
 
-gRPC, `grpc_servicer_functions: [service.ray_serve.proxy:add_denoiser]`. Messages pass as bytes, so that one that
-cannot be read is answered by the replica. Around Serve's calls to its replicas, three things are set right:
+gRPC, `grpc_servicer_functions: [service.ray_serve.proxy:add_denoiser]`. Messages pass as bytes, so that the replica
+answers those that cannot be parsed. Three things are added to Serve's calls to its replicas:
 
-- the call's deadline travels on as metadata, or an answer would never be ready before it;
-- an empty message, with which a replica ends a stream with an error, stays here;
-- what Serve says by itself (a replica lost, all full) gets the status that callers know.
+- the call's deadline is sent on as metadata, so that replicas can answer before it;
+- the empty message by which a replica ends a stream with an error is held back;
+- Serve's own errors (a replica lost, all full) get the status that our server would give them.
 
 HTTP, `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=service.ray_serve.proxy:middlewares` in the environment of Ray:
-the last of the three, as problem documents.
+the last of the three, with problem documents.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from service.rpc.errors import status_of
 from service.rpc.pb import denoiser_pb2 as pb
 
 SECONDS_LEFT = "rdt-seconds-left"
-"""Metadata that says how long the call has left: Serve's own context does not know of deadlines."""
+"""Metadata that says how long the call has left: Serve's own context has no deadline."""
 DETAILS = "grpc-status-details-bin"
-"""Metadata that every error of a replica carries, and none of Serve's."""
+"""Metadata of every error of a replica, and of none of Serve's own."""
 ACTOR = "The actor "
-"""How Ray's errors begin that say that a replica has died or cannot be reached."""
+"""How Ray's message begins when a replica has died or cannot be reached."""
 
 LOST = Unavailable("the replica was lost before it answered: send the request again", "failed")
 FULL = ResourceExhausted("all replicas are full: try again later", "queue_requests")
@@ -46,7 +46,7 @@ StreamCall = Callable[[bytes, Any], AsyncIterator[bytes]]
 
 
 def add_denoiser(_servicer: object, server: Any) -> None:
-    """Adds the service to Serve's gRPC server, which puts calls to its replicas in the place of the handlers."""
+    """Adds the service to Serve's gRPC server, which replaces the handlers by calls to its replicas."""
     methods = pb.DESCRIPTOR.services_by_name["Denoiser"].methods
     handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
         method.name: grpc.unary_stream_rpc_method_handler(_nothing)
@@ -65,7 +65,7 @@ def add_denoiser(_servicer: object, server: Any) -> None:
 def unary(call: UnaryCall) -> UnaryCall:
     async def answer(message: bytes, context: Any) -> bytes:
         answered = await call(message, Passing(context))
-        _say_in_ours(context)
+        _set_our_status(context)
         return answered
 
     return answer
@@ -80,12 +80,12 @@ def stream(call: StreamCall) -> StreamCall:
                 if event:
                     put(event)
 
-        # Left while an event is being written, Serve's own iterator would not tell the replica: it has to be
-        # cancelled where it waits for the next one.
+        # If the caller leaves while an event is written, Serve's own iterator does not tell the replica: it has to be
+        # cancelled while it waits for the next event.
         async with aclosing(pumped(pull)) as pulled:
             async for event in pulled:
                 yield event
-        _say_in_ours(context)
+        _set_our_status(context)
 
     return events
 
@@ -93,7 +93,7 @@ def stream(call: StreamCall) -> StreamCall:
 class Passing:
     """The context of a call, with the time it has left in its metadata. All else is the context's own.
 
-    The peer is asked for now: Serve logs it at the end, and to ask when a call is gone ends the whole process.
+    The peer is read at once: Serve logs it at the end, and reading it after the call has gone crashes the process.
     """
 
     def __init__(self, context: Any) -> None:
@@ -113,11 +113,11 @@ class Passing:
         return getattr(self._context, name)
 
 
-def _say_in_ours(context: Any) -> None:
+def _set_our_status(context: Any) -> None:
     if any(key == DETAILS for key, _ in context.trailing_metadata() or ()):
         return
     code, details = context.code(), context.details() or ""
-    error = ours(code.value[0] if isinstance(code, grpc.StatusCode) else code, _text(details))
+    error = our_error(code.value[0] if isinstance(code, grpc.StatusCode) else code, _text(details))
     if error is not None:
         status = status_of(error)
         context.set_code(status.code)
@@ -125,8 +125,8 @@ def _say_in_ours(context: Any) -> None:
         context.set_trailing_metadata(status.trailing_metadata)
 
 
-def ours(number: int, details: str) -> ServiceError | None:
-    """What a status of Serve's own comes to."""
+def our_error(number: int, details: str) -> ServiceError | None:
+    """Our error for a status of Serve's own; None to leave the status as it is."""
     if number == grpc.StatusCode.INTERNAL.value[0]:
         return LOST if details.startswith(ACTOR) else BROKEN
     if number == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]:
@@ -135,7 +135,7 @@ def ours(number: int, details: str) -> ServiceError | None:
 
 
 REFUSALS: dict[int, ServiceError] = {408: LATE, 429: FULL, 503: NONE_READY}
-"""Over HTTP, what Serve says in plain text."""
+"""Our errors for statuses that Serve answers over HTTP with plain text."""
 
 
 def middlewares() -> list[Middleware]:
@@ -143,7 +143,7 @@ def middlewares() -> list[Middleware]:
 
 
 class Problems:
-    """Turns the plain text of a refusal of Serve's, and the silence after a lost replica, into problem documents."""
+    """Answers with a problem document where Serve refuses in plain text, or not at all because a replica was lost."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -155,7 +155,7 @@ class Problems:
         started = False
         error: ServiceError | None = None
 
-        async def send_unless_serves(message: Message) -> None:
+        async def send_unless_refused(message: Message) -> None:
             nonlocal started, error
             if message["type"] == "http.response.start":
                 started = True
@@ -164,7 +164,7 @@ class Problems:
             if error is None:
                 await send(message)
 
-        await self._app(scope, receive, send_unless_serves)
+        await self._app(scope, receive, send_unless_refused)
         if error is not None or not started:
             request_id = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
             response = problem_response(error or LOST, request_id)

@@ -35,9 +35,9 @@ class EngineFailed(RuntimeError):
 
 
 class Replica:
-    """What Serve calls: by their fixed names its hooks, and by theirs the methods of the gRPC service.
+    """What Serve calls: its hooks, whose names are fixed, and the methods of the gRPC service.
 
-    Serve asks a replica to end only when its requests are answered, so nothing is refused on the way down.
+    Serve ends a replica only when its requests are answered, so nothing has to be refused while it ends.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -59,7 +59,7 @@ class Replica:
         )
 
     async def __serve_build_asgi_app__(self) -> Any:
-        """The HTTP application, once the model is there to answer."""
+        """The HTTP application, once the model is loaded."""
         await self._host.load()
         self._reporting = asyncio.create_task(self._metrics.report_forever())
         app = create_app(
@@ -73,8 +73,8 @@ class Replica:
         return app
 
     async def reconfigure(self, _user_config: Any) -> None:
-        """A changed `user_config` takes the checkpoint file in again. A file that cannot be served changes nothing:
-        raising here would cost the replica that serves.
+        """A changed `user_config` reloads the checkpoint file. One that cannot be served is logged and changes nothing:
+        raising here would end the replica.
         """
         await self._host.at_rest()
         try:
@@ -93,7 +93,7 @@ class Replica:
         return {WAITING: self._host.waiting, FILL: self._metrics.fill(n_batches(self._settings))}
 
     async def __del__(self) -> None:
-        """What is left when Serve's grace period is over is refused in words instead of cut off."""
+        """Requests left after Serve's grace period fail with an error, instead of being cut off."""
         await self._metrics.leave()
         await self._host.drain(0)
         await asyncio.to_thread(self._tracer.close)

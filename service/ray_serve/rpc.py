@@ -1,5 +1,5 @@
-"""gRPC inside a replica. Serve's proxy hands over a message and its metadata. The server's own code answers it, and
-does what surrounds a call (ids, spans, the key).
+"""gRPC inside a replica. Serve's proxy hands over a message and its metadata; `service.rpc` answers it, interceptors
+(ids, spans, the key) included.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ServeContext(Protocol):
 
 @dataclass(frozen=True)
 class Encoded:
-    """A message as Serve wants it: something that can be serialised."""
+    """A serialised message, with the one method that Serve calls on messages."""
 
     message: bytes = b""
 
@@ -52,7 +52,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Details:
-    """What an interceptor is told of a call."""
+    """What an interceptor reads of a call."""
 
     method: str
     invocation_metadata: Metadata
@@ -63,7 +63,7 @@ class Ended(Exception):
 
 
 class CallContext:
-    """One call, as the server's handlers see it."""
+    """The context of a call, as the handlers and interceptors of `service.rpc` use it."""
 
     def __init__(self, context: ServeContext, write: Callable[[Encoded], None] | None = None) -> None:
         self._context = context
@@ -116,7 +116,7 @@ class ServeCalls:
         self._interceptors.append(Calls(tracer))  # the outermost last
 
     async def unary(self, method: str, message: bytes, context: ServeContext) -> Encoded:
-        """The answer, or an empty message beside which the context holds the status."""
+        """The answer; or an empty message, and the status in the context."""
         try:
             return Encoded(await self._answer(method, message, CallContext(context)))
         except Ended:

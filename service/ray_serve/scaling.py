@@ -49,12 +49,12 @@ class WaitingPolicy:
         if n_replicas in (0, silent):
             return context.target_num_replicas, {}
         waiting = (context.total_queued_requests or 0.0) + sum(reports.get(WAITING, {}).values())
-        fill = sum(fills.values()) + silent  # one who has not said yet may be full
+        fill = sum(fills.values()) + silent  # one that has not reported yet may be full
         return wanted(n_replicas, waiting, fill, self._target_waiting, self._target_fill), {}
 
 
 def wanted(n_replicas: int, waiting: float, fill: float, target_waiting: float, target_fill: float) -> float:
-    """As many as would have `target_waiting` requests waiting at each; never fewer than the work of all of them,
-    `fill` full replicas' worth, keeps `target_fill` full. Full ticks alone are no reason for more than there are.
+    """So many that each has `target_waiting` requests waiting; but no fewer than the work of now (that of `fill` full
+    replicas) needs at `target_fill`. Full ticks alone are no reason for more replicas than there are.
     """
     return max(waiting / target_waiting, min(n_replicas, fill / target_fill))

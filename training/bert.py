@@ -1,9 +1,9 @@
-"""A model that starts as a BERT: it has the BERT's shape, and its first pass computes what the BERT computes.
+"""Start a model as a BERT: of the BERT's shape, so that its first pass computes what the BERT computes.
 
     BERT (Devlin et al., 2019)                       here, with `norm: post` and `positions: learned`
     LN(word + position + type)                       LN(hidden) + inject(embedded), inject 0 to begin with
     layers                                           the shared encoder, the first `n_encoder_layers` of theirs
-    dense, GELU, LN, tied table and bias             the same with `decoder_type: dense`, if theirs was not lost
+    dense, GELU, LN, tied table and bias             the same with `decoder_type: dense`, if the file has them
 
 The gate is fresh. BERT never learnt to continue from the hidden state of a first pass: that remains to be trained.
 """
@@ -25,29 +25,30 @@ from rdt_core.model import RDT
 from training.config import ConfigError
 
 LAYER_NORM_EPS = 1e-5
-"""Of every norm here. BERT's own is 1e-12, which is the same at the sizes that occur."""
+"""Epsilon of every norm here. BERT's own is 1e-12, which makes no difference at the sizes that occur."""
 
 HEAD = "cls.predictions"
-BIASES = {f"{HEAD}.bias", f"{HEAD}.decoder.bias"}  # one weight of two names
+BIASES = {f"{HEAD}.bias", f"{HEAD}.decoder.bias"}  # two names of one weight
 
 
 def has_its_shape(config: ModelConfig) -> bool:
-    """Whether a BERT's layers fit at all; if not, there are its token embeddings to have."""
+    """Whether a BERT's layers can be taken; if not, only its token embeddings can."""
     return config.norm == "post" and config.positions == "learned"
 
 
 @torch.no_grad()
 def copy_bert(model: RDT, folder: Path, named: str) -> str:
-    """Layers, positions and the table of the BERT in a folder, and its head if both have one; returns what was taken.
+    """Copy layers, positions and embeddings of the BERT in a folder, and its head if both have one; returns, in words,
+    what was copied.
 
-    Raises `ConfigError`, which calls the setting what it is `named`.
+    Raises `ConfigError`, in which the setting is called `named`.
     """
     where = f"{named} is {str(folder)!r}"
     source, missing = _loaded(folder, where)
-    source = source.float()  # whatever it was stored in
+    source = source.float()  # it may be stored in another format
     _check_shape(model.config, source.config, where)
     scale = _copy_embeddings(model, source.bert.embeddings)
-    for ours, theirs in zip(model.encoder, source.bert.encoder.layer, strict=False):  # theirs may be more
+    for ours, theirs in zip(model.encoder, source.bert.encoder.layer, strict=False):  # there may be more of theirs
         assert isinstance(ours, EncoderLayer)
         _copy_layer(ours, theirs)
     lost_head = missing >= BIASES or any(name.startswith(f"{HEAD}.transform.") for name in missing)
@@ -66,9 +67,9 @@ def _loaded(folder: Path, where: str) -> tuple[Any, set[str]]:
 
     try:
         kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
-        if kind != "bert":  # it would load, with none of its weights
+        if kind != "bert":  # it would load without any of its weights
             raise ConfigError(f"{where}: its model_type is {kind!r}: want 'bert' with norm: post, positions: learned")
-        with _unsaid():
+        with _silent_transformers():
             loaded: Any = BertForMaskedLM.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     except ConfigError:
         raise
@@ -82,8 +83,8 @@ def _loaded(folder: Path, where: str) -> tuple[Any, set[str]]:
 
 
 @contextmanager
-def _unsaid() -> Iterator[None]:
-    """No bar, and no alarm over a head that is not there: what matters is told by `copy_bert`."""
+def _silent_transformers() -> Iterator[None]:
+    """Without its progress bar and its warning of a missing head, which `copy_bert` reports itself."""
     from transformers.utils import logging  # noqa: PLC0415 - heavy
 
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -125,7 +126,7 @@ def _check_shape(config: ModelConfig, theirs: Any, where: str) -> None:
 
 
 def _copy_embeddings(model: RDT, theirs: nn.Module) -> Tensor:
-    """Scaled as a fresh table is, which the norm right after them undoes; returns by how much."""
+    """Copy the embeddings, scaled to the variance of a fresh table, which the next norm undoes. Returns the factor."""
     words, types = (_weight(theirs, f"{name}_embeddings") for name in ("word", "token_type"))
     width = model.config.d_model
     scale = width**-0.5 / words.std()
@@ -153,7 +154,7 @@ def _copy_layer(ours: EncoderLayer, theirs: nn.Module) -> None:
 
 
 def _copy_head(model: RDT, theirs: nn.Module, scale: Tensor) -> None:
-    """The table is larger by `scale` here, so what meets it is smaller."""
+    """The embeddings were multiplied by `scale`, so the norm before their product is divided by it."""
     assert model.decoder_dense is not None
     model.decoder_dense.load_state_dict(theirs.get_submodule("transform.dense").state_dict())
     norm = theirs.get_submodule("transform.LayerNorm")

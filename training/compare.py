@@ -28,7 +28,7 @@ from training.stopping import ends_quietly
 
 DEFAULT_MEASURES = ("exact_match", "run_2", "bleu", "passes", "flops_per_token")
 SAME = ("masks", "segments", "length", "seed", "precision", "scorer", "round_depth", "settle_depth")
-"""What compared figures have to be of. What a file does not tell, or has no figures of, is not held against it."""
+"""What has to be equal in compared files. What a file does not say, or has no figures of, is not compared."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def _is_typed(row: Row) -> bool:
 
 
 def _plan_of(values: dict[str, Any], kinds: set[str]) -> dict[str, Any]:
-    """What a row does not tell of itself: the scorer, passes of a round, and to what pace it settles."""
+    """What rows do not say of themselves: the scorer, the passes of a round, and the pace of settling."""
     plan, scorer = values.get("plan") or {}, values.get("scorer") or {}
     rounds = kinds & {"mask-predict", "ancestral", "ancestral-greedy"}
     return {
@@ -103,10 +103,10 @@ def chosen(rows: Sequence[Row], only: Sequence[str], mask_ratios: Sequence[float
 
 
 class Against:
-    """A method of one model, from which all others differ; both on the same segments."""
+    """A method of one model that all others are compared with, on the same segments."""
 
     def __init__(self, models: dict[str, EvaluationFile], model: str, method: str) -> None:
-        """Raises `ConfigError` where there is no such model or method, or nothing was kept by segment."""
+        """Raises `ConfigError` where there is no such model or method, or no tallies."""
         if model not in models:
             raise ConfigError(f"--against {model}: want one of {', '.join(models)}")
         self.name = f"{model}, {method.replace(':', ' ')}"
@@ -139,7 +139,7 @@ class Against:
 
 
 def _tallies_of(one: EvaluationFile) -> dict[str, tallies.Tallies]:
-    """What is beside it. Raises `ConfigError` unless that adds up to what the rows say, as another model's does not."""
+    """The tallies beside an evaluation. Raises `ConfigError` unless they add up to its rows, and so belong to it."""
     path = one.path.with_suffix(".npz")
     found = tallies.read(path)
     for row in one.rows:
@@ -211,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.plot is not None:
             lines = [(f"{name}, {row.kind}", row) for name, rows in models.items() for row in rows]
             write_whole({options.plot: lambda path: plot_lines(lines, path)})
-    except (OSError, ValueError) as error:  # of a format that nobody draws
+    except (OSError, ValueError) as error:  # ValueError: a format that matplotlib does not write
         print(f"rdt-compare: {error}", file=sys.stderr)
         return 2
     return status

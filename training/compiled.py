@@ -9,7 +9,7 @@ from rdt_core.model import RDT
 
 
 def compile_layers(model: RDT, backend: str = "inductor") -> None:
-    """Norms, activations and rotary positions become few loops, for any lengths; the first steps wait for them.
+    """Norms, activations and rotary positions are fused, for any lengths; the first steps wait for the compiler.
 
     Attention stays as it is: it would be compiled anew for every length. Weights and their names do not change.
     """

@@ -22,7 +22,8 @@ class ConfigError(ValueError):
 class ModelSection:
     """The shape of the model, and what requests are answered with by default; `vocab_size` is the tokenizer's.
 
-    `max_seq_len` is what the server takes, also where `data.max_seq_length` is less and no text in training is as long.
+    `max_seq_len` is the longest text that the server takes, even if `data.max_seq_length` and so all texts in training
+    are shorter.
     """
 
     d_model: int = 512
@@ -47,8 +48,8 @@ class ModelSection:
 @dataclass(frozen=True)
 class TrainingSection:
     batch_size: int = 16
-    """Sequences of `data.max_seq_length` tokens in each of the `gradient_accumulation_steps` batches of a step; shorter
-    draws fill as many tokens or a few less."""
+    """Sequences of `data.max_seq_length` tokens in each of the `gradient_accumulation_steps` batches of a step. Of
+    shorter sequences, a batch holds as many more as have about the same number of tokens."""
     gradient_accumulation_steps: int = 1
     num_epochs: int = 10
     num_steps: int | None = None
@@ -64,14 +65,14 @@ class TrainingSection:
     """Share of the run over which `warmup_stable_decay` falls to zero."""
     max_grad_norm: float = 1.0
     average_decay: float | None = None
-    """Of a running average of the encoder's weights, a step; it replaces them when the encoder has learnt: before the
-    last `gate_steps`, or at the end."""
+    """Decay per step of a running average of the encoder's weights. The average replaces them when the encoder has
+    learnt: before the last `gate_steps`, or at the end."""
     scheme: str = "unroll"
     """`unroll`: random depth, every masked token supervised. `chain`: the seed's step-by-step reveal."""
     max_chain_length: int = 4
-    """Passes of one training example at the most: of the random unroll, or of the chain."""
+    """Most passes of one training example: of the random unroll, or of the chain."""
     grad_passes: int = 2
-    """The gradient flows, and the loss looks, through the last so many passes."""
+    """So many last passes are supervised and carry a gradient."""
     one_pass_steps: int = 0
     """First so many steps with a single pass: cheap pretraining before the recursion."""
     total_steps: int = 20
@@ -82,7 +83,7 @@ class TrainingSection:
     loss_weight_recon: float = 1.0
     loss_weight_gate: float = 1.0
     gate_every_n_steps: int = 4
-    """With `unroll`, how often the gate is taught by a deep run; 0 is not before `gate_steps`."""
+    """With `unroll`, how often the gate is taught by a deep run; 0: only in the `gate_steps`."""
     gate_passes: int = 8
     """Passes of that deep run; what its last one predicts counts as final."""
     gate_sequences: int = 8
@@ -92,7 +93,7 @@ class TrainingSection:
     gate_change_share: float = 0.02
     """Predictions count as settled once at most this share differs from the final ones."""
     compile: bool = False
-    """The encoder's layers by `torch.compile`: that takes a quarter of a minute and a C++ compiler, on CUDA Triton."""
+    """`torch.compile` the encoder's layers: takes a quarter of a minute, and needs a C++ compiler, on CUDA Triton."""
     init_from: str | None = None
     """A checkpoint of this project that this model starts from, or a local folder with a BERT-like one, whose token
     embeddings it takes, and with `model.norm: post` and `model.positions: learned` all that fits of the rest."""
@@ -101,7 +102,7 @@ class TrainingSection:
     keep_last_n_checkpoints: int = 3
 
     def n_warmup_steps(self, n_steps: int) -> int:
-        """Of `n_steps` that teach the encoder."""
+        """Warm-up steps of a run in which `n_steps` teach the encoder."""
         return round(self.warmup_ratio * n_steps) if self.warmup_steps is None else self.warmup_steps
 
 
@@ -152,7 +153,7 @@ class TrainConfig:
 
 
 IMMATERIAL = ("data.num_workers", "data.pin_memory", "data.cache_dir", "output.log_dir", "output.log_every_n_steps")
-"""Settings that change nothing but how, and how fast."""
+"""Settings that do not change what is learnt."""
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -183,7 +184,8 @@ AT_LEAST = {
     3: ("data.min_seq_length",),
 }  # fmt: skip
 MOST, TOKENS_A_BATCH = 1000, 2**20
-"""More would only be a slip that takes all memory; larger batches are `training.gradient_accumulation_steps`."""
+"""Larger values are taken for typing errors, which would use up all memory. Larger batches come from
+`training.gradient_accumulation_steps`."""
 AT_MOST = ("training.max_chain_length", "training.gate_passes", "training.total_steps", "data.num_workers")
 ABOVE_ZERO = ("training.learning_rate", "training.max_grad_norm")
 SHARES = (
@@ -246,7 +248,7 @@ def _check_names(config: TrainConfig) -> None:
 
 
 def _check_together(config: TrainConfig) -> None:
-    """Settings that are in range, but do not go with others."""
+    """Settings that are in range but contradict others."""
     section, data = config.training, config.data
     if section.scheme == "chain" and section.gate_steps:
         raise ConfigError("training.gate_steps is for scheme unroll: with chain the gate learns all along, want 0")

@@ -37,7 +37,7 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError) as error:  # no UTF-8, or what looks like a date or a number and is none
+    except (yaml.YAMLError, ValueError) as error:  # not UTF-8, or what only looks like a date or a number
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if values is None:
         return {}

@@ -1,4 +1,4 @@
-"""Text in, one stream of tokens out: read from files or a hub, tokenised once, and memory-mapped after that."""
+"""From text to one stream of tokens: read from files or a hub, tokenised once, and memory-mapped after that."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HUB_NAMES = {
 TEXT_SUFFIXES = (".txt", ".raw", ".tokens", ".txt.xz", ".raw.xz", ".tokens.xz")
 TEXTS = "local text files, also compressed (.xz), separated by commas"
 PARAGRAPHS_A_BLOCK = 4096
-TOKENS = 65_536  # that uint16 tells apart
+MAX_VOCAB_SIZE = 65_536  # ids that uint16 holds
 VALIDATION_TOKENS = 50_000
 
 _AT = re.compile(r" @([-,.])@ ")
@@ -64,12 +64,12 @@ def read_paragraphs(path: Path) -> Iterator[str]:
 
 
 def named_files(names: str) -> list[Path]:
-    """Those of a comma-separated setting, in its order."""
+    """The files of a comma-separated setting, in its order."""
     return [Path(name.strip()) for name in names.split(",")]
 
 
 def shown_files(names: str) -> str:
-    """The same without their folders: what a checkpoint or an evaluation tells of the text it is of."""
+    """Their names without folders, as a checkpoint or an evaluation records its text."""
     return ",".join(path.name for path in named_files(names))
 
 
@@ -85,8 +85,8 @@ def is_local(names: str) -> bool:
 
 def tokenise(paragraphs: Iterable[str], tokenizer: Tokenizer) -> Corpus:
     """One stream of uint16 ids, paragraph after paragraph. Raises `ConfigError` for a vocabulary with more of them."""
-    if tokenizer.vocab_size > TOKENS:
-        raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens: want at most {TOKENS}")
+    if tokenizer.vocab_size > MAX_VOCAB_SIZE:
+        raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens: want at most {MAX_VOCAB_SIZE}")
     pieces: list[npt.NDArray[np.uint16]] = []
     lengths: list[int] = []
     iterator = iter(paragraphs)
@@ -101,7 +101,7 @@ def tokenise(paragraphs: Iterable[str], tokenizer: Tokenizer) -> Corpus:
 def local_corpus(names: str, tokenizer: Tokenizer, cache_dir: str | Path, named: str = "data.dataset_name") -> Corpus:
     """Local text files, comma-separated, tokenised once and memory-mapped from `cache_dir` after that.
 
-    Raises `ConfigError`, which calls the setting what it is `named`.
+    Raises `ConfigError`, in which the setting is called `named`.
     """
     paths = named_files(names)
     for path in paths:
@@ -110,7 +110,7 @@ def local_corpus(names: str, tokenizer: Tokenizer, cache_dir: str | Path, named:
     key = hashlib.sha256(tokenizer.json.encode())
     for path in paths:
         stat = path.stat()
-        # The last is not for anyone to set, as the time before it is: archives and copies do.
+        # ctime too: unlike mtime, it cannot be set, which archives and copies do.
         key.update(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}\n".encode())
     stem = Path(cache_dir) / key.hexdigest()[:16]
     tokens_file, starts_file = stem.with_suffix(".tokens.npy"), stem.with_suffix(".starts.npy")
@@ -138,7 +138,7 @@ def _readable(path: Path, named: str) -> Iterator[str]:
 
 
 def _kept(tokens: Path, starts: Path) -> Corpus | None:
-    """None if there is nothing that can be read, or only what a power cut has left."""
+    """The cached corpus; None if there is none that can be read."""
     try:
         return Corpus(np.load(tokens, mmap_mode="r"), np.load(starts))
     except (OSError, EOFError, ValueError):
@@ -148,7 +148,7 @@ def _kept(tokens: Path, starts: Path) -> Corpus | None:
 def hub_corpus(name: str, split: str, tokenizer: Tokenizer, named: str = "data.dataset_name") -> Corpus:
     """A text dataset through the `datasets` library: a short name, or anything `load_dataset` takes.
 
-    Raises `ConfigError`, which calls the setting what it is `named`.
+    Raises `ConfigError`, in which the setting is called `named`.
     """
     from datasets import load_dataset  # noqa: PLC0415 - heavy, and only for users of a hub
 
@@ -188,7 +188,7 @@ def load_corpora(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Corpus, Cor
 def load_tokenizer(name: str, named: str = "data.tokenizer_name") -> Tokenizer:
     """A `tokenizer.json`, the one inside a checkpoint (`.pt`), or one by its hub name through `transformers`.
 
-    Raises `ConfigError`, which calls the setting what it is `named`.
+    Raises `ConfigError`, in which the setting is called `named`.
     """
     if Path(name).is_file():
         try:

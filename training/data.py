@@ -1,7 +1,7 @@
-"""A text's tokens in, batches out, drawn without state.
+"""From a text's tokens to batches, drawn without state.
 
 Batch `k` is a pure function of the seed and `k`, so a run that resumes at step `k` sees exactly what
-an uninterrupted one would have seen, and needs no place in the data to be saved. A batch holds random
+an uninterrupted one would have seen, and no position in the data has to be saved. A batch holds random
 segments of one length, `[CLS] ... [SEP]`, and no padding.
 """
 
@@ -54,7 +54,7 @@ class Batch(NamedTuple):
 
 
 class Vocabulary(NamedTuple):
-    """What of a tokenizer a batch needs; plain values, so that worker processes can hold it."""
+    """What batches need of a tokenizer, as plain values that can be sent to worker processes."""
 
     size: int
     cls_id: int
@@ -68,7 +68,7 @@ class Vocabulary(NamedTuple):
 
 
 START_FAVOUR = 4
-"""Times that text at the start of a paragraph may be as frequent as other text."""
+"""How many times as often as other text the start of a paragraph may be drawn."""
 
 
 class Batches(Dataset[Batch]):
@@ -99,8 +99,8 @@ class Batches(Dataset[Batch]):
         return min(section.max_seq_length, int(math.exp(low + where * (high - low))))
 
     def _draw_segment(self, length: int, generator: torch.Generator) -> Tensor:
-        """Half of the segments start where a paragraph does, as callers' texts do; fewer where paragraphs are so long
-        that little else would be seen.
+        """Half of the segments start where a paragraph does, as callers' texts do. Where paragraphs are long, fewer do,
+        so that other text is seen often enough.
         """
         last = len(self.corpus) - (length - 2)
         start = int(torch.randint(last + 1, (), generator=generator))

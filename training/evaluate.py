@@ -14,7 +14,7 @@ mask ratios are nested and the same for every model and every method. For every 
 
 Fixed depths, gates, tables and unchanged are read off the same passes, so they are compared on equal terms. Exact
 match is over masked tokens. A run is a maximal stretch of adjacent masked word pieces; it is right if all of it is.
-BLEU is of whole segments as word pieces. Intervals are 95 % over segments. Bits are those of the true token at the
+BLEU is of whole segments, as word pieces. Intervals are 95 % over segments. Bits are those of the true token at the
 moment its place is written; methods that write in several rounds are then conditioned on their own guesses. Bits
 under a left-to-right model (`--scorer`) are of the restored text. Low ones can also mean dull text: compare them with
 the original's. Passes are per sequence. FLOPs are per token of text, count the model's matrices but for the
@@ -94,7 +94,7 @@ def _keep(
         del summary["tallies"]
         table, text = json.dumps(summary, indent=1) + "\n", as_text(found) + "\n"
         write_whole(
-            {  # no table without its tallies
+            {  # in this order: there is never a table without its tallies
                 options.output / "evaluation.npz": lambda path: tallies.write(path, found.rows, found.tallies),
                 options.output / "evaluation.json": lambda path: path.write_text(table, encoding="utf-8"),
                 options.output / "evaluation.txt": lambda path: path.write_text(text, encoding="utf-8"),
@@ -122,7 +122,7 @@ def as_text(found: Evaluated) -> str:
 
 
 def describe(evaluation: Evaluation, options: argparse.Namespace, scorer: Scorer | None) -> dict[str, Any]:
-    """What the figures are of; two evaluations with the same `masks` restored the same tokens."""
+    """What was evaluated. Two evaluations with the same `masks` restored the same tokens."""
     n_segments, length = evaluation.targets.shape
     masks = hashlib.sha256(evaluation.targets.cpu().numpy().tobytes() + evaluation.ranks.cpu().numpy().tobytes())
     return {
@@ -169,7 +169,7 @@ def _evaluation(options: argparse.Namespace, loaded: LoadedModel, text: str, nam
 
 
 def _scorer(options: argparse.Namespace, loaded: LoadedModel) -> Scorer:
-    """The scorer, if it reads the model's word pieces; says so if both learned from the same file."""
+    """The scorer, which must have the model's word pieces. Prints a note if both learned from the same file."""
     path = options.scorer
     scorer = load_scorer(path, loaded.model.device, bfloat16=options.precision == "bf16")
     if scorer.tokenizer.pieces != loaded.tokenizer.pieces:
@@ -180,7 +180,7 @@ def _scorer(options: argparse.Namespace, loaded: LoadedModel) -> Scorer:
 
 
 def _learned_from(loaded: LoadedModel) -> set[str]:
-    """Names of the files, as far as the checkpoint tells."""
+    """Names of the files that the model has learned from, as far as the checkpoint says."""
     try:
         names = str(loaded.checkpoint.config["training"]["data"]["dataset_name"]).split(",")
     except (KeyError, TypeError):
@@ -189,7 +189,7 @@ def _learned_from(loaded: LoadedModel) -> set[str]:
 
 
 def _plan(options: argparse.Namespace) -> Plan:
-    """What was asked for. Raises `ConfigError`."""
+    """The plan that the options ask for. Raises `ConfigError`."""
     lowest: dict[str, float] = {"max_depth": 1, "thresholds": 0, "unchanged": 0, "budgets": 1, "settle_passes": 1,
                                 "settle_thresholds": 0, "mask_predict": 1, "ancestral": 1,
                                 "round_depth": 1, "length": 3, "segments": 2, "seed": 0, "batch_size": 1}  # fmt: skip

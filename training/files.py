@@ -1,4 +1,4 @@
-"""Folders that must take files, found out before the work; and files that are written as a whole."""
+"""Output: folders are checked before the work begins, and files are written as a whole."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from training.config import ConfigError
 
 
 def make_folder(path: Path, named: str) -> None:
-    """Make it if need be. Raises `ConfigError`, which calls the setting what it is `named`, unless it takes files."""
+    """Make the folder if need be. Raises `ConfigError`, with the setting called `named`, if it takes no files."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=path):
@@ -21,16 +21,16 @@ def make_folder(path: Path, named: str) -> None:
 
 
 def write_whole(writers: Mapping[Path, Callable[[Path], object]]) -> None:
-    """Have each file written under another name with its suffix; once all are whole they take their places, in order.
+    """Write each file under a temporary name with its suffix; once all are complete, rename them in order.
 
-    What goes wrong before that leaves the old files as they were. Raises `OSError`, which names the file.
+    An error before that leaves the old files as they were. Raises `OSError`, which names the file.
     """
     partial = {path: path.with_name(f".{os.getpid()}.partial.{path.name}") for path in writers}
     try:
         for path, write in writers.items():
             try:
                 write(partial[path])
-            except OSError as error:  # of a full disk it names none
+            except OSError as error:  # that of a full disk does not name the file
                 raise OSError(f"{path}: cannot be written: {error}") from error
         for path in writers:
             partial[path].replace(path)

@@ -12,9 +12,10 @@ from training.files import make_folder
 
 
 class RunFolder:
-    """The files of one run. Another's in the same folder are replaced where they have the same name, never dropped.
+    """The checkpoints of one run. Those of another run in the same folder are replaced if they have the same name, but
+    never removed.
 
-    Raises `ConfigError` for a folder that takes none.
+    Raises `ConfigError` for a folder that cannot be written.
     """
 
     def __init__(self, path: Path, keep_last: int) -> None:
@@ -30,7 +31,7 @@ class RunFolder:
         return any(self.path.glob("*.pt"))
 
     def remove_partial_files(self) -> None:
-        """Those of a run that was killed while it saved, and not of one that is saving."""
+        """Remove what a run has left that was killed while it saved; files of a run that is saving stay."""
         for left in self.path.glob(".*.pt.*.partial"):
             if not _of_another_process(left):
                 left.unlink(missing_ok=True)
@@ -47,14 +48,14 @@ class RunFolder:
             self._own.pop(0).unlink(missing_ok=True)
 
     def take_over(self, resumed: Path, step: int) -> None:
-        """The files of the run that goes on from `resumed`, if they are here; later ones are another run's."""
+        """Count the files of the resumed run as this run's, if they are here. Later ones are another run's."""
         if resumed.resolve().parent == self.path.resolve():
             steps = {file: _step_of(file) for file in self.path.glob("checkpoint_*.pt")}
             self._own = sorted((file for file, at in steps.items() if 0 <= at <= step), key=_step_of)
 
 
 def _of_another_process(partial: Path) -> bool:
-    """Whether the process in its name lives, on this machine, and is not this one, which has not saved yet."""
+    """Whether the process named in it is alive on this machine. Not this process, which has not saved yet."""
     number = partial.suffixes[-2][1:]
     if not number.isdecimal() or int(number) == os.getpid():
         return False
@@ -68,6 +69,6 @@ def _of_another_process(partial: Path) -> bool:
 
 
 def _step_of(path: Path) -> int:
-    """-1 for a file that no run has written, such as somebody's copy."""
+    """The step in a checkpoint's name; -1 for names that no run gives, such as those of copies."""
     found = re.fullmatch(r"checkpoint_epoch_\d+_step_(\d+)\.pt", path.name)
     return -1 if found is None else int(found[1])

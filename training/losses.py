@@ -55,7 +55,7 @@ def chain_losses(model: RDT, batch: Batch, packing: Packing, n_passes: int, sect
     recon, gate = [], []
     for step, state in enumerate(states, start=1):
         rows = (batch.due_passes == step).nonzero().squeeze(1)
-        if len(rows) > 0:  # no segment of the batch may have so long a chain
+        if len(rows) > 0:  # the chains of all segments may be shorter
             recon.append(reconstruction(model, state.hidden, packing, rows, batch.targets))
         target = (batch.start_steps - step).clamp(min=0).float() / section.total_steps  # (N,)
         gate.append(F.mse_loss(state.gate.level, target))
@@ -69,7 +69,7 @@ class DeepRun(NamedTuple):
 
     states: list[State]  # P states, `masked` as it was when the gate read them
     guesses: Tensor  # (P, M)
-    doubts: Tensor  # (P, M) what the model's own probabilities leave to all other tokens
+    doubts: Tensor  # (P, M) the probability of all tokens but the guess
     open_rows: Tensor  # (P, M) bool, rows not settled before that pass
 
 
@@ -114,9 +114,9 @@ def surest(model: RDT, state: State, rows: Tensor, packing: Packing, *, step: in
 def gate_losses(model: RDT, batch: Batch, packing: Packing, section: TrainingSection, settle: bool) -> Tensor:
     """Teach the gate from a deep run: squared error of levels plus cross-entropy of token levels.
 
-    With `settle` only the token levels are taught, on the states they will be asked about, where the surer
-    tokens have settled already. All of it in float32, as models are served: rounded to bfloat16, guesses that are
-    nearly as good take turns for passes on end, and nothing seems to settle.
+    With `settle` only the token levels are taught, on states in which the surer tokens have settled already, as when
+    they are used. All of it is in float32, as models are served: in bfloat16, guesses that are nearly as good keep
+    taking turns from pass to pass, and nothing seems to settle.
     """
     with torch.autocast(model.device.type, enabled=False):
         return _gate_losses(model, batch, packing, section, settle)
@@ -127,7 +127,7 @@ def _gate_losses(model: RDT, batch: Batch, packing: Packing, section: TrainingSe
     run = deep_run(model.eval(), batch, packing, section.gate_passes, settle)
     model.train(was_training)
     rows = batch.masked.nonzero().squeeze(1)
-    if len(rows) == 0:  # no word at all, but a loss like any other
+    if len(rows) == 0:  # a zero that has gradients, as any other loss
         return torch.stack([parameter.sum() for parameter in model.gate.parameters()]).sum() * 0.0
     left = None  # (P, N)
     if not settle:

@@ -9,7 +9,7 @@ import torch
 
 
 def autocast(device: torch.device, wanted: bool = True) -> AbstractContextManager[object]:
-    """bfloat16 if wanted, where it is native: a CPU that has to emulate it is only slowed by it."""
+    """bfloat16 if wanted and native; emulated, it would only be slower."""
     if wanted and (device.type == "cuda" or (device.type == "cpu" and cpu_has_bfloat16())):
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()

@@ -20,7 +20,7 @@ def gate_parameters(model: RDT) -> list[nn.Parameter]:
 
 
 def trunk_parameters(model: RDT) -> list[nn.Parameter]:
-    """Everything but the gate: clipped apart, so that the gate's loss cannot throttle the encoder."""
+    """Everything but the gate. Clipped separately, so that the gate's gradient cannot shrink the encoder's."""
     gate = set(map(id, model.gate.parameters()))
     return [parameter for parameter in model.parameters() if id(parameter) not in gate]
 
@@ -63,10 +63,10 @@ class Average:
         torch._foreach_copy_(self.values, list(values))
 
 
-def left_average(saved: Checkpoint) -> str:
-    """What to say of a checkpoint whose weights are taken before their average has taken their place; else nothing."""
+def average_note(saved: Checkpoint) -> str:
+    """The end of a sentence on a checkpoint whose weights have not been replaced by their average yet; else empty."""
     progress = saved.progress or {}
-    averaged = progress.get("averaged", progress.get("best_of") == "gate stage")  # as far as older ones tell
+    averaged = progress.get("averaged", progress.get("best_of") == "gate stage")  # for older checkpoints
     left = progress.get("average") and not averaged
     return ", the weights as they stood and not their running average" if left else ""
 

@@ -1,8 +1,8 @@
-"""One process or many: which part of a step each does, and how they stay in agreement.
+"""One process or several: which part of a step each does, and how their results are combined.
 
     torchrun --nproc_per_node=2 -m training --config ...
 
-Whatever the number of processes, a step is the same batches and the same randomness: process `r` of `P`
+With any number of processes, a step has the same batches and the same randomness: process `r` of `P`
 takes batches `r`, `r + P`, ... of the step, and the gradients are added up. A run may therefore be
 resumed by another number of processes.
 """
@@ -27,19 +27,19 @@ class Processes(Protocol):
 
     @property
     def first(self) -> bool:
-        """Logs and writes files."""
+        """Whether this is the process that logs and writes files."""
 
     def device(self, wanted: torch.device) -> torch.device:
-        """This process's own: with several GPUs each takes one."""
+        """The device of this process: with several GPUs each takes one."""
 
     def add_up(self, values: Tensor) -> Tensor:
         """The sum over all processes, the same in each."""
 
     def first_before_others(self, work: Callable[[], Made]) -> Made:
-        """Work that leaves something behind for those who do it later, such as a cache."""
+        """Work that the first process does before the others, because it leaves them something, such as a cache."""
 
     def close(self) -> None:
-        """No process is needed by the others any more."""
+        """Wait for the others, and disconnect."""
 
 
 class OneProcess:
@@ -68,7 +68,7 @@ class ManyProcesses:
             raise ConfigError("several processes need the package accelerate: pip install '.[training]'") from error
         try:
             self._state = PartialState(cpu=on_cpu)
-        except ValueError as error:  # torchrun sets more than this
+        except ValueError as error:  # variables that torchrun sets are missing
             raise ConfigError(f"WORLD_SIZE is {os.environ.get('WORLD_SIZE')!r}: want torchrun: {error}") from error
         self.rank, self.count = self._state.process_index, self._state.num_processes
 
@@ -101,7 +101,7 @@ def meet(wanted: torch.device) -> Processes:
 
 
 def share(steps: range, a_step: int, processes: Processes) -> Iterator[int]:
-    """The batches of these steps, `a_step` in each, that this process takes."""
+    """Numbers of the batches that this process takes in these steps, of which each has `a_step` batches."""
     return (step * a_step + i for step in steps for i in range(processes.rank, a_step, processes.count))
 
 

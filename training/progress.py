@@ -1,7 +1,6 @@
-"""What a run tells while it runs: a bar and lines on the terminal, and curves for TensorBoard.
+"""What a run shows: a bar and lines on the terminal, and curves for TensorBoard.
 
-A run does not end because one of them can no longer be written, as on a full disk or into a pipe whose reader has
-left: it goes on without.
+If one of them can no longer be written (a full disk, a pipe whose reader has left), the run goes on without it.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ from training.config import ConfigError
 
 
 class Progress:
-    """Of a run of `n_steps` that has made `step` of them; nothing with `quiet`."""
+    """The progress of a run of `n_steps` that has made `step` of them; shows nothing with `quiet`."""
 
     def __init__(self, log_dir: str, step: int, n_steps: int, *, quiet: bool) -> None:
-        """Raises `ConfigError` if there can be no curves from the start."""
+        """Raises `ConfigError` if curves cannot be written at the start."""
         self._log_dir, self._silent = log_dir, quiet
         try:
             self._curves = None if quiet else SummaryWriter(log_dir, purge_step=step + 1)
@@ -42,7 +41,7 @@ class Progress:
         self._tell(self._bar.update)
 
     def show(self, **values: str) -> None:
-        """Beside the bar."""
+        """Show values beside the bar."""
         self._tell(lambda: self._bar.set_postfix(values))
 
     def draw(self, values: Mapping[str, float], step: int) -> None:

@@ -15,7 +15,7 @@ from rdt_core import checkpoint
 from rdt_core.checkpoint import CheckpointError
 from rdt_core.config import HALTINGS, REQUEST_DEFAULTS
 from training.files import make_folder
-from training.optimise import left_average
+from training.optimise import average_note
 from training.stopping import ends_quietly
 
 
@@ -39,12 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             defaults={name: value for name, value in defaults.items() if value is not None},
         )
         released = checkpoint.load(options.output)
-        left = left_average(checkpoint.read(options.checkpoint))
+        note = average_note(checkpoint.read(options.checkpoint))
     except (CheckpointError, ValueError, OSError) as error:
         print(f"rdt-release: {error}", file=sys.stderr)
         return 2
     size = options.output.stat().st_size / 1e6
-    print(f"{options.output}: {released.name}@{released.digest[:12]}, {size:.1f} MB{left}")
+    print(f"{options.output}: {released.name}@{released.digest[:12]}, {size:.1f} MB{note}")
     return 0
 
 

@@ -57,7 +57,9 @@ PLOTTED = ("exact_match", "run_2", "bleu")
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """A block a measure, with a line a setting and a column a mask ratio; of many fixed depths, some."""
+    """A block for each measure, with a line for each setting and a column for each mask ratio. Of many fixed depths,
+    only some are shown.
+    """
     ratios = sorted({row.mask_ratio for row in rows})
     deepest = max((row.setting for row in rows if row.kind == "fixed"), default=0)
     shown = [row for row in rows if row.kind != "fixed" or row.setting in (*SHOWN_DEPTHS, deepest)]
@@ -83,7 +85,7 @@ def number(value: float | None) -> str:
 
 
 def format_comparisons(comparisons: Sequence[Comparison]) -> str:
-    """A line a lookup: points of exact match at equal passes, and passes saved at equal exact match."""
+    """A line for each lookup: points of exact match at equal passes, and passes saved at equal exact match."""
     lines = [
         "within one mask ratio, on the same segments; * the best lookup at these passes on validation text",
         "points: exact match over the lookup's at equal mean passes, with a paired 95 % interval",
@@ -117,12 +119,12 @@ def format_levels(readings: Sequence[LevelReading]) -> str:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Quality against compute: a line a method, a row of panels a measure, a column for a few mask ratios."""
+    """Quality against compute: a line for each method, a row of panels for each measure, a column for a few ratios."""
     plot_lines([(row.kind, row) for row in rows], path)
 
 
 def plot_lines(points: Sequence[tuple[str, Row]], path: Path) -> None:
-    """As `plot`, of rows that say which line they are on."""
+    """`plot` with the name of the line that each row is on."""
     import matplotlib  # noqa: PLC0415 - heavy, and only for the picture
 
     matplotlib.use("Agg")
@@ -168,7 +170,7 @@ def _line(measure: Measure, rows: Iterable[Row]) -> tuple[list[float], list[floa
 
 
 def some(values: Sequence[Any], n: int) -> list[Any]:
-    """`n` of the values, from the first to the last at even distances."""
+    """`n` of the values, evenly spread from the first to the last."""
     if len(values) <= n:
         return list(values)
     return [values[math.floor(i * (len(values) - 1) / (n - 1) + 0.5)] for i in range(n)]

@@ -39,7 +39,7 @@ HELD_OUT_SEGMENTS = 64
 
 
 def drawn_texts(corpus: Corpus, tokenizer: Tokenizer, length: int, n: int, seed: int) -> Tensor:
-    """`n` random stretches of a text, framed as those of an evaluation are: `(n, length)`, the same for a seed."""
+    """`n` random stretches of a text, with [CLS] and [SEP] as in an evaluation: `(n, length)`, the same for a seed."""
     generator = torch.Generator().manual_seed(seed)
     body = length - 2
     starts = torch.randint(len(corpus) - body + 1, (n,), generator=generator).tolist()

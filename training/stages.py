@@ -43,11 +43,11 @@ class Stages:
         return unrolled // every
 
     def only_one_pass_taught(self, step: int) -> bool:
-        """After so many steps."""
+        """Whether the first `step` steps all had a single pass."""
         return step <= self.section.one_pass_steps
 
     def measure(self, step: int) -> str:
-        """What the best model after so many steps is judged by: reconstruction, and the gate once that is taught."""
+        """What the best model after `step` steps is judged by: reconstruction, and the gate once that is taught."""
         if step > self.n_encoder_steps:
             return "gate stage"
         if self.only_one_pass_taught(step):
@@ -57,7 +57,7 @@ class Stages:
         return "total" if gate_is_taught else "recon"
 
     def check(self) -> list[str]:
-        """Notes on what will be taught nothing. Raises `ConfigError` for stages that do not fit into the run."""
+        """Notes on what will learn nothing. Raises `ConfigError` for stages that do not fit into the run."""
         section, n_learning = self.section, self.n_encoder_steps
         if n_learning < 0 or (n_learning == 0 and not Path(section.init_from or "").is_file()):
             wanted = "want less, or with a checkpoint as training.init_from as many"

@@ -35,7 +35,7 @@ def stop_signal() -> Iterator[list[int]]:
 
 
 def leave_signals_to_the_trainer(_worker: int) -> None:
-    """In processes that prepare batches: a signal to the whole group must not end them before the step is saved."""
+    """For processes that prepare batches: a signal to the process group must not end them before the step is saved."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

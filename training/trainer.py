@@ -55,7 +55,7 @@ MEASURED = (
 """If one of these has changed, losses before and after cannot be compared, or `best_model.pt` is in another folder."""
 
 AT_THE_START = ("data.tokenizer_name", "training.init_from")
-"""What a run that goes on has in its checkpoint: its words, and its weights."""
+"""Settings that a resumed run does not use: its checkpoint holds the tokenizer and the weights."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -80,7 +80,7 @@ class Trainer:
             self.folder.remove_partial_files()
             make_folder(Path(config.output.log_dir), "output.log_dir")
         self.notes: list[str] = []
-        """What whoever started the run may not expect."""
+        """What may surprise whoever started the run; said when it begins."""
         self._note_surprises(resume)
         if resume is None and (source := config.training.init_from) and not Path(source).exists():
             raise ConfigError(f"training.init_from is {source!r}: no such file or folder")
@@ -118,7 +118,7 @@ class Trainer:
             )
 
     def _note_surprises(self, resume: Path | None) -> None:
-        """Those that the settings alone tell of."""
+        """Notes that follow from the settings alone."""
         model, data = self.config.model, self.config.data
         if resume is None and self.folder.is_used():
             self.notes.append(
@@ -132,12 +132,12 @@ class Trainer:
             )
 
     def _read_text(self) -> tuple[Batches, Batches]:
-        """To learn from, and to validate on."""
+        """Batches to learn from, and to validate on."""
         config, held_out = self.config, self.config.data.validation_name
         train, validation = self.processes.first_before_others(lambda: load_corpora(config, self.tokenizer))
         if held_out and is_local(held_out) and (shared := shared_files(config.data.dataset_name, held_out)):
             self.notes.append(f"validation is on text that is learned: {', '.join(shared)} is in both")
-        # What is kept for the model to see tells the answer, and what is replaced by other words is no gap.
+        # In validation every masked token shows [MASK]: a kept one would give the answer, a replaced one is no gap.
         all_masked = replace(config, training=replace(config.training, random_token_share=0.0, keep_token_share=0.0))
         measured = Batches(validation, all_masked, self.tokenizer, stable_seed(config.seed, VALIDATION))
         if not any(measured[index].masked.any() for index in range(config.output.eval_batches)):
@@ -145,7 +145,7 @@ class Trainer:
         return Batches(train, config, self.tokenizer, stable_seed(config.seed, TRAIN)), measured
 
     def _make_model(self, fresh: bool) -> RDT:
-        """Unless `fresh`, the weights of a checkpoint take the place of these."""
+        """The model with its first weights; if not `fresh`, those of a checkpoint will replace them."""
         torch.manual_seed(stable_seed(self.config.seed))
         model = RDT(model_config(self.config, self.tokenizer)).to(self.device)
         section = self.config.training
@@ -181,7 +181,7 @@ class Trainer:
 
     @property
     def _must_stop(self) -> bool:
-        """Alone at once; among several when all know of it."""
+        """With one process, at once; with several, when all know of the signal."""
         return bool(self._signals) if self.processes.count == 1 else self._stopping
 
     def _steps(self) -> Iterator[Losses]:
@@ -212,15 +212,15 @@ class Trainer:
             recon, gate = recon + losses.recon.detach(), gate + losses.gate.detach()
         recon, gate = self._add_up(recon, gate)
         apart = trunk_parameters(self.model), gate_parameters(self.model)
-        slopes = [clip_grad_norm_(parameters, section.max_grad_norm) for parameters in apart]
-        for what, value in (("loss", recon + gate), ("gradient", sum(slopes))):
+        norms = [clip_grad_norm_(parameters, section.max_grad_norm) for parameters in apart]
+        for what, value in (("loss", recon + gate), ("gradient", sum(norms))):
             self._check_finite(what, value, self.step + 1)
         self.optimizer.step()
         self.learning_rate = float(self.scheduler.get_last_lr()[0])
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
         self.step += 1
-        self._follow()
+        self._update_average()
         return Losses(recon, gate)
 
     def _check_finite(self, what: str, value: float | Tensor, step: int) -> None:
@@ -228,8 +228,8 @@ class Trainer:
             good = self.last_saved or "none was saved yet"
             raise TrainingDiverged(f"the {what} is not finite at step {step}; last good checkpoint: {good}")
 
-    def _follow(self) -> None:
-        """The running average follows the encoder, and takes its place once it has learnt."""
+    def _update_average(self) -> None:
+        """The running average follows the encoder, and replaces it once the encoder has learnt."""
         learnt_at = self.stages.n_encoder_steps
         if self.average is None or self.step > learnt_at:
             return
@@ -238,7 +238,7 @@ class Trainer:
             self.average.take_over()
 
     def _add_up(self, recon: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-        """The losses of the whole step, its gradients in place, and whether any process was told to stop."""
+        """Add up the gradients, the losses, and whether a signal came, over all processes. Returns the mean losses."""
         told = torch.tensor(float(bool(self._signals)), device=self.device)
         sums = torch.stack((recon, gate, told))
         recon, gate, told = add_up_gradients(list(self.model.parameters()), sums, self.processes)
@@ -298,7 +298,7 @@ class Trainer:
         if measure != self.best_of:
             self.best_of, self.best_loss = measure, math.inf
         loss = result.recon_loss if measure in ("recon", "one pass") else result.total_loss
-        self._check_finite("validation loss", loss, self.step)  # after the last step nothing else would tell
+        self._check_finite("validation loss", loss, self.step)  # after the last step nothing else would notice
         if loss < self.best_loss:
             self.best_loss = loss
             if self.processes.first:
@@ -368,7 +368,7 @@ class Trainer:
 
 
 def model_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
-    """The model a run trains: its section, the tokenizer's vocabulary, the chain's total_steps."""
+    """The configuration of the model that a run trains. Raises `ConfigError`."""
     try:
         return ModelConfig.from_mapping(
             vars(config.model)

@@ -1,4 +1,4 @@
-"""What is measured while training: the loss and the exact match on text the model does not learn from."""
+"""Validation: the loss and the exact match on text that the model does not learn from."""
 
 from __future__ import annotations
 

@@ -20,8 +20,8 @@ from torch import Tensor
 def vocabulary_loss(features: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy in nats, in float32, of `features @ weight.T + bias` against targets; 0 without rows.
 
-    With gradients a row costs at most 87 nats: a probability below the smallest float32 counts as that, unless it is
-    0 by a bias of minus infinity, which costs infinitely much.
+    With gradients, the loss of a row is at most 87 nats, because a probability below the smallest float32 counts as
+    that. It is infinite where the bias is minus infinity.
 
     features `(M, D)`, weight `(V, D)`, bias `(V,)`, targets `(M,)` -> `()`. The products are made in autocast's
     number format where it is on.

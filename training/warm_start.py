@@ -1,7 +1,7 @@
 """Start a model from existing weights: a checkpoint of this project, or a BERT-like one in a folder.
 
 Of a checkpoint of this project everything is taken. Shape and vocabulary must be the same, except that a deeper encoder
-may start from a shallower one, whose layers it takes again and again.
+may start from a shallower one, whose layers are repeated.
 
 Of a BERT-like one only the token embedding table is taken. This model uses it on both ends, scaled to the variance of
 a fresh table. Positions (rotary here), layers (pre-norm here, post-norm there) and heads are not taken. A model with
@@ -23,12 +23,12 @@ from rdt_core.model import RDT
 from rdt_core.tokenizer import Tokenizer
 from training.bert import copy_bert, has_its_shape
 from training.config import ConfigError
-from training.optimise import left_average
+from training.optimise import average_note
 
 
 @torch.no_grad()
 def warm_start(model: RDT, source: str | Path, tokenizer: Tokenizer) -> str:
-    """Copy what can be had from a checkpoint file or a folder; returns, in words, what that was.
+    """Copy what fits from a checkpoint file or a folder; returns, in words, what that was.
 
     Raises `ConfigError` and `CheckpointError`.
     """
@@ -47,7 +47,7 @@ def _copy_all(model: RDT, path: Path, tokenizer: Tokenizer) -> str:
     if checkpoint.tokenizer_of(path, saved).json != tokenizer.json:
         raise ConfigError(f"training.init_from is {str(path)!r}: its tokenizer is not data.tokenizer_name's")
     theirs = checkpoint.model_config(path, saved)
-    for name in ("n_heads", "norm"):  # what weights do not tell
+    for name in ("n_heads", "norm"):  # not visible in the shapes of the weights
         if (there := getattr(theirs, name)) != (here := getattr(model.config, name)):
             raise ConfigError(f"training.init_from is {str(path)!r}: its {name} is {there}, model.{name} is {here}")
     weights = stacked(saved.model_state_dict, theirs.n_encoder_layers, model.config.n_encoder_layers)
@@ -57,7 +57,7 @@ def _copy_all(model: RDT, path: Path, tokenizer: Tokenizer) -> str:
         weights, taken = weights | fresh, "everything but the token level, which is fresh"
     checkpoint.check_weights(path, model, weights)
     model.load_state_dict(weights)
-    taken += left_average(saved)
+    taken += average_note(saved)
     if theirs.total_steps != model.config.total_steps:
         taken += f"; its gate was taught with training.total_steps = {theirs.total_steps}"
     return taken
@@ -66,7 +66,7 @@ def _copy_all(model: RDT, path: Path, tokenizer: Tokenizer) -> str:
 def stacked(weights: dict[str, Tensor], n_layers: int, n_wanted: int) -> dict[str, Tensor]:
     """The weights of an encoder of `n_wanted` layers out of one of `n_layers`: layer `i` is theirs `i mod n_layers`.
 
-    Progressive stacking (Gong et al., 2019). A shallower encoder than theirs is left for others to refuse.
+    Progressive stacking (Gong et al., 2019). With fewer layers than theirs nothing is changed: `check_weights` refuses.
     """
     grown = dict(weights)
     for name, weight in weights.items():
@@ -80,7 +80,7 @@ def stacked(weights: dict[str, Tensor], n_layers: int, n_wanted: int) -> dict[st
 def copy_embeddings(table: nn.Embedding, folder: Path, tokenizer: Tokenizer, named: str) -> None:
     """The token embeddings of the BERT-like model in a folder, scaled to the variance of a fresh table.
 
-    Raises `ConfigError`, which calls the setting what it is `named`.
+    Raises `ConfigError`, in which the setting is called `named`.
     """
     found = _word_embeddings(folder, tokenizer, named)
     wanted = tuple(table.weight.shape)
@@ -98,7 +98,7 @@ def _check_folder(folder: Path, tokenizer: Tokenizer, named: str) -> None:
 
 
 def _vocabulary(folder: Path, named: str) -> Any:
-    """Of the tokenizer beside the weights, piece -> id; None where there is none."""
+    """The vocabulary of the tokenizer beside the weights, piece -> id; None if there is none."""
     file, pieces = folder / "tokenizer.json", folder / "vocab.txt"
     try:
         if file.is_file():

@@ -1,4 +1,4 @@
-"""Compares the passes that the level says are left with those that are, until the model's own guesses no longer change.
+"""Compares the level with the truth: the passes that are left until the model's own guesses no longer change.
 
 S: segments   P: passes
 """
@@ -20,7 +20,8 @@ AFTER = (1, 2, 4)
 
 
 def level_readings(scores: Measured, levels: Tensor, config: ModelConfig, mask_ratio: float) -> Iterator[LevelReading]:
-    """Of every depth's scores and levels `(P, S)`; the guesses of the last one count as final, as in training.
+    """Readings after `AFTER` passes, from the scores and levels `(P, S)` of every depth. The guesses of the deepest
+    count as final, as in training.
 
     Segments without a mask do not count, nor does the last pass, after which nothing is left by definition.
     """
@@ -42,7 +43,7 @@ def level_readings(scores: Measured, levels: Tensor, config: ModelConfig, mask_r
 
 
 def _correlation(one: Tensor, other: Tensor) -> float | None:
-    """Pearson's; None where one of both is the same everywhere."""
+    """Pearson's; None if one of the two is constant."""
     spread = one.std(correction=0) * other.std(correction=0)
     if spread == 0:
         return None

@@ -43,7 +43,7 @@ def unchanged_depths(scores: Measured, n_segments: int, at_most: float = 0.0) ->
 
 
 def unchanged(scores: Measured, n_segments: int, at_most: float) -> Outcome:
-    """Stop once the guesses stay: every pass decodes every masked row."""
+    """Stop once the guesses no longer change; this decodes every masked row in every pass."""
     steps = unchanged_depths(scores, n_segments, at_most)
     outcome = at_depth(scores, steps)
     effort = outcome.effort
@@ -75,9 +75,9 @@ class Rules(NamedTuple):
         return self.at(self.passes.mean(1).argsort(stable=True))
 
     def lottery(self, mean_passes: float) -> Rules:
-        """The expected scores `(1, S)` of the lottery with these mean passes, or of the nearest end.
+        """The expected scores `(1, S)` of the lottery with these mean passes, or of the nearest setting.
 
-        Settings must be `by_passes`.
+        The settings must be in the order of `by_passes`.
         """
         means = self.passes.mean(1)
         upper = int((means < mean_passes).sum())
@@ -122,8 +122,8 @@ def best_depths(quality: Sequence[Sequence[float]], budget: float) -> list[int]:
 def passes_needed(rules: Rules, wanted: Tensor, masks: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Mean passes at which a lottery first is as good as `wanted` `(B,)`, and whether it ever is; both `(B,)`.
 
-    Rules must be `by_passes`. Where it never is, its largest mean passes. weights `(B, S)` says how often each
-    segment counts.
+    Where it never is, the largest mean passes. Rules must be in the order of `by_passes`; weights `(B, S)` says how
+    often each segment counts.
     """
     quality = (weights @ rules.hits.T) / (weights @ masks)[:, None]  # (B, K)
     passes = (weights @ rules.passes.T) / weights.sum(1, keepdim=True)  # (B, K)
@@ -138,7 +138,7 @@ def passes_needed(rules: Rules, wanted: Tensor, masks: Tensor, weights: Tensor) 
 
 
 class Held(NamedTuple):
-    """The same rules on validation text."""
+    """The same rules on validation (held-out) text."""
 
     rules: Rules
     lookups: Mapping[str, Rules]
@@ -220,6 +220,6 @@ def _saved_interval(own: Rules, lookup: Rules, masks: Tensor, weights: Tensor) -
 
 
 def with_ends(outcomes: list[Outcome], scores: Measured, n_segments: int) -> list[Outcome]:
-    """Outcomes of a rule, and before and after them the least and the most that every rule can do: one pass, all."""
+    """Outcomes of a rule, between the two extremes that every rule has: one pass, and all passes."""
     ends = [at_depth(scores, torch.full((n_segments,), depth)) for depth in (1, len(scores.guesses))]
     return [ends[0], *outcomes, ends[1]]

@@ -2,10 +2,10 @@
 
 S: segments   L: tokens of one   M: masked tokens   B: resamples   K: settings
 
-Segments are the unit of chance: tokens of one segment share its text. A share is the sum of its hits over the
+Segments are the sampling unit, because tokens of one segment share its text. A share is the sum of its hits over the
 sum of its counts; its 95 % interval comes from the spread of the residuals `hits - share x counts` between
 segments (the linearised variance of a ratio estimator; Cochran, 1977, chapter 6). BLEU, which is no sum over
-segments, is resampled instead.
+segments, is bootstrapped instead.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Estimate(NamedTuple):
 def share(hits: Tensor, counts: Tensor) -> Estimate | None:
     """hits, counts `(S,)` -> sum over sum; None where there is nothing to count.
 
-    The interval is the linearised one of a ratio. It wants many segments: of 200 it covers 94 to 95 %, of 10 some 90 %.
+    The interval is the linearised one of a ratio. It needs many segments: with 200 it covers 94 to 95 %, with 10 90 %.
     """
     total = counts.sum().item()
     if total == 0:
@@ -61,7 +61,7 @@ def runs(masked: Tensor, correct: Tensor, length: int) -> tuple[Tensor, Tensor]:
     shown. masked, correct `(S, L)` bool -> `(S,)`, `(S,)`.
     """
     n_segments = len(masked)
-    edge = masked.new_zeros(n_segments, 1)  # so that no run goes from one segment to the next
+    edge = masked.new_zeros(n_segments, 1)  # so that no run crosses from one segment to the next
     inside = torch.cat((edge, masked), 1)  # (S, 1 + L)
     right = torch.cat((edge, masked & correct), 1).flatten()
     starts = inside & ~inside.roll(1, dims=1)
@@ -96,7 +96,7 @@ def bleu(counts: Tensor) -> Tensor:
 
 
 class BleuCounter:
-    """What BLEU-4 (Papineni et al., 2002) counts in whole segments against the originals, by sacrebleu.
+    """The counts of BLEU-4 (Papineni et al., 2002) for whole segments against the originals, by sacrebleu.
 
     Words are word pieces, as they are; tokens that were shown count too.
     """
@@ -104,7 +104,7 @@ class BleuCounter:
     def __init__(self, tokenizer: Tokenizer, targets: Tensor) -> None:
         self.pieces = tokenizer.pieces
         self.originals = self._texts(targets)
-        self._segment = BLEU(tokenize="none", effective_order=True)  # it is asked for its counts alone
+        self._segment = BLEU(tokenize="none", effective_order=True)  # only its counts are used
 
     def of(self, restored: Tensor) -> Tensor:
         """restored `(S, L)` tokens -> the tally `(10, S)`: matches and n-grams of each order, and both lengths."""

@@ -34,7 +34,7 @@ class Measured(NamedTuple):
 
 
 class Effort(NamedTuple):
-    """What each of `S` segments took, all `(S,)`: one segment's own share, whatever else was in its batch."""
+    """What each of `S` segments took, all `(S,)`; the rest of its batch does not count."""
 
     starts: Tensor  # preludes
     passes: Tensor  # of the shared encoder
@@ -86,7 +86,7 @@ def cut_segments(
 ) -> list[Tensor]:
     """Contiguous segments of `length` tokens, `[CLS]` and `[SEP]` included; `at_most` of them, evenly spread.
 
-    Raises `ConfigError`, which calls the text what it is `named`.
+    Raises `ConfigError`, in which the text is called `named`.
     """
     body = length - 2
     n = len(tokens) // body
@@ -158,7 +158,7 @@ class Evaluation:
                 state = self.model(state, batch.packing)
                 open_rows = state.masked.nonzero().squeeze(1)
                 token_level = self.model.token_level(state.hidden, batch.packing, open_rows).cpu()
-                owners = batch.packing.sequence_ids[open_rows].cpu()  # ascending, so what sequences say can be joined
+                owners = batch.packing.sequence_ids[open_rows].cpu()  # ascending, so the sequences' parts can be joined
                 places = open_rows.cpu()
                 settle_now = [
                     sequence.settle(token_level[own], places[own], step, n_passes=n_passes, threshold=threshold)
@@ -179,7 +179,7 @@ class Evaluation:
 
 
 class _Settling:
-    """One sequence on its way through a batch that settles: the reference's arithmetic."""
+    """The state of one sequence in a batch that settles, with the reference's arithmetic."""
 
     def __init__(self, n_masked: int) -> None:
         self.n_masked, self.n_settled = n_masked, 0
@@ -217,7 +217,7 @@ def joined(parts: list[Measured]) -> Measured:
 
 
 def at_depth(scores: Measured, steps: Tensor) -> Outcome:
-    """Read off the scores of every depth `(P, M)` what segments that stop after `steps` `(S,)` passes get."""
+    """The outcome of segments that stop after `steps` `(S,)` passes, from the scores of every depth `(P, M)`."""
     depth = (steps[scores.segments] - 1)[None]
     correct, nats, guesses = (values.gather(0, depth)[0] for values in (scores.correct, scores.nats, scores.guesses))
     once = torch.ones_like(steps)

@@ -1,9 +1,9 @@
-"""Decoders that know no recursion: rounds of a fresh forward over the text as it stands.
+"""Decoders without recursion: each round runs the model afresh over the text as it stands.
 
 N: segments of a batch   L: tokens of one   T = N x L   R: rounds   K: rows written in a round   V: vocabulary
 
 A round is a prelude, `depth` passes and a decode of the rows it writes. Only the text is carried over to the next
-round. Rounds are counted for each segment: those that it would not need alone do not count. Observed tokens are never
+round. Rounds are counted per segment: those in which nothing of it is written do not count. Observed tokens are never
 touched.
 """
 

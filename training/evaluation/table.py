@@ -70,7 +70,7 @@ class Point(NamedTuple):
 
 
 class Deep:
-    """Every depth of one text at one mask ratio, and the rules that can be read off it."""
+    """Every depth of one text at one mask ratio, and the rules whose outcome follows from that."""
 
     def __init__(self, evaluation: Evaluation, mask_ratio: float, plan: Plan) -> None:
         self.scores, self.levels = evaluation.depths(mask_ratio, plan.max_depth)
@@ -113,7 +113,7 @@ class Deep:
 
 
 class Judge:
-    """Turns what a method wrote into a row."""
+    """Turns the outcome of a method into a row."""
 
     def __init__(self, evaluation: Evaluation, scorer: Scorer | None) -> None:
         self.evaluation, self.scorer = evaluation, scorer
@@ -124,7 +124,7 @@ class Judge:
         self.original_bits = None if scorer is None else scorer.bits(self.targets)  # (S, L)
 
     def tallies(self, ratio: float, outcome: Outcome) -> Tallies:
-        """What each measure counts in each segment; runs of a length that does not occur are left out."""
+        """The tally of each measure; runs of a length that does not occur are left out."""
         scores, masked = outcome.scores, self.evaluation.masked(ratio)
         masks = masked.sum(1).double()
         assert masks.any(), f"nothing is masked at a mask ratio of {ratio}"
@@ -183,7 +183,7 @@ class Judge:
 def evaluate(
     evaluation: Evaluation, plan: Plan, validation: Evaluation | None = None, scorer: Scorer | None = None
 ) -> Evaluated:
-    """The whole table. Whatever is chosen, is chosen on `validation`; without it there are no tables."""
+    """All rows and comparisons. What is chosen is chosen on `validation`; without it there are no tables."""
     judge = Judge(evaluation, scorer)
     ratios = list(plan.mask_ratios)
     held: dict[float, Deep] = {}
@@ -215,7 +215,7 @@ def evaluate(
 
 
 def choose_tables(held: dict[float, Deep], plan: Plan) -> dict[float, dict[float, int]]:
-    """Of each budget of mean passes, the depth of each mask ratio that is best on validation text."""
+    """For each budget of mean passes, the best depth at each mask ratio on validation text."""
     quality = [deep.quality for deep in held.values()]
     return {budget: dict(zip(held, best_depths(quality, budget), strict=True)) for budget in plan.budgets}
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks import contenders, record
+from benchmarks.timing import seconds
 from benchmarks.workloads import WORKLOADS, gate_jobs, make_jobs, settle_jobs
 from rdt_core import PRESETS, RDT, Tokenizer, checkpoint
 from rdt_core.precision import PRECISIONS, Precision, prepare
@@ -86,7 +87,7 @@ def matrix_peak(model: RDT) -> float:
 
 
 def runs_of(weights: Weights, jobs: Sequence[Job], known: Sequence[Job], options: argparse.Namespace) -> dict[str, Run]:
-    """Every contender. `known` are the jobs with their depths given away, which static batches are told.
+    """Every contender. `known` are the jobs with their depths known beforehand, as static batches get them.
 
     Static batches do not settle, so where that is asked for the loop is the only rival.
     """
@@ -106,7 +107,7 @@ def measure(weights: Weights, workload: str, options: argparse.Namespace) -> dic
     known = contenders.with_depths(weights.model, jobs) if workload in BY_THE_MODEL else jobs
     runs = runs_of(weights, jobs, known, options)
     for run in runs_of(weights, jobs[:8], known[:8], options).values():
-        run()  # what is first pays for memory and for kernels that are made when they are met
+        run()  # warm up: the first run allocates memory and compiles kernels
     taken: dict[str, list[float]] = {name: [] for name in runs}
     peaks = []
     for _ in range(options.rounds):
@@ -170,14 +171,8 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def seconds(run: Run) -> float:
-    began = time.perf_counter()
-    run()
-    return time.perf_counter() - began
-
-
 def _best(kind: str, taken: dict[str, list[float]]) -> str | None:
-    """The quickest of a kind among those that were in every round; None where there is none of it."""
+    """The fastest of a kind among those that ran in every round; None if there is none."""
     rounds = max(map(len, taken.values()))
     names = [name for name, times in taken.items() if name.startswith(kind) and len(times) == rounds]
     return min(names, key=lambda name: statistics.median(taken[name]), default=None)

@@ -17,7 +17,6 @@ import argparse
 import copy
 import math
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -29,6 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import contenders, record
 from benchmarks.engine import finalists, load
+from benchmarks.timing import seconds
 from benchmarks.workloads import WORKLOADS, make_jobs
 from rdt_core import RDT
 from rdt_core.precision import Precision, prepare
@@ -45,13 +45,13 @@ LOOP_REQUESTS = 48
 """The loop needs no more to be measured."""
 PEAK_SIZE, PEAK_REPEATS = 8192, 20
 FORMATS: dict[str, tuple[Precision, ...]] = {"cuda": ("bf16", "fp16", "tf32"), "cpu": ("bf16", "int8")}
-"""What is served unless told otherwise comes first: time may be short."""
+"""The format that is served by default comes first: time may be short."""
 
 
 def agreement(model: RDT, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Share of requests with the very tokens, and the very number of passes, of the reference.
+    """Share of requests with the same tokens, and the same number of passes, as the reference.
 
-    A threshold in the middle of the levels, so that passes are the gate's to decide.
+    The threshold lies in the middle of the levels, so that the gate decides on passes.
     """
     jobs = make_jobs("mixed", options.agreement, model.config.vocab_size, seed=1)
     levels = sorted(contenders.restored(model, job).levels[-1] for job in jobs[:32])
@@ -79,8 +79,8 @@ def agreement(model: RDT, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 class AsCaptured(PlainPasses):
-    """With attention launched for the longest text the model takes, as in a captured pass. So what capturing adds is
-    what launches cost, and not also what attention spares where texts are shorter.
+    """Launches attention for the longest text the model takes, as a captured pass does. So the step to captured passes
+    shows the cost of launches alone, without what shorter attention would save.
     """
 
     def __call__(self, buffers: Buffers, bucket: Bucket) -> None:
@@ -142,9 +142,9 @@ def ladder(model: RDT, engines: Engines, workload: str, options: argparse.Namesp
 
 
 def idle_share(model: RDT, backend: Backend, workload: str, options: argparse.Namespace) -> float:
-    """Of the time from the first kernel to the last, in which none ran; nan where nobody may look.
+    """Share of the time from the first kernel to the last in which none ran; NaN where profiling is not allowed.
 
-    After all that is timed: whoever has been looked at once is slower from then on, and may not survive it.
+    To be called after everything that is timed: a profiled process is slower from then on, and may crash.
     """
     jobs = make_jobs(workload, options.requests, model.config.vocab_size)
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
@@ -171,14 +171,6 @@ def matrix_peak(device: torch.device) -> float:
 
     products()
     return 2 * n**3 * PEAK_REPEATS / min(seconds(products, device) for _ in range(3))
-
-
-def seconds(run: Callable[[], object], device: torch.device) -> float:
-    began = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 Real steps of the real trainer on random words, in float32 and in bfloat16: pretraining with one pass, and the
 random unroll. Only what the model must multiply counts as useful: a pass forward once, a pass that carries
-a gradient three times, the vocabulary for masked rows alone; the gate's deep runs are time and no use. The
+a gradient three times, the vocabulary for masked rows alone. The gate's deep runs take time but do not count. The
 peak is the feed-forward product over a whole batch, in the same number format, measured in the same run.
 """
 
@@ -12,7 +12,6 @@ import argparse
 import random
 import statistics
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 from torch.nn.functional import linear
 
 from benchmarks import record
+from benchmarks.timing import seconds
 from rdt_core import checkpoint, flops
 from training.config import TrainConfig
 from training.config_file import load_config
@@ -34,7 +34,7 @@ PHASES = {"one pass": 10**6, "unroll": 0}  # steps of pretraining
 
 
 class Counting(Trainer):
-    """A trainer that adds up what its steps must multiply."""
+    """A trainer that adds up the useful FLOPs of its steps."""
 
     useful_flops = 0
     n_tokens = 0
@@ -95,14 +95,6 @@ def matrix_peak(trainer: Trainer) -> float:
         rows, weight = rows.bfloat16(), weight.bfloat16()
     took = min(seconds(products, trainer.device) for _ in range(3))
     return 2 * n_rows * shape.d_model * shape.d_ff * PEAK_REPEATS / took
-
-
-def seconds(work: Any, device: torch.device) -> float:
-    began = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
 
 
 def write_words(path: Path, tokenizer_of: Path) -> None:

@@ -43,12 +43,12 @@ def static(model: RDT, jobs: Sequence[Job], size: int) -> None:
 
 
 def with_depths(model: RDT, jobs: Sequence[Job]) -> list[Job]:
-    """The same jobs, told beforehand after how many passes their gate halts them."""
+    """The same jobs with `max_steps` set to the number of passes after which the gate halts them."""
     return [replace(job, max_steps=restored(model, job).steps, threshold=0.0) for job in jobs]
 
 
 def by_cost(jobs: Sequence[Job]) -> list[Job]:
-    """Sorted by depth (which the mask ratio tells), then by length: the order a sceptic would batch in."""
+    """Sorted by depth (which the mask ratio predicts), then by length: the best order for static batches."""
     return sorted(jobs, key=lambda job: (job.max_steps, len(job.tokens)))
 
 
@@ -86,7 +86,7 @@ def useful_flops(model: RDT, jobs: Sequence[Job]) -> int:
 
 
 def static_flops(model: RDT, jobs: Sequence[Job], size: int) -> int:
-    """What padded batches spend: every sequence as long as the longest, and as many passes as the deepest."""
+    """What padded batches need: every sequence as long as the longest, and as many passes as the deepest."""
     return sum(
         _needed_flops(
             model, max(len(one.tokens) for one in batch), sum(job.masked), max(one.max_steps for one in batch)

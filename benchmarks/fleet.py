@@ -1,7 +1,7 @@
 """Replicas under a simulated clock: the server's own scheduler, a formula for its backend, and a router.
 
-A replica's time runs from tick to tick and only as far as somebody looks: to the request that comes next.
-Depths are known beforehand: every request makes the passes it came for, or fewer when the scheduler sheds.
+A replica's clock advances from tick to tick, and only up to the arrival of its next request. Depths are known
+beforehand: every request makes its `max_steps` passes, or fewer when the scheduler sheds.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Replica:
             self.end_tick()
 
     def offer(self, arrival: Arrival) -> None:
-        """A request comes, no sooner than the last one did: it is queued, or refused."""
+        """Queue or refuse a request. Requests come in order of arrival."""
         self.run(until=arrival.time)
         try:
             with self._scheduler.queue.reserve() as place:
@@ -67,7 +67,7 @@ class Replica:
             self._begin_tick(arrival.time)
 
     def end_tick(self) -> float:
-        """End the tick under way, which must be there, and begin the next; when that was."""
+        """End the tick under way, which must exist, and begin the next. Returns the time."""
         plan, now, books = self._plan, self._ends, self.books
         assert plan is not None
         leavers = self._leaving.pop(books.n_ticks, ())
@@ -97,7 +97,7 @@ class Replica:
 
 
 def candidates(routing: Routing, fleet: Sequence[Replica], seed: int = 0) -> Iterator[Sequence[Replica]]:
-    """Between which replicas the router chooses, request by request.
+    """The replicas that the router chooses between, for each request in turn.
 
     `turns`: one after the other. `two`: two at random. `least`: all of them, which takes a while for many.
     """
@@ -124,7 +124,7 @@ def simulate(
 
 
 def saturate(arrivals: Iterable[Arrival], concurrency: int, cost: TickCost, limits: SchedulerLimits) -> Report:
-    """Closed loop on one replica: so many always on their way, the next one when one is answered."""
+    """Closed loop on one replica: `concurrency` requests at a time, the next one when one is answered."""
     replica, left = Replica(limits, cost), iter(arrivals)
     for arrival in islice(left, concurrency):
         replica.offer(arrival._replace(time=0.0))

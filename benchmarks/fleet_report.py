@@ -1,4 +1,4 @@
-"""What came of a simulation: the books of every replica, and the figures of all."""
+"""The results of a simulation: records of every replica, and figures of the fleet."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PERCENTS = (50, 90, 99)
 
 @dataclass
 class Books:
-    """What one replica has done. `latencies` and `queueing` are seconds, in the order of answers."""
+    """Records of one replica. `latencies` and `queueing` are seconds, in the order of answers."""
 
     seconds: float = 0.0  # until its last tick ended
     n_refused: int = 0
@@ -84,7 +84,7 @@ def report(replicas: Sequence[Books]) -> Report:
 
 
 def percentiles_ms(seconds: np.ndarray) -> dict[str, float]:
-    """The smallest value that so many percent do not exceed, and the largest; 0 of none."""
+    """Percentiles, each the smallest value that so many percent do not exceed, and the maximum; 0 without values."""
     if len(seconds) == 0:
         return dict.fromkeys((*(f"p{percent}" for percent in PERCENTS), "max"), 0.0)
     ranked = np.percentile(seconds, (*PERCENTS, 100), method="inverted_cdf") * 1e3
@@ -92,7 +92,7 @@ def percentiles_ms(seconds: np.ndarray) -> dict[str, float]:
 
 
 def _rounded(value: Any) -> Any:
-    """Four digits are more than a simulation knows."""
+    """Rounded to four digits, more than a simulation is exact to."""
     if isinstance(value, dict):
         return {name: _rounded(each) for name, each in value.items()}
     if isinstance(value, tuple):

@@ -1,7 +1,7 @@
 """`python -m benchmarks.front_end`: the front end alone, in one process and in several.
 
 Whatever parses, validates, tokenises and writes answers is the product's; the model is not: a backend in its place
-answers every sequence after one pass, at once. What is left is what a fast card would wait for.
+answers every sequence after one pass, at once. What is left is the time a fast GPU would wait for.
 
 Client and server share the machine. With fewer cores than processes the rate cannot grow with workers, and says
 little; what does is the processor time that each process spends on a request (`*_us`): on cores of their own, a
@@ -50,9 +50,8 @@ PROBES = 30
 WORD = 2000
 """A token that is some word."""
 
-
 BARE = "bare"
-"""In the place of a number of workers: no product."""
+"""Stands in the place of a number of workers for the gRPC library alone."""
 
 
 class InstantBackend:
@@ -140,7 +139,7 @@ async def serve_bare() -> int:
 
 
 def serve(arguments: Sequence[str] | None) -> int:
-    """The product with that backend; None: one of its children."""
+    """The product with `InstantBackend`; without arguments, one of its child processes."""
     from service import cli  # noqa: PLC0415 - the product, in a process of its own
     from service.workers import __main__ as child  # noqa: PLC0415
     from service.workers.children import Child  # noqa: PLC0415
@@ -170,7 +169,7 @@ async def grpc_senders(address: str) -> AsyncIterator[Send[Request]]:
 
 
 async def until_all_ready(url: str) -> None:
-    """Every worker: each connection may meet another."""
+    """Wait until all workers are ready: each connection may reach another one."""
     n_ready = 0
     async with asyncio.timeout(60):
         while n_ready < PROBES:

@@ -1,7 +1,7 @@
-"""The client side of a load test: requests as texts, arrival times, senders, and what became of them.
+"""The client side of a load test: requests as texts, arrival times, senders, and results.
 
-The client shares the machine with what it measures, so it has to be cheap: REST goes over bare HTTP/1.1
-connections that are kept alive, which takes a tenth of what a full client library takes.
+The client shares the machine with what it measures, so it has to be cheap: REST goes over plain HTTP/1.1
+connections that are kept alive, which takes a tenth of the time of a full client library.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Sample:
-    """What became of one request: seconds, `latency` counted from when it should have been sent."""
+    """The result of one request, in seconds; `latency` counts from when it should have been sent."""
 
     arrival: float
     latency: float
@@ -104,13 +104,13 @@ def poisson(rate: float, n: int, seed: int = 0) -> list[float]:
 
 
 def freeze() -> None:
-    """Exempt all there is by now from garbage collection, which would stop the client for a quarter of a second."""
+    """Exempt all present objects from garbage collection, which would stop the client for a quarter of a second."""
     gc.collect()
     gc.freeze()
 
 
 class Http:
-    """Bare HTTP/1.1 with as many kept-alive connections as there are exchanges at once."""
+    """Plain HTTP/1.1 with as many kept-alive connections as there are exchanges at once."""
 
     def __init__(self, url: str) -> None:
         address = urlsplit(url)
@@ -184,7 +184,7 @@ async def grpc_sender(address: str) -> AsyncIterator[Send[Request]]:
 
         async def send(request: Request) -> None:
             try:
-                async with asyncio.timeout(TIMEOUT_SECONDS):  # no deadline of the call's: the server would act on it
+                async with asyncio.timeout(TIMEOUT_SECONDS):  # not a deadline of the call: the server would act on it
                     answer = await denoiser.Denoise(pb.DenoiseRequest(**request.body()))
             except grpc.aio.AioRpcError as error:
                 raise Unsuccessful(error.code().name) from None
@@ -194,7 +194,7 @@ async def grpc_sender(address: str) -> AsyncIterator[Send[Request]]:
 
 
 def check_steps(request: Request, steps: int) -> None:
-    """Nobody wins by making fewer passes than were asked for."""
+    """Fail a request that was answered with fewer passes than it asked for."""
     if steps != request.max_steps:
         raise Unsuccessful("wrong steps")
 
@@ -221,7 +221,7 @@ async def drive(send: Send[Item], requests: Iterable[Item], arrivals: Iterable[f
 
 
 async def saturate(send: Send[Item], requests: Sequence[Item], concurrency: int) -> float:
-    """Closed loop: requests a second with so many always on their way. Raises what `send` raises."""
+    """Closed loop: requests a second with `concurrency` always under way. Raises what `send` raises."""
     left = iter(requests)
 
     async def caller() -> None:
@@ -236,7 +236,7 @@ async def saturate(send: Send[Item], requests: Sequence[Item], concurrency: int)
 
 
 def percentile(values: Iterable[float], percent: float) -> float | None:
-    """The smallest value that so many percent of all do not exceed; None of none."""
+    """The smallest value that so many percent do not exceed; None without values."""
     ranked = sorted(values)
     return ranked[max(1, math.ceil(percent / 100 * len(ranked))) - 1] if ranked else None
 

@@ -15,7 +15,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
-"""What decides the rate of a matrix product, and of which number format."""
+"""What decides how fast matrix products are, in which number format."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,14 +35,14 @@ def finish(benchmark: str, options: argparse.Namespace, **figures: Any) -> None:
 
 
 def files(options: argparse.Namespace) -> dict[str, str]:
-    """Of every file among the options, weights and texts, the beginning of its SHA-256."""
+    """The beginning of the SHA-256 of every file among the options (weights, texts), by name."""
     values = [one for value in vars(options).values() for one in (value if isinstance(value, list) else [value])]
     named = [Path(one) for one in values if isinstance(one, str | Path) and one and Path(one).is_file()]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in named}
 
 
 def commit() -> str | None:
-    """Of the code, with `-dirty` if it was changed since; None outside of a repository."""
+    """The commit of the code, with `-dirty` if it was changed since; None outside of a repository."""
     command = ["git", "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, cwd=RESULTS, capture_output=True, text=True, check=True).stdout.strip()
@@ -64,7 +64,7 @@ def machine() -> dict[str, Any]:
 
 
 def _torch_version() -> str | None:
-    """Asked of the installed package: importing it takes seconds, and a simulation does without."""
+    """Read from the package metadata: importing torch takes seconds, and a simulation does not need it."""
     try:
         return version("torch")
     except PackageNotFoundError:

@@ -1,9 +1,9 @@
 """A saved result of `benchmarks.serve`, simulated: the same jobs, arrival times and settings.
 
-How fast the machine happened to be during a level, its ticks tell, so the engine's costs are scaled until the
-simulated ticks take as long on average: its pace, which should be near 1. Everything else (how full the ticks
-are, who waits for how long, what comes out) has to follow from the simulation. The front end costs what the
-result says that it added to a lone request.
+How fast the machine was during a level shows in its ticks. So the engine's costs are scaled until the simulated
+ticks take as long on average; the factor is the level's pace, and should be near 1. Everything else (how full ticks
+are, waiting times, throughput) has to follow from the simulation. The front end costs what the result says that it
+added to a single request.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from service.settings import read_settings
 
 TOLERANCE = 0.15
 JUDGED = ("pace", "answered_per_second", "p99_ms")
-"""The rest tells where an error comes from."""
+"""Figures that must be within the tolerance. The others show where an error comes from."""
 SLOWEST, HALVINGS = 8.0, 16
 
 
@@ -68,7 +68,7 @@ class Replay:
         return cls(result, [Arrival(0.0, job, sum(job.masked)) for job in jobs], limits)
 
     def compare(self, cost: TickCost) -> Iterator[Comparison]:
-        """Every level of every transport, and its capacity at the mean pace of its levels."""
+        """Every level of every transport, and the transport's capacity at the mean pace of its levels."""
         for transport, figures in self.result["transports"].items():
             own = replace(cost, outside=self.result["front_end"][transport]["added_ms"] / 1e3)
             capacity, paces = figures["capacity_per_second"], []

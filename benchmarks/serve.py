@@ -5,9 +5,9 @@ capacity    closed loop: the most requests a second
 levels      open loop, Poisson arrivals at shares of that capacity
 overload    open loop at ten times the capacity: refusals, probes and memory
 
-Everything shares the machine, the client too. A client of lower priority would wait for its turn and call
-that the server's latency, so it has the same priority, is cheap instead, and reports what it took
-(`client_cores`). Flags that are not listed here go to the server.
+The client shares the machine with the server. With a lower priority it would wait for its turn and count that as
+the server's latency, so it has the same priority, is cheap instead, and reports what it took (`client_cores`).
+Flags that are not listed here go to the server.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ REFUSAL_BOUND_MS, PROBE_BOUND_MS = 50, 100
 PROBE_PATHS = ("/health/live", "/metrics")
 PROBE_SECONDS = 0.5
 EARLY_SECONDS = 10.0
-"""By then queue, connections and buffers are full: from here on memory should be flat."""
+"""By then queue, connections and buffers are full, and memory should no longer grow."""
 COLUMNS = ("share", "offered_per_second", "answered_per_second", "goodput_per_second", "p50_ms", "p90_ms", "p99_ms",
            "mean_tick_tokens", "mean_tick_ms", "errors")  # fmt: skip
 
@@ -86,7 +86,7 @@ class Bench:
 
 
 async def front_end(bench: Bench, model: RDT, tokenizer: Tokenizer) -> dict[str, dict[str, float]]:
-    """One request after another, over each transport and to an engine in this process, taking turns."""
+    """One request after another, in turn over each transport and to an engine in this process."""
     limits = SchedulerLimits(bench.options.token_budget, bench.options.max_live, 1, bench.options.token_budget)
     engine = BatchingEngine([EagerBackend(model)], limits)
     jobs = {request: job_of(request, tokenizer) for request in bench.requests}
@@ -134,7 +134,7 @@ async def transport(bench: Bench, send: Send[Request], bound: float) -> dict[str
 
 
 async def level(bench: Bench, send: Send[Request], share: float, rate: float, bound: float) -> dict[str, Any]:
-    """Arrivals at random for a while. Of the first tenth nothing is counted: the queue is not yet what it will be."""
+    """Random arrivals for a while. The first tenth of the time is not counted, until the queue is in a steady state."""
     n = round(rate * bench.options.seconds)
     before = await tick_totals(bench.http)
     samples = await drive(send, islice(cycle(bench.requests), n), poisson(rate, n))

@@ -37,7 +37,7 @@ class Server:
 
 
 def unwind_on_sigterm() -> None:
-    """The process then ends as by an exception, so that the servers it has started are stopped."""
+    """End the process by an exception on SIGTERM, so that the servers it has started are stopped."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 
 
@@ -57,7 +57,7 @@ def serving(weights: Path, *flags: str) -> Iterator[Server]:
 
 
 def wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> tuple[str, str]:
-    """URL and gRPC address, as the server says them. Raises `RuntimeError` with its log if it does not get ready."""
+    """URL and gRPC address, from the server's log. Raises `RuntimeError` with its log if it does not get ready."""
     give_up = time.monotonic() + START_SECONDS
     while process.poll() is None and time.monotonic() < give_up:
         said = log.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Answers that simulations give: the token budget, the bounds of the queue, the number of replicas."""
+"""What simulations are asked for: the token budget, the bounds of the queue, the number of replicas."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REQUESTS = 4000
 
 @dataclass(frozen=True)
 class BudgetTrial:
-    """One token budget: saturated, at a bearable share of what it can do, and at a rate that every budget bears."""
+    """One token budget: saturated, at `NEAR_LOAD` of its own throughput, and at the same rate as all budgets."""
 
     token_budget: int
     throughput: float  # a second, saturated
@@ -87,7 +87,7 @@ class Bounds:
 
 
 def choose_bounds(cost: TickCost, workload: str, trial: BudgetTrial, patience: float) -> Bounds:
-    """As much as is served within `patience` seconds, so that nobody is accepted only to wait longer."""
+    """A queue as long as what is served within `patience` seconds, so that no accepted request waits longer."""
     mean_tokens = sum(len(arrival.job.tokens) for arrival in draw(workload, repeat(0.0, REQUESTS))) / REQUESTS
     max_waiting = max(1, math.floor(trial.throughput * patience))
     max_waiting_tokens = math.ceil(max_waiting * mean_tokens)

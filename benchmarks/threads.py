@@ -1,4 +1,4 @@
-"""`python -m benchmarks.threads`: how the compute threads and the event loop share few cores best.
+"""`python -m benchmarks.threads`: how compute threads and the event loop share few cores best.
 
 The same server with more or fewer threads and replicas, other ways of waiting, and as two processes
 of one replica each, side by side in rounds: capacity, latency with nothing else in flight, and p50 and p99 at

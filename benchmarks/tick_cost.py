@@ -2,9 +2,9 @@
 
     seconds = tick + token · packed tokens + row · rows decoded + coda · (any row decoded) + request · admitted
 
-`coda` is the vocabulary's matrix coming in from memory, for one row as for a hundred. The front end's work on a
-request (reading, tokenising, answering) is `request` where it has to share the engine's core, because what it
-takes it then takes from the engine; on a core of its own it is `outside`: only the request itself waits for it.
+`coda` is reading the vocabulary's matrix from memory, which takes as long for one row as for a hundred. The front
+end's work on a request (reading, tokenising, answering) is `request` where it shares the engine's core, because it
+then delays the engine; on a core of its own it is `outside`, and only the request itself waits for it.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Tick(NamedTuple):
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted cost, and how well it tells the ticks that were held out."""
+    """A fitted cost, and how well it predicts the ticks that were held out."""
 
     cost: TickCost
     n_fitted: int
@@ -91,7 +91,7 @@ class Fit:
 
 
 def fit(ticks: Sequence[Tick]) -> Fit:
-    """Least squares, twice: weighted by what the first says, so that short ticks count as much as long ones."""
+    """Least squares, twice: the second time weighted by the first predictions, so that short ticks count as much."""
     seconds = np.array([tick.seconds for tick in ticks])
     terms = np.array([(1, tick.n_tokens, tick.n_rows, tick.n_rows > 0) for tick in ticks], dtype=float)
     held_out = np.arange(len(ticks)) % HELD_OUT == HELD_OUT - 1
@@ -112,7 +112,7 @@ def fit(ticks: Sequence[Tick]) -> Fit:
 def measure(model: RDT, workload: str, requests: int, rounds: int) -> list[Tick]:
     """Ticks of the real engine at several sizes, every round with new requests.
 
-    None is repeated and the best taken: a size that was met before may be quicker, and a server meets new ones.
+    Ticks are not repeated: a size that was computed before may be faster, and a server meets new sizes.
     """
     ticks: list[Tick] = []
     _run(model, make_jobs(workload, 1, model.config.vocab_size), SchedulerLimits(1024, 1, 1, UNBOUNDED))  # warm

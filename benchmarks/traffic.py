@@ -1,4 +1,4 @@
-"""Who comes when: arrival times, constant or over a day, and jobs drawn from a workload."""
+"""Simulated traffic: arrival times, at a constant rate or over a day, and jobs drawn from a workload."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DAY_SECONDS = 86_400.0
 
 
 class Arrival(NamedTuple):
-    """A request as the scheduler sees it. Its words do not matter, the number of its masks does."""
+    """A request as the scheduler sees it: only the number of its tokens and masks matters."""
 
     time: float  # seconds
     job: Job

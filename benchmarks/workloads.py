@@ -30,7 +30,7 @@ CLS_ID, SEP_ID, MASK_ID = 101, 102, 103
 
 
 class Shape(NamedTuple):
-    """What is drawn of a request before its words are."""
+    """What is drawn of a request before its words."""
 
     length: int  # tokens, [CLS] and [SEP] included
     mask_ratio: float

@@ -1,8 +1,8 @@
 """What every peer runs: ordinary dynamic batching at its best.
 
-A batch is padded to its longest and run until its slowest has halted. Unlike with most, only masked rows are decoded,
-and computed in the last layer of a pass that must be the last. Padding is not even masked out of the attention, which
-makes the answers wrong and the passes cheaper than they could honestly be.
+A batch is padded to its longest sequence and run until its slowest has halted. In favour of the peers, only masked rows
+are decoded, and computed in the last layer of a pass that must be the last. Nor is padding masked out of the attention:
+that makes the answers wrong, and the passes cheaper than correct ones could be.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing
 
 def padded_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
     """`packed_attention` in one call: every sequence is padded to the longest, and nobody attends to padding."""
-    longest = packing.longest
+    longest = max(packing.lengths)  # not `packing.longest`, which in a bucket leaves out its dead rows
     places = packing.sequence_ids * longest + packing.positions  # (T,) of N x L
     nothing = query.new_zeros(packing.n_sequences * longest, *query.shape[1:])  # (N x L, H, C)
     padded = (nothing.index_copy(0, places, x).unflatten(0, (-1, longest)) for x in (query, key, value))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -37,6 +39,13 @@ def test_schedules_at_the_middle() -> None:
     assert masking.cosine(0.5) == pytest.approx(0.5**0.5)
     assert masking.exponential(0.5) == pytest.approx(0.1824, abs=1e-4)
     assert 0.25 <= masking.random(0.5, seed=3) <= 0.5**0.5
+
+
+def test_the_powers_of_random_schedules_lie_between_a_half_and_two() -> None:
+    powers = [math.log2(math.log(masking.random(0.5, seed)) / math.log(0.5)) for seed in range(200)]
+    assert -1.0 <= min(powers) < -0.9
+    assert 0.9 < max(powers) <= 1.0
+    assert abs(sum(powers)) / 200 < 0.15
 
 
 def test_the_random_schedule_is_another_for_another_seed() -> None:

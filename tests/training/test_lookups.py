@@ -155,10 +155,12 @@ def test_a_gate_that_knows_which_segments_are_hard_beats_every_lookup() -> None:
     hard = torch.arange(40) % 2
     one_pass, two_passes = 4 - hard, 3 + hard
     fixed = Rules(torch.stack((one_pass, two_passes)).double(), torch.tensor([[1.0], [2.0]]).expand(2, 40).double(),
-                  torch.ones(2, 40).double())  # fmt: skip
+                  torch.full((2, 40), 3.0).double())  # fmt: skip
     oracle = Rules(torch.full((1, 40), 4.0).double(), 1 + hard[None].double(), torch.ones(1, 40).double())
     (found,) = compare(oracle, {"fixed": fixed}, torch.full((40,), 5.0).double())
     assert found.passes == found.against_passes == 1.5
+    assert (found.exact_match, found.against_exact_match) == pytest.approx((4 / 5, 3.5 / 5))
+    assert (found.flops_per_token, found.against_flops_per_token) == pytest.approx((0.1, 0.3))
     assert found.difference == pytest.approx(0.5 / 5)
     assert found.difference > found.interval
     assert found.unreached == 1.0

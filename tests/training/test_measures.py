@@ -105,6 +105,10 @@ def test_two_equally_good_methods_differ_by_nothing_within_the_interval() -> Non
     assert abs(contains / 400 - 0.945) <= 4 * math.sqrt(0.945 * 0.055 / 400)
 
 
+def test_half_of_an_interval_leaves_a_fortieth_out_on_either_side() -> None:
+    assert half_width(torch.arange(1001.0).flip(0)) == pytest.approx(475)
+
+
 def test_sums_per_segment() -> None:
     values = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 5.0]])
     assert per_segment(values, torch.tensor([0, 2, 2]), 3).tolist() == [[1, 0, 5], [0, 0, 5]]

@@ -220,11 +220,10 @@ def _list_problems(fields: Mapping[str, object], limits: Limits) -> list[FieldPr
 
 
 def _validated(fields: Mapping[str, object], limits: Limits) -> DenoiseRequest:
-    if fields.keys() <= DenoiseRequest.model_fields.keys():
-        with suppress(ValidationError):
-            request = DenoiseRequest.model_validate(fields)
-            if not limits.above(fields, _wanted(limits)):
-                return request
+    with suppress(ValidationError):
+        request = DenoiseRequest.model_validate(fields)
+        if not limits.above(fields, _wanted(limits)):
+            return request
     raise InvalidArgument.of(_problems(fields, limits))
 
 

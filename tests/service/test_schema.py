@@ -55,3 +55,11 @@ def test_items_have_their_own_options_first_and_fail_one_by_one() -> None:
     assert good == DenoiseRequest(**ONE, max_steps=3, top_k=1)
     assert isinstance(bad, InvalidArgument)
     assert {problem.field for problem in bad.problems} == {"items[1].text", "items[1].max_steps"}
+
+
+@pytest.mark.parametrize(("item", "told"), [("a", '"a"'), (None, "null"), ([ONE], "an array")])
+def test_an_item_that_is_no_object_fails_alone(item: object, told: str) -> None:
+    bad, good = read_batch({"items": [item, ONE]}, LIMITS)
+    assert isinstance(bad, InvalidArgument)
+    assert [problem.message for problem in bad.problems] == [f"items[0] is {told}: want an object with the field text"]
+    assert isinstance(good, DenoiseRequest)

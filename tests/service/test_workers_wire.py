@@ -69,6 +69,26 @@ def test_every_kind_is_tried() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("code", "reason"), [("of_a_newer_engine", None), ("resource_exhausted", "of_a_newer_engine"), ("odd", "memory")]
+)
+def test_an_error_that_nobody_here_knows_is_an_internal_one(code: str, reason: str | None) -> None:
+    failed = messages.read([messages.Failed.KIND, 12, code, "words", reason])
+    assert isinstance(failed, messages.Failed)
+    assert type(failed.error) is Internal
+    assert failed.error.message == "words"
+
+
+def test_nothing_is_sent_without_a_connection_or_after_its_end() -> None:
+    one = Wire(lambda *_: None, lambda _: None)
+    one.send(messages.Leave())
+    transport = mock.Mock()
+    transport.is_closing.return_value = True
+    one.connection_made(transport)
+    one.send(messages.Leave())
+    transport.write.assert_not_called()
+
+
 @pytest.mark.parametrize("error", ERRORS, ids=repr)
 def test_an_error_keeps_its_kind_and_its_words(error: Unavailable) -> None:
     back = there_and_back(messages.Failed(12, error))

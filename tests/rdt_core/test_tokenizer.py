@@ -123,6 +123,22 @@ def test_a_tokenizer_that_normalizes_otherwise_has_no_faster_way(tiny_tokenizer:
     assert change(tiny_tokenizer.json, added_tokens=[*fields["added_tokens"], own])._normalized is None
 
 
+@pytest.mark.parametrize("strictness", ["lstrip", "rstrip", "single_word"])
+def test_a_mask_is_its_own_characters_whatever_the_file_says_and_other_tokens_are_as_it_says(
+    tiny_tokenizer: Tokenizer, strictness: str
+) -> None:
+    fields = json.loads(tiny_tokenizer.json)
+    own = {"id": tiny_tokenizer.vocab_size, "content": "ver", "special": False, "normalized": False}
+    own |= {"lstrip": False, "rstrip": False}
+    added = [
+        *(token | {strictness: token["content"] == "[MASK]"} for token in fields["added_tokens"]),
+        own | {"single_word": True},
+    ]
+    tokenizer = change(tiny_tokenizer.json, added_tokens=added)
+    assert words_of(tokenizer.encode("a [MASK] b[MASK]c")) == ["", "a", "[MASK]", "b", "[MASK]", "c", ""]
+    assert words_of(tokenizer.encode("ver over")) == ["", "ver", "over", ""]
+
+
 def test_spans_index_the_text_as_it_was_sent(tiny_tokenizer: Tokenizer) -> None:
     encoding = tiny_tokenizer.encode("  The CAFÉ \n [Mask]  jumps 🦊🦊.")
     assert words_of(encoding) == ["", "The", "CAFÉ", "[Mask]", "jump", "s", "🦊🦊", ".", ""]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -11,7 +12,8 @@ from service.engine.eager import EagerBackend
 from service.engine.engine import BatchingEngine
 from service.engine.scheduler import SchedulerLimits
 from service.errors import CODES
-from tests.fakes import Service
+from service.metrics import Metrics
+from tests.fakes import FakeClock, Service
 
 NAMES = {
     "rdt_requests", "rdt_request_duration_seconds", "rdt_queue_duration_seconds", "rdt_steps_taken", "rdt_halts",
@@ -65,6 +67,34 @@ async def test_failures_outside_the_use_case_are_counted_too(service: Service) -
         service.sample("rdt_requests_total", transport="rest", outcome=o) for o in ("malformed", "unsupported_format")
     ]
     assert counted == [1, 1]
+
+
+def test_gauges_follow_what_they_watch_and_events_count_one_by_one() -> None:
+    metrics, engine, ready = Metrics(FakeClock()), SimpleNamespace(live=3, waiting=5, waiting_tokens=70), [True]
+    metrics.watch(engine)
+    metrics.watch_budget(lambda: 512)
+    metrics.watch_readiness(lambda: ready[0])
+    metrics.describe_bounds(SchedulerLimits(token_budget=512, max_live=8, max_waiting=16, max_waiting_tokens=400), 2)
+
+    def now(*names: str) -> list[float | None]:
+        return [metrics.registry.get_sample_value(f"rdt_{name}") for name in names]
+
+    watched = ("live_requests", "waiting_requests", "waiting_tokens", "ready")
+    assert now(*watched) == [3, 5, 70, 1]
+    engine.live, engine.waiting, engine.waiting_tokens, ready[0] = 1, 0, 9, False
+    assert now(*watched) == [1, 0, 9, 0]
+    bounds = ("tick_tokens_limit", "waiting_requests_limit", "waiting_tokens_limit", "replicas")
+    assert now(*bounds) == [512, 16, 400, 2]
+
+    events = ("broken_ticks_total", "out_of_memory_total")
+    assert now(*events) == [0, 0]
+    metrics.tick_broke()
+    metrics.memory_ran_out()
+    metrics.memory_ran_out()
+    metrics.left("grpc")
+    assert now(*events) == [1, 2]
+    labels = {"transport": "grpc", "outcome": "cancelled"}
+    assert metrics.registry.get_sample_value("rdt_requests_total", labels) == 1
 
 
 async def test_the_numbers_after_a_known_load(service: Service, tiny_model: RDT) -> None:

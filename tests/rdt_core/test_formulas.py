@@ -34,7 +34,7 @@ class Plain:
     def norm(self, name: str, x: Tensor, condition: Tensor | None = None) -> Tensor:
         deviation = x - x.mean(-1, keepdim=True)
         normal = deviation / (deviation.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-        name, inner = name.removesuffix(".norm"), f"{name}.norm" if f"{name}.norm.weight" in self.weights else name
+        inner = f"{name}.norm" if f"{name}.norm.weight" in self.weights else name  # of an `AdaptiveNorm`
         normal = normal * self.weights[f"{inner}.weight"] + self.weights[f"{inner}.bias"]
         if condition is None:
             return normal

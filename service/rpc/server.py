@@ -29,8 +29,10 @@ log = logging.getLogger(__name__)
 TOLERATED = 4
 """Messages up to so many times the limit are refused by us; for larger ones gRPC's status reads as a full queue."""
 CONNECTION_MINUTES = 5
-"""A channel is asked to connect anew after this long; its calls are not interrupted. So a load balancer sees it again,
-and it learns of servers that have been added meanwhile."""
+"""A channel is asked to connect anew after this long; its calls go on. So a load balancer sees it again, and it learns
+of servers that have been added meanwhile."""
+PARTING_MINUTES = 5
+"""How much longer its calls may take. A call whose message never comes would stay as long as its caller."""
 
 MOST_STREAMS = 1000
 """Calls of one connection at a time. gRPC holds what it receives of each: unbounded, one caller could fill memory."""
@@ -80,6 +82,7 @@ class RpcServer:
             options=[
                 ("grpc.max_receive_message_length", min(TOLERATED * self._max_message_bytes, MOST)),
                 ("grpc.max_connection_age_ms", round(CONNECTION_MINUTES * 60_000)),
+                ("grpc.max_connection_age_grace_ms", round(PARTING_MINUTES * 60_000)),
                 ("grpc.max_concurrent_streams", MOST_STREAMS),
                 ("grpc.so_reuseport", int(self._shares_port)),  # else another server could share the port unnoticed
             ],

@@ -63,6 +63,17 @@ async def test_no_call_fails_when_its_connection_has_grown_old(
             assert (await stub.Denoise(TEXT)).steps == 2
 
 
+async def test_a_call_whose_message_never_comes_ends_with_its_connection(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "CONNECTION_MINUTES", 0.1 / 60)
+    monkeypatch.setattr(server, "PARTING_MINUTES", 0.1 / 60)
+    async with service.channel() as channel:
+        call = channel.stream_unary(f"/{SERVICE}/Denoise")()
+        async with asyncio.timeout(5):
+            assert await call.code() is grpc.StatusCode.UNAVAILABLE
+
+
 def test_the_checked_in_code_is_what_proto_says(tmp_path: Any) -> None:
     subprocess.run([sys.executable, ROOT / "proto" / "generate.py", tmp_path], check=True)
     made = {path.name: path.read_text() for path in tmp_path.iterdir()}

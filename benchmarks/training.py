@@ -25,6 +25,7 @@ from rdt_core import checkpoint, flops
 from training.config import TrainConfig
 from training.config_file import load_config
 from training.data import Batch
+from training.learner import Learner
 from training.losses import Losses
 from training.mixed_precision import autocast
 from training.trainer import Trainer
@@ -33,8 +34,8 @@ N_WORDS, PEAK_REPEATS, WARM_STEPS = 100_000, 20, 2
 PHASES = {"one pass": 10**6, "unroll": 0}  # steps of pretraining
 
 
-class Counting(Trainer):
-    """A trainer that adds up the useful FLOPs of its steps."""
+class Counting(Learner):
+    """A learner that adds up the useful FLOPs of its steps."""
 
     useful_flops = 0
     n_tokens = 0
@@ -59,16 +60,17 @@ class Counting(Trainer):
 
 def measure(config: TrainConfig, device: torch.device, n_steps: int) -> dict[str, Any]:
     """Median tokens a second over single steps, and their useful FLOP/s over the peak's."""
-    trainer = Counting(config, device)
+    trainer = Trainer(config, device)
+    trainer.learner = counting = Counting(trainer.model, config, trainer.stages, trainer.processes)
     steps = iter(trainer._steps())
     for _ in range(WARM_STEPS):
         next(steps)
     rates, work = [], []
     for _ in range(n_steps):
-        trainer.useful_flops = trainer.n_tokens = 0
+        counting.useful_flops = counting.n_tokens = 0
         took = seconds(lambda: next(steps), device)
-        rates.append(trainer.n_tokens / took)
-        work.append(trainer.useful_flops / took)
+        rates.append(counting.n_tokens / took)
+        work.append(counting.useful_flops / took)
     peak = matrix_peak(trainer)
     return {
         "bfloat16": config.mixed_precision,

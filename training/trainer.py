@@ -1,8 +1,7 @@
-"""The training loop: batch -> losses -> step, with logs, validation, checkpoints and exact resume.
+"""A training run: text, steps, logs, validation, checkpoints and exact resume.
 
-Everything random in batch `k` is seeded by the run's seed and `k`, so weights, optimizer state and the
-step number are all that a resumed run needs to continue bit for bit. A step is the same with any number
-of processes, except for the order in which its gradients are added up, which CUDA never fixes.
+Batch `k` is a function of the run's seed and `k`, so weights, optimizer state and the step number are all that a
+resumed run needs to continue bit for bit.
 """
 
 from __future__ import annotations
@@ -11,11 +10,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
 
 from rdt_core import checkpoint as checkpoints
@@ -26,27 +22,20 @@ from rdt_core.tokenizer import Tokenizer
 from training.compiled import compile_layers
 from training.config import ConfigError, TrainConfig, differences
 from training.corpus import is_local, load_corpora, load_tokenizer, shared_files
-from training.data import Batch, Batches, stable_seed
+from training.data import Batches, stable_seed
 from training.files import make_folder
 from training.folder import RunFolder
-from training.losses import Losses, chain_losses, gate_losses, unroll_losses
+from training.learner import Learner, NotFinite, check_finite
+from training.losses import Losses
 from training.mixed_precision import autocast
-from training.optimise import (
-    Average,
-    adopt_settings,
-    gate_parameters,
-    make_optimizer,
-    make_scheduler,
-    trunk_parameters,
-)
-from training.processes import OneProcess, Processes, add_up_gradients, share
+from training.processes import OneProcess, Processes, share
 from training.progress import Progress
 from training.stages import Stages
 from training.stopping import leave_signals_to_the_trainer, stop_signal
 from training.validation import Validation, validate
 from training.warm_start import warm_start
 
-TRAIN, VALIDATION, UNROLL = 1, 2, 3  # streams of randomness
+TRAIN, VALIDATION = 1, 2  # streams of randomness
 MEASURED = (
     "seed", "data.", "training.masking_strategy", "training.total_steps", "training.max_chain_length",
     "training.scheme", "training.loss_weight", "training.batch_size", "training.gate_passes", "training.gate_sequences",
@@ -96,14 +85,8 @@ class Trainer:
         self.notes += self.stages.check()
 
         self.model = self._make_model(fresh=resumed is None)
-        self.optimizer = make_optimizer(self.model, config.training)
-        self.scheduler = make_scheduler(self.optimizer, config.training, self.n_steps)
-        decay = config.training.average_decay
-        self.average = None if decay is None else Average(trunk_parameters(self.model), decay)
+        self.learner = Learner(self.model, config, self.stages, self.processes)
         self._signals: list[int] = []  # those that came to this process
-        self._stopping = False  # one had come to some process by the last step
-        self.step = 0
-        self.learning_rate = 0.0  # of the last step
         self.best_loss, self.best_of = math.inf, ""
         self.last_saved = resume
         if resumed is not None:
@@ -166,23 +149,35 @@ class Trainer:
                 self.notes.append(f"there is nothing to do: the checkpoint is of step {self.step} of {self.n_steps}")
             for note in self.notes:
                 progress.say(note)
-            for losses in self._steps():
-                progress.advance()
-                self._log(progress, losses)
-                if self._due(self.config.output.eval_every_n_steps, self.config.output.eval_every_n_epochs):
-                    self._validate(progress)
-                if self._due(self.config.training.save_every_n_steps, self.config.training.save_every_n_epochs):
-                    self.save()
-                if self._must_stop and self.step < self.n_steps:
-                    self.save()
-                    progress.say(f"stopped at step {self.step}; go on with --checkpoint {self.last_saved}")
-                    return False
+            try:
+                return self._run(progress)
+            except NotFinite as error:
+                good = self.last_saved or "none was saved yet"
+                raise TrainingDiverged(f"{error}; last good checkpoint: {good}") from error
+
+    def _run(self, progress: Progress) -> bool:
+        for losses in self._steps():
+            progress.advance()
+            self._log(progress, losses)
+            if self._due(self.config.output.eval_every_n_steps, self.config.output.eval_every_n_epochs):
+                self._validate(progress)
+            if self._due(self.config.training.save_every_n_steps, self.config.training.save_every_n_epochs):
+                self.save()
+            if self._must_stop and self.step < self.n_steps:
+                self.save()
+                progress.say(f"stopped at step {self.step}; go on with --checkpoint {self.last_saved}")
+                return False
         return True
+
+    @property
+    def step(self) -> int:
+        """How many steps are done."""
+        return self.learner.step
 
     @property
     def _must_stop(self) -> bool:
         """With one process, at once; with several, when all know of the signal."""
-        return bool(self._signals) if self.processes.count == 1 else self._stopping
+        return bool(self._signals) if self.processes.count == 1 else self.learner.stop_asked
 
     def _steps(self) -> Iterator[Losses]:
         accumulate = self.config.training.gradient_accumulation_steps
@@ -196,78 +191,9 @@ class Trainer:
         )
         batches = iter(loader)
         while self.step < self.n_steps:
-            own = share(range(self.step, self.step + 1), accumulate, self.processes)
-            yield self._train_step([(k, next(batches).to(self.device)) for k in own])
-
-    def _train_step(self, batches: list[tuple[int, Batch]]) -> Losses:
-        """One optimizer step on this process's batches, each with its number; `self.step` counts it."""
-        self.model.train()
-        section = self.config.training
-        recon = gate = torch.zeros((), device=self.device)
-        for number, batch in batches:
-            torch.manual_seed(stable_seed(self.config.seed, UNROLL, number))
-            losses = self._losses(batch)
-            total = section.loss_weight_recon * losses.recon + section.loss_weight_gate * losses.gate
-            (total / section.gradient_accumulation_steps).backward()
-            recon, gate = recon + losses.recon.detach(), gate + losses.gate.detach()
-        recon, gate = self._add_up(recon, gate)
-        apart = trunk_parameters(self.model), gate_parameters(self.model)
-        norms = [clip_grad_norm_(parameters, section.max_grad_norm) for parameters in apart]
-        for what, value in (("loss", recon + gate), ("gradient", sum(norms))):
-            self._check_finite(what, value, self.step + 1)
-        self.optimizer.step()
-        self.learning_rate = float(self.scheduler.get_last_lr()[0])
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scheduler.step()
-        self.step += 1
-        self._update_average()
-        return Losses(recon, gate)
-
-    def _check_finite(self, what: str, value: float | Tensor, step: int) -> None:
-        if not math.isfinite(value):
-            good = self.last_saved or "none was saved yet"
-            raise TrainingDiverged(f"the {what} is not finite at step {step}; last good checkpoint: {good}")
-
-    def _update_average(self) -> None:
-        """The running average follows the encoder, and replaces it once the encoder has learnt."""
-        learnt_at = self.stages.n_encoder_steps
-        if self.average is None or self.step > learnt_at:
-            return
-        self.average.update()
-        if self.step == learnt_at:
-            self.average.take_over()
-
-    def _add_up(self, recon: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-        """Add up the gradients, the losses, and whether a signal came, over all processes. Returns the mean losses."""
-        told = torch.tensor(float(bool(self._signals)), device=self.device)
-        sums = torch.stack((recon, gate, told))
-        recon, gate, told = add_up_gradients(list(self.model.parameters()), sums, self.processes)
-        self._stopping = bool(told)
-        n_batches = self.config.training.gradient_accumulation_steps
-        return recon / n_batches, gate / n_batches
-
-    def _losses(self, batch: Batch) -> Losses:
-        section = self.config.training
-        packing = batch.packing(self.device)
-        with autocast(self.device, self.config.mixed_precision):
-            if section.scheme == "chain":
-                return chain_losses(self.model, batch, packing, self._draw_passes(), section)
-            turn = self.stages.gate_turn(self.step)
-            none = torch.zeros((), device=self.device)
-            recon = none
-            if not self.stages.is_gate_alone(self.step):
-                recon = unroll_losses(self.model, batch, packing, self._draw_passes(), section)
-            return Losses(recon, none if turn is None else self._gate_loss(batch, turn))
-
-    def _draw_passes(self) -> int:
-        if self.stages.is_one_pass(self.step):
-            return 1
-        return int(torch.randint(self.config.training.max_chain_length, ()) + 1)
-
-    def _gate_loss(self, batch: Batch, turn: int) -> Tensor:
-        """Levels and token levels in turn: a deep run without settling, then one with."""
-        some = batch.first(self.config.training.gate_sequences)
-        return gate_losses(self.model, some, some.packing(self.device), self.config.training, settle=turn % 2 == 1)
+            numbers = share(range(self.step, self.step + 1), accumulate, self.processes)
+            own = [(k, next(batches).to(self.device)) for k in numbers]
+            yield self.learner.learn(own, stop_asked=bool(self._signals))
 
     def _due(self, every_n_steps: int | None, every_n_epochs: int) -> bool:
         return self.step % (every_n_steps or every_n_epochs * self.steps_an_epoch) == 0 or self.step == self.n_steps
@@ -278,7 +204,7 @@ class Trainer:
         section = self.config.training
         recon, gate = losses.recon.item(), losses.gate.item()
         total = section.loss_weight_recon * recon + section.loss_weight_gate * gate
-        values = {"total_loss": total, "recon_loss": recon, "gate_loss": gate, "lr": self.learning_rate}
+        values = {"total_loss": total, "recon_loss": recon, "gate_loss": gate, "lr": self.learner.learning_rate}
         progress.draw({f"train/{name}": value for name, value in values.items()}, self.step)
         progress.show(recon=f"{recon:.3f}", gate=f"{gate:.3f}")
 
@@ -298,7 +224,7 @@ class Trainer:
         if measure != self.best_of:
             self.best_of, self.best_loss = measure, math.inf
         loss = result.recon_loss if measure in ("recon", "one pass") else result.total_loss
-        self._check_finite("validation loss", loss, self.step)  # after the last step nothing else would notice
+        check_finite("validation loss", loss, self.step)  # after the last step nothing else would notice
         if loss < self.best_loss:
             self.best_loss = loss
             if self.processes.first:
@@ -316,9 +242,6 @@ class Trainer:
         return self.step // self.steps_an_epoch
 
     def _checkpoint(self, loss: float | None) -> Checkpoint:
-        progress: dict[str, Any] = {"best_loss": self.best_loss, "best_of": self.best_of}
-        if self.average is not None:
-            progress |= {"average": self.average.values, "averaged": self.average.has_taken_over}
         return Checkpoint(
             model_state_dict=self.model.state_dict(),
             config={
@@ -330,9 +253,9 @@ class Trainer:
             epoch=self._epoch,
             step=self.step,
             loss=loss,
-            optimizer_state_dict=self.optimizer.state_dict(),
-            scheduler_state_dict={"last_epoch": self.scheduler.last_epoch},  # for readers: it follows from the step
-            progress=progress,
+            optimizer_state_dict=self.learner.optimizer.state_dict(),
+            scheduler_state_dict={"last_epoch": self.step},  # for readers: it follows from the step
+            progress={"best_loss": self.best_loss, "best_of": self.best_of} | self.learner.progress,
         )
 
     def _restore(self, path: Path, saved: Checkpoint) -> None:
@@ -343,19 +266,10 @@ class Trainer:
             if name not in REQUEST_DEFAULTS and shape[name] != value:
                 raise ConfigError(f"--checkpoint {path}: {name} is {shape[name]!r} there and {value!r} here")
         checkpoints.check_weights(path, self.model, saved.model_state_dict)
-        self.model.load_state_dict(saved.model_state_dict)
-        progress: dict[str, Any] = {"best_loss": math.inf, "best_of": ""} | saved.progress
         try:
-            self.step = int(saved.step)
-            if self.average is not None:
-                self.average.restore(progress.get("average") or self.average.parameters)
-            self.optimizer.load_state_dict(saved.optimizer_state_dict)
+            self.learner.restore(saved)
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"--checkpoint {path}: its state is of another model or damaged: {error}") from error
-        if self.average is not None and self.stages.is_gate_alone(self.step):
-            self.average.take_over()  # the encoder has learnt, whatever was planned when this was saved
-        adopt_settings(self.optimizer, self.model, self.config.training)
-        self.scheduler = make_scheduler(self.optimizer, self.config.training, self.n_steps, self.step)
         changed = differences(saved.config.get("training") or {}, self.config.to_mapping())
         if unused := [name for line in changed if (name := line.partition(" ")[0]) in AT_THE_START]:
             self.notes.append(f"not used, since the checkpoint has its own: {', '.join(unused)}")
@@ -363,7 +277,8 @@ class Trainer:
         if changed:
             self.notes.append(f"other settings than the checkpoint's: {', '.join(changed)}")
         if self.folder.best.is_file() and not any(name.startswith(MEASURED) for name in changed):
-            self.best_loss, self.best_of = progress["best_loss"], progress["best_of"]
+            progress = saved.progress
+            self.best_loss, self.best_of = progress.get("best_loss", math.inf), progress.get("best_of", "")
         self.folder.take_over(path, self.step)
 
 

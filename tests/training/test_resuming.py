@@ -73,13 +73,13 @@ def test_a_run_cut_short_for_the_gate_goes_on_with_its_average(
     for _ in zip(range(4), first._steps(), strict=False):
         pass
     saved = first.save()
-    assert first.average is not None
-    average = [value.clone() for value in first.average.values]
+    assert first.learner.average is not None
+    average = [value.clone() for value in first.learner.average.values]
     changes |= {"training.num_steps": 8, "training.gate_steps": gate_steps}
     again = Trainer(train_settings(**changes), cpu, resume=saved)
     again.fit()
-    assert again.average is not None
-    for ours, theirs in zip(again.average.parameters, average, strict=True):
+    assert again.learner.average is not None
+    for ours, theirs in zip(again.learner.average.parameters, average, strict=True):
         assert torch.equal(ours, theirs)
     said = warm_start(again.model, saved, again.tokenizer)
     assert said.endswith("everything, the weights as they stood and not their running average")
@@ -123,7 +123,7 @@ def test_a_resumed_run_learns_as_its_settings_say(
     config = train_settings(**changes, **{"training.num_steps": 12, "training.scheduler": "linear"})
     trainer = Trainer(config, cpu, resume=saved_at(finished, 4))
     factor = (12 - 4) / (12 - round(0.05 * 12))
-    for group, decay in zip(trainer.optimizer.param_groups, (0.5, 0.0), strict=True):
+    for group, decay in zip(trainer.learner.optimizer.param_groups, (0.5, 0.0), strict=True):
         assert group["lr"] == pytest.approx(0.01 * factor)
         assert (group["initial_lr"], group["weight_decay"], group["betas"]) == (0.01, decay, (0.9, 0.9))
     trainer.fit()

@@ -7,9 +7,9 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import torch
@@ -17,10 +17,13 @@ import torch
 from rdt_core import checkpoint
 from tests.training.conftest import Settings, saved_at
 from training.data import Batch
+from training.learner import Learner
 from training.losses import Losses
 from training.processes import OneProcess
 from training.stopping import ends_quietly
 from training.trainer import Trainer, TrainingDiverged
+
+Own: TypeAlias = Sequence[tuple[int, Batch]]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -30,14 +33,14 @@ def test_a_signal_saves_and_ends_the_run_and_handlers_come_back(
     before = signal.getsignal(number)
     config = train_settings()
     trainer = Trainer(config, cpu)
-    step = trainer._train_step
+    step = trainer.learner.learn
 
-    def interrupted(batches: list[Batch]) -> Losses:
+    def interrupted(batches: Own, *, stop_asked: bool) -> Losses:
         if trainer.step == 2:
             signal.raise_signal(number)
-        return step(batches)
+        return step(batches, stop_asked=stop_asked)
 
-    trainer._train_step = interrupted  # type: ignore[method-assign]
+    trainer.learner.learn = interrupted  # type: ignore[method-assign]
     assert trainer.fit() is False
     path = saved_at(config, 3)
     assert f"stopped at step 3; go on with --checkpoint {path}" in capsys.readouterr().out
@@ -48,13 +51,13 @@ def test_of_several_processes_only_the_first_says_where_the_run_stopped(
     train_settings: Settings, cpu: torch.device, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer = Trainer(train_settings(), cpu, processes=SecondProcess())
-    step = trainer._train_step
+    step = trainer.learner.learn
 
-    def interrupted(batches: list[Batch]) -> Losses:
+    def interrupted(batches: Own, *, stop_asked: bool) -> Losses:
         signal.raise_signal(signal.SIGTERM)
-        return step(batches)
+        return step(batches, stop_asked=stop_asked)
 
-    trainer._train_step = interrupted  # type: ignore[method-assign]
+    trainer.learner.learn = interrupted  # type: ignore[method-assign]
     assert trainer.fit() is False
     said = capsys.readouterr()
     assert said.out == said.err == ""
@@ -70,9 +73,9 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_their_batch(
     """As torchrun and schedulers send it: a worker that ended at once would take the run with it, unsaved."""
     config = train_settings(**{"data.num_workers": 2})
     trainer = Trainer(config, cpu)
-    step = trainer._train_step
+    step = trainer.learner.learn
 
-    def terminated(batches: list[Batch]) -> Losses:
+    def terminated(batches: Own, *, stop_asked: bool) -> Losses:
         if trainer.step == 2:
             workers = multiprocessing.active_children()
             assert len(workers) == 2
@@ -80,9 +83,9 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_their_batch(
                 assert worker.pid is not None
                 os.kill(worker.pid, signal.SIGTERM)
             signal.raise_signal(signal.SIGTERM)
-        return step(batches)
+        return step(batches, stop_asked=stop_asked)
 
-    trainer._train_step = terminated  # type: ignore[method-assign]
+    trainer.learner.learn = terminated  # type: ignore[method-assign]
     assert trainer.fit() is False
     assert saved_at(config, 3).is_file()
 
@@ -104,12 +107,12 @@ def interruptible() -> Iterator[None]:
 def test_a_second_signal_acts_as_it_always_does(train_settings: Settings, cpu: torch.device) -> None:
     trainer = Trainer(train_settings(), cpu)
 
-    def stuck(_: list[Batch]) -> Losses:
+    def stuck(_: Own, **_named: bool) -> Losses:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("still here")
 
-    trainer._train_step = stuck  # type: ignore[method-assign]
+    trainer.learner.learn = stuck  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         trainer.fit()
 
@@ -140,15 +143,15 @@ def test_a_gradient_that_is_not_finite_is_not_stepped(
     changes = {"training.save_every_n_steps": 1, "training.keep_last_n_checkpoints": 1}
     config = train_settings(**changes, **{"output.eval_every_n_steps": 100})
     trainer = Trainer(config, cpu)
-    add_up = Trainer._add_up
+    add_up = Learner._add_up
 
-    def poison(self: Trainer, *arguments: Any) -> Any:
+    def poison(self: Learner, *arguments: Any) -> Any:
         if self.step == 2:
             assert self.model.inject.weight.grad is not None
             self.model.inject.weight.grad[0, 0] = math.inf
         return add_up(self, *arguments)
 
-    monkeypatch.setattr(Trainer, "_add_up", poison)
+    monkeypatch.setattr(Learner, "_add_up", poison)
     with pytest.raises(TrainingDiverged, match="the gradient is not finite at step 3; last good checkpoint: "):
         trainer.fit()
     assert checkpoint.load(saved_at(config, 2))

@@ -9,7 +9,7 @@ import torch
 
 from rdt_core import Packing
 from tests.training.conftest import Settings
-from training import trainer as module
+from training import learner, trainer
 from training.data import Batch
 from training.trainer import Trainer
 
@@ -18,13 +18,13 @@ def test_the_first_steps_take_one_pass(
     train_settings: Settings, cpu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[int] = []
-    unroll = module.unroll_losses
+    unroll = learner.unroll_losses
 
     def count(model: Any, batch: Batch, packing: Packing, n_passes: int, section: Any) -> torch.Tensor:
         taken.append(n_passes)
         return unroll(model, batch, packing, n_passes, section)
 
-    monkeypatch.setattr(module, "unroll_losses", count)
+    monkeypatch.setattr(learner, "unroll_losses", count)
     trainer = Trainer(train_settings(**{"training.one_pass_steps": 5, "training.num_steps": 40}), cpu)
     gates = [losses.gate.item() for losses in trainer._steps()]
     assert set(taken[:5]) == {1}
@@ -35,13 +35,13 @@ def test_the_first_steps_take_one_pass(
 def test_validation_takes_as_many_passes_as_have_been_taught(
     train_settings: Settings, cpu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    taken, validate = [], module.validate
+    taken, validate = [], trainer.validate
 
     def count(*arguments: Any, n_passes: int | None) -> Any:
         taken.append(n_passes)
         return validate(*arguments, n_passes=n_passes)
 
-    monkeypatch.setattr(module, "validate", count)
+    monkeypatch.setattr(trainer, "validate", count)
     changes = {"training.one_pass_steps": 2, "training.num_steps": 4, "output.eval_every_n_steps": 1}
     Trainer(train_settings(**changes), cpu).fit()
     assert taken == [1, 1, None, None]
@@ -52,13 +52,13 @@ def test_every_batch_of_a_step_draws_a_depth_of_its_own(
 ) -> None:
     """And the same one however many there are to a step."""
     depths: list[list[int]] = []
-    unroll = module.unroll_losses
+    unroll = learner.unroll_losses
 
     def count(model: Any, batch: Batch, packing: Packing, n_passes: int, section: Any) -> torch.Tensor:
         depths[-1].append(n_passes)
         return unroll(model, batch, packing, n_passes, section)
 
-    monkeypatch.setattr(module, "unroll_losses", count)
+    monkeypatch.setattr(learner, "unroll_losses", count)
     for accumulate, steps in ((1, 12), (3, 4)):
         depths.append([])
         changes = {"training.gradient_accumulation_steps": accumulate, "training.num_steps": steps}
@@ -72,13 +72,13 @@ def test_the_gate_learns_levels_and_token_levels_in_turn(
     train_settings: Settings, cpu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     turns: list[bool] = []
-    losses = module.gate_losses
+    losses = learner.gate_losses
 
     def note(*arguments: Any, settle: bool) -> Any:
         turns.append(settle)
         return losses(*arguments, settle=settle)
 
-    monkeypatch.setattr(module, "gate_losses", note)
+    monkeypatch.setattr(learner, "gate_losses", note)
     changes = {"training.num_steps": 16, "training.gate_steps": 4, "training.gate_every_n_steps": 4}
     for _ in Trainer(train_settings(**changes), cpu)._steps():
         pass

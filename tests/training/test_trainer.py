@@ -8,15 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from rdt_core import checkpoint, restore
 from rdt_core.checkpoint import Checkpoint, export_release
 from tests.training.conftest import Settings, saved_at
 from training.config import ConfigError, TrainConfig
-from training.data import Batch
-from training.mixed_precision import cpu_has_bfloat16
-from training.optimise import gate_parameters, trunk_parameters
+from training.optimise import trunk_parameters
 from training.trainer import Trainer
 
 RUNS = {
@@ -89,61 +86,6 @@ def test_a_small_text_is_learnt(train_settings: Settings, cpu: torch.device) -> 
     assert sum(losses[-5:]) / 5 < 0.7 * sum(losses[:5]) / 5
 
 
-@pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU has no bfloat16 of its own")
-def test_mixed_precision_is_near_and_not_the_same(train_settings: Settings, cpu: torch.device) -> None:
-    exact, mixed = (
-        [losses.recon.item() for losses in Trainer(train_settings(mixed_precision=mixed), cpu)._steps()]
-        for mixed in (False, True)
-    )
-    assert mixed == pytest.approx(exact, rel=0.02)
-    assert mixed != exact
-
-
-def gradient_of(config: TrainConfig, batches: list[Batch]) -> dict[str, torch.Tensor]:
-    """What one training step hands to the optimizer."""
-    trainer = Trainer(config, torch.device("cpu"))
-    seen: dict[str, torch.Tensor] = {}
-
-    def step() -> None:
-        seen.update({name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None})
-
-    trainer.optimizer.step = step  # type: ignore[method-assign, assignment]
-    trainer.scheduler.step = lambda: None  # type: ignore[method-assign, assignment, misc]
-    trainer._train_step(list(enumerate(batches)))
-    return seen
-
-
-def test_accumulated_batches_of_as_many_masks_are_one_large_batch(train_settings: Settings) -> None:
-    changes = {"training.max_chain_length": 1, "training.loss_weight_gate": 0.0, "training.max_grad_norm": 1e9}
-    one, two = train_settings(**changes), train_settings(**changes, **{"training.gradient_accumulation_steps": 2})
-    generator = torch.Generator().manual_seed(0)
-    masked = torch.arange(32) % 16 < 5
-    halves = []
-    for _ in range(2):
-        targets = torch.randint(5, 100, (32,), generator=generator)
-        halves.append(Batch(targets, targets.masked_fill(masked, 4), masked, masked.long(), torch.ones(2), 16))
-    large = Batch(*(torch.cat(parts) for parts in zip(*(half[:5] for half in halves), strict=True)), 16)
-    together, apart = gradient_of(one, [large]), gradient_of(two, halves)
-    assert together.keys() == apart.keys()
-    for name, gradient in together.items():
-        torch.testing.assert_close(apart[name], gradient, atol=1e-5, rtol=0)
-    assert together["embedding.weight"].any()
-
-
-def test_gate_and_trunk_are_clipped_apart(train_settings: Settings, cpu: torch.device) -> None:
-    trainer = Trainer(train_settings(**{"training.max_grad_norm": 1e-3, "training.loss_weight_gate": 1e6}), cpu)
-    norms: list[float] = []
-
-    def step() -> None:
-        for part in (trunk_parameters(trainer.model), gate_parameters(trainer.model)):
-            norms.append(math.hypot(*(p.grad.norm().item() for p in part if p.grad is not None)))
-
-    trainer.optimizer.step = step  # type: ignore[method-assign, assignment]
-    trainer.scheduler.step = lambda: None  # type: ignore[method-assign, assignment, misc]
-    trainer._train_step([(0, trainer.batches[0])])
-    assert norms == pytest.approx([1e-3, 1e-3], rel=0.01)
-
-
 @pytest.fixture
 def finished(train_settings: Settings, cpu: torch.device) -> TrainConfig:
     """The settings of a run that has ended."""
@@ -185,7 +127,7 @@ def test_the_best_model_is_the_one_of_the_lowest_validation_loss(
 def test_the_last_checkpoints_are_kept(train_settings: Settings, cpu: torch.device) -> None:
     trainer = Trainer(train_settings(**{"training.keep_last_n_checkpoints": 2}), cpu)
     for step in (8, 9, 10, 11):
-        trainer.step = step
+        trainer.learner.step = step
         assert trainer.save() == trainer.last_saved
     names = {path.name for path in trainer.folder.path.iterdir()}
     assert names == {"checkpoint_epoch_0_step_10.pt", "checkpoint_epoch_0_step_11.pt"}
@@ -266,48 +208,15 @@ def test_an_impossible_model_is_a_config_error(train_settings: Settings, cpu: to
         Trainer(train_settings(**{"model.n_heads": 3}), cpu)
 
 
-@pytest.mark.parametrize("gate_steps", [0, 3])
-def test_the_average_of_the_weights_takes_their_place_once_the_encoder_has_learnt(
-    train_settings: Settings, cpu: torch.device, gate_steps: int
-) -> None:
-    changes = {"training.average_decay": 0.6, "training.gate_steps": gate_steps, "training.num_steps": 8}
-    averaged, plain = (
-        Trainer(train_settings(**(changes | {"training.average_decay": decay})), cpu) for decay in (0.6, None)
-    )
-    expected = [p.detach().clone() for p in trunk_parameters(plain.model)]
-    for step, _ in enumerate(zip(plain._steps(), averaged._steps(), strict=True), start=1):
-        now = [p.detach() for p in trunk_parameters(plain.model)]
-        if step <= 8 - gate_steps:
-            expected = [0.6 * was + 0.4 * is_ for was, is_ in zip(expected, now, strict=True)]
-        found = [p.detach() for p in trunk_parameters(averaged.model)]
-        for ours, theirs in zip(found, now if step < 8 - gate_steps else expected, strict=True):
-            torch.testing.assert_close(ours, theirs)
-
-
 def test_a_checkpoint_without_an_average_begins_one(
     finished: TrainConfig, train_settings: Settings, cpu: torch.device
 ) -> None:
     longer = train_settings(**{"training.average_decay": 0.5, "training.num_steps": 10})
     trainer = Trainer(longer, cpu, resume=saved_at(finished, 8))
-    assert trainer.average is not None
-    for kept, parameter in zip(trainer.average.values, trunk_parameters(trainer.model), strict=True):
+    average = trainer.learner.average
+    assert average is not None
+    for kept, parameter in zip(average.values, trunk_parameters(trainer.model), strict=True):
         assert torch.equal(kept, parameter)
-
-
-def test_the_last_steps_teach_the_gate_alone(train_settings: Settings) -> None:
-    trainer = Trainer(train_settings(**{"training.num_steps": 4, "training.gate_steps": 2}), torch.device("cpu"))
-    weights: list[dict[str, Tensor]] = []
-    for _ in trainer._steps():
-        weights.append({name: tensor.clone() for name, tensor in trainer.model.state_dict().items()})
-    changed = {name for name in weights[-1] if not torch.equal(weights[1][name], weights[-1][name])}
-    assert changed
-    assert all(name.startswith("gate.") for name in changed)
-
-
-def test_a_gate_that_waits_until_the_encoder_has_learnt(train_settings: Settings, cpu: torch.device) -> None:
-    changes = {"training.gate_every_n_steps": 0, "training.num_steps": 6, "training.gate_steps": 2}
-    gates = [losses.gate.item() for losses in Trainer(train_settings(**changes), cpu)._steps()]
-    assert [step for step, gate in enumerate(gates) if gate != 0] == [4, 5]
 
 
 def test_gate_steps_that_leave_nothing_for_the_encoder_are_refused(train_settings: Settings) -> None:
@@ -364,16 +273,3 @@ def test_a_validation_text_without_a_word_is_refused(
     for changes in ({"data.dataset_name": str(ends)}, {"data.validation_name": str(unknown)}):
         with pytest.raises(ConfigError, match="the validation text has no word to mask: they are too few"):
             Trainer(train_settings(**changes), cpu)
-
-
-def test_the_learning_rate_that_is_logged_is_the_one_that_was_used(
-    train_settings: Settings, cpu: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trainer = Trainer(train_settings(**{"training.num_steps": 3, "training.scheduler": "linear"}), cpu)
-    used: list[float] = []
-    trainer.optimizer.register_step_pre_hook(lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"]))
-    logged: list[float] = []
-    monkeypatch.setattr(Trainer, "_log", lambda self, *_: logged.append(self.learning_rate))
-    trainer.fit()
-    assert logged == used
-    assert len(set(used)) == 3

@@ -5,8 +5,23 @@ from __future__ import annotations
 import math
 
 import pytest
+from google.protobuf.message import Message
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
 
-from service.errors import MAX_SHOWN_CHARACTERS, MAX_SHOWN_PROBLEMS, FieldProblem, InvalidArgument, printable, shown
+from service.errors import (
+    MAX_SHOWN_CHARACTERS,
+    MAX_SHOWN_PROBLEMS,
+    DeadlineExceeded,
+    FieldProblem,
+    InvalidArgument,
+    ResourceExhausted,
+    ServiceError,
+    Unavailable,
+    printable,
+    shown,
+)
+from service.rpc.errors import status_of
 
 
 def test_as_many_problems_as_are_shown_are_all_there_are() -> None:
@@ -42,3 +57,25 @@ def test_what_was_sent_is_told_as_json_would_have_it(value: object, scalar: obje
 def test_long_values_are_cut_where_they_become_long() -> None:
     assert printable("a" * MAX_SHOWN_CHARACTERS) == "a" * MAX_SHOWN_CHARACTERS
     assert printable("a" * (MAX_SHOWN_CHARACTERS + 1)) == "a" * MAX_SHOWN_CHARACTERS + "…"
+
+
+@pytest.mark.parametrize(
+    ("error", "kinds", "seconds"),
+    [
+        (ResourceExhausted("full", "queue_requests"), [ErrorInfo, RetryInfo], 1),
+        (ResourceExhausted("short", "memory"), [ErrorInfo, RetryInfo], 60),
+        (Unavailable("draining", "draining"), [ErrorInfo, RetryInfo], 1),
+        (DeadlineExceeded("late"), [ErrorInfo], None),
+        (InvalidArgument.of([FieldProblem.of("top_k", -1, "a whole number")]), [ErrorInfo, BadRequest], None),
+    ],
+)
+def test_a_grpc_status_tells_programs_what_is_wrong_and_when_to_try_again(
+    error: ServiceError, kinds: list[type[Message]], seconds: int | None
+) -> None:
+    packed = dict(status_of(error).trailing_metadata or ())["grpc-status-details-bin"]
+    details = Status.FromString(packed).details
+    assert [detail.Is(kind.DESCRIPTOR) for detail, kind in zip(details, kinds, strict=True)] == [True] * len(kinds)
+    if seconds is not None:
+        retry = RetryInfo()
+        details[1].Unpack(retry)
+        assert retry.retry_delay.ToTimedelta().total_seconds() == seconds

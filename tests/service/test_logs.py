@@ -230,6 +230,8 @@ async def test_a_line_for_every_grpc_call(observed: Service, log: Log) -> None:
         ("three", "Denoise", "unauthenticated"),
         ("four", "Denoise", "internal"),
     ]
+    assert all(0 < float(str(line["duration_ms"])) < 10_000 for line in lines)
+    assert f"Denoise: ok after {float(str(lines[0]['duration_ms'])):.1f} ms" == lines[0]["message"]
     (crash,) = (line for line in log.entries("service.rpc.errors") if line["request_id"] == "four")
     assert "RuntimeError: broken" in str(crash["exception"])
     assert KEY not in str(log)

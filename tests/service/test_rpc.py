@@ -20,7 +20,7 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from rdt_core import ModelConfig, Tokenizer
-from service.rpc import server
+from service.rpc import health, server
 from service.rpc.convert import SERVICE
 from service.rpc.denoise import DenoiserCalls, seconds_left
 from service.rpc.pb import denoiser_pb2 as pb
@@ -139,7 +139,10 @@ async def test_the_longest_error_reaches_the_caller(channel: grpc.aio.Channel) -
     assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_health_follows_the_lifecycle(tiny_tokenizer: Tokenizer, tiny_config: ModelConfig) -> None:
+async def test_health_follows_the_lifecycle(
+    tiny_tokenizer: Tokenizer, tiny_config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "POLL_SECONDS", 0.02)
     service = Service(tiny_tokenizer, tiny_config, api_key=KEY)  # health needs no key
     async with service.channel() as channel:
         stub = HealthStub(channel)
@@ -159,13 +162,17 @@ async def test_health_follows_the_lifecycle(tiny_tokenizer: Tokenizer, tiny_conf
         seen.append((await watched.read()).status)
         service.engine.ready = False
         assert await check() == HealthCheckResponse.NOT_SERVING
+        seen.append((await watched.read()).status)
         service.engine.ready = True
+        seen.append((await watched.read()).status)
+        await asyncio.sleep(3 * health.POLL_SECONDS)
         await service.lifecycle.drain(0)
         assert await check() == HealthCheckResponse.NOT_SERVING
         while (message := await watched.read()) is not grpc.aio.EOF:
             seen.append(message.status)
-        assert seen[:2] == [HealthCheckResponse.NOT_SERVING, HealthCheckResponse.SERVING]
-        assert seen[-1] == HealthCheckResponse.NOT_SERVING, "and the watch has ended"
+        assert seen == [HealthCheckResponse.NOT_SERVING, HealthCheckResponse.SERVING] * 2 + [
+            HealthCheckResponse.NOT_SERVING
+        ], "every change once, and the watch has ended"
         with pytest.raises(grpc.aio.AioRpcError) as error:
             await check("nobody")
         assert error.value.code() == grpc.StatusCode.NOT_FOUND

@@ -99,6 +99,7 @@ def test_a_value_of_another_type_is_refused(key: str, value: object, wanted: str
         ("training.weight_decay", float("inf"), "finite"),
         ("training.learning_rate", 0, "> 0"),
         ("training.learning_rate", float("inf"), "finite"),
+        ("training.learning_rate", 10**400, "finite"),
         ("training.max_grad_norm", -1, "> 0"),
         ("training.warmup_ratio", 1.5, "0 to 1"),
         ("data.full_length_share", -0.5, "0 to 1"),
@@ -184,6 +185,8 @@ def test_an_assignment_that_makes_no_sense_is_refused(tmp_path: Path, assignment
         load_config(path, None, [assignment])
     assert assignment.partition("=")[0] in str(error.value)
     assert "\n" not in str(error.value)
+    if not assignment.partition("=")[1] or assignment.startswith("="):
+        assert str(error.value).endswith(": want section.key=value")
 
 
 @pytest.mark.parametrize(

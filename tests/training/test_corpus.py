@@ -252,6 +252,31 @@ def test_short_hub_names_stand_for_wikitext(tiny_tokenizer: Tokenizer, monkeypat
     ]
 
 
+def test_each_text_may_be_local_or_of_a_hub(
+    train_settings: Settings, text_file: Path, tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    lines = {("a/hub", "train"): "the quick fox", ("a/hub", "validation"): "new york", ("b/hub", "validation"): "a dog"}
+
+    def load_dataset(path: str, _: str | None, split: str) -> Any:
+        return datasets.Dataset.from_dict({"text": [lines[path, split]] * 20})
+
+    def texts(name: str, validation: str | None) -> list[str]:
+        config = train_settings(**{"data.dataset_name": name, "data.validation_name": validation})
+        return [words(tiny_tokenizer, corpus.tokens[:2]) for corpus in load_corpora(config, tiny_tokenizer)]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    local = texts(str(text_file), str(text_file))[0]
+    assert texts("a/hub", None) == ["the quick", "new york"]
+    assert texts("a/hub", "b/hub") == ["the quick", "a dog"]
+    assert texts("a/hub", str(text_file)) == ["the quick", local]
+    assert texts(str(text_file), "b/hub") == [local, "a dog"]
+    for validation, named in ((None, "dataset_name is 'a/hub'"), ("b/hub", "validation_name is 'b/hub'")):
+        del lines[validation or "a/hub", "validation"]
+        with pytest.raises(ConfigError, match=rf"data\.{named}"):
+            texts("a/hub", validation)
+
+
 def test_a_tokenizer_is_read_from_json_or_from_a_checkpoint(
     tokenizer_file: Path, tiny_checkpoint: Path, tiny_tokenizer: Tokenizer
 ) -> None:

@@ -132,8 +132,9 @@ class Ledger:
                     self._booked.clear()
                     await self._booked.wait()
         except TimeoutError:
-            late = [name for name in workers if self._is_late(name, asked)]
-            log.warning("%d of %d workers have reported; late: %s", len(self._reports), self._n_workers, late or "none")
+            late = ", ".join(name for name in workers if self._is_late(name, asked))
+            why = f"late: {late}" if late else "the others are not connected"
+            log.warning("%d of %d workers have reported; %s", len(self._reports), self._n_workers, why)
 
     def _is_late(self, worker: str, asked: int) -> bool:
         report = self._reports.get(worker)

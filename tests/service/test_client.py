@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -64,19 +65,29 @@ def test_a_streamed_text_may_hold_other_ends_of_lines(size: int) -> None:
         assert [next(stream).text, next(stream).text] == [text, text]
 
 
+class Slowly(httpx.SyncByteStream):
+    """A body that has not been read when its head has."""
+
+    def __init__(self, pieces: list[bytes]) -> None:
+        self._pieces = pieces
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield from self._pieces
+
+
 def test_the_sync_clients_batch_and_stream() -> None:
     def answer(request: httpx.Request) -> httpx.Response:
         if request.url.path == "/denoise/batch":
             assert json.loads(request.content) == {"items": [{"text": "a"}], "top_k": 1}
             return httpx.Response(200, json={"results": []})
         if b"bad" in request.content:
-            return httpx.Response(503, text="down")
+            return httpx.Response(503, stream=Slowly([b"do", b"wn"]))
         return httpx.Response(200, text='event: pass\ndata: {"step":1,"level":0.5,"text":"b"}\n\n')
 
     with Client("http://rdt", transport=httpx.MockTransport(answer)) as client:
         assert client.denoise_batch(["a"], top_k=1) == []
         assert next(client.denoise_stream("a")).text == "b"
-        with pytest.raises(ProblemError, match="503"):
+        with pytest.raises(ProblemError, match="503 Service Unavailable: down"):
             next(client.denoise_stream("bad"))
 
 

@@ -152,6 +152,11 @@ def test_bounds_of_a_tick_follow_the_device_unless_they_are_given() -> None:
     assert (given.limits_on("cuda").token_budget, given.limits_on("cuda").max_live) == (1000, 7)
 
 
+def test_depth_is_shed_only_when_asked_for() -> None:
+    floors = [read_settings([*flags, "--shed_min_steps=3"]).limits_on("cpu") for flags in ([], ["--shed=depth"])]
+    assert [limits.shed_min_steps for limits in floors] == [None, 3]
+
+
 def test_devices_have_names() -> None:
     assert read_settings(["--devices=0,2"]).device_names == ["cuda:0", "cuda:2"]
     assert read_settings(["--device=cpu"]).device_names == ["cpu"]

@@ -106,9 +106,20 @@ async def test_the_end_begins_with_the_workers(life: Life) -> None:
     assert len(FakeChild.born) == 3, "nobody is replaced on the way down"
 
 
-async def test_a_worker_that_dies_is_replaced_under_another_name(life: Life) -> None:
+async def test_what_is_left_is_killed(life: Life) -> None:
+    life.work.cancel()
+    await life.crew.kill()
+    assert [child.status.result() for child in FakeChild.born] == [-9, -9, -9]
+    await Crew(Settings(), Path("socket")).kill()  # nobody has been started
+
+
+async def test_a_worker_that_dies_is_replaced_under_another_name(life: Life, caplog: pytest.LogCaptureFixture) -> None:
     life.child("worker 1.0").die(-9)
     await life.has("worker 1.1")
+    life.child("worker 0.0").die(0)
+    await life.has("worker 0.1")
+    assert "worker 1.0 has ended (signal 9): starting another" in caplog.text
+    assert "worker 0.0 has ended (status 0): starting another" in caplog.text
     life.stopped.set()
     assert await life.work == 0
     assert ("worker 1.1", signal.SIGTERM) in FakeChild.signals
@@ -213,6 +224,29 @@ def test_an_address_that_another_server_shares_is_not_taken() -> None:
         reserved(Settings(http_port=first.http_port, grpc_port=0)),
     ):
         pass
+
+
+def test_an_address_that_stays_taken_is_not_waited_for_without_end(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(supervisor, "LINGERING_SECONDS", 0.1)
+    monkeypatch.setattr(supervisor, "POLL_SECONDS", 0.01)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(OSError, match="in use"):
+            supervisor._bound_once_free("127.0.0.1", port)
+    with pytest.raises(OSError, match="assign"):  # TEST-NET-1 (RFC 5737): nobody has it
+        supervisor._bound_once_free("192.0.2.1", 0)
+    assert caplog.text.count("waiting for") == 1, "there is nothing to wait for where nobody can be"
+
+
+def test_an_address_may_be_of_ip_version_6() -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    with reserved(Settings(host="::1", http_port=0, grpc_port=0)) as chosen:
+        assert chosen.http_port > 0
 
 
 def test_what_a_server_before_has_left_of_its_connections_is_waited_for(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -86,6 +87,16 @@ def test_effort_of_one_start_and_one_decode_is_that_of_a_sequence() -> None:
     effort = Effort(*torch.tensor([[1, 1], [3, 1], [1, 1], [4, 0], [0, 0]]))
     expected = [flops.sequence_flops(config, 10, 4, 3), flops.sequence_flops(config, 10, 0, 1)]
     assert effort.flops(config, 10).tolist() == expected
+
+
+def test_decoder_layers_run_at_every_decode() -> None:
+    plain = ModelConfig(vocab_size=50, d_model=16, n_heads=2, n_encoder_layers=2, d_ff=32, n_prelude_layers=1)
+    config = replace(plain, decoder_type="transformer", n_decoder_layers=2)
+    effort = Effort(*torch.tensor([[1, 1], [3, 3], [1, 4], [4, 9], [0, 0]]))
+    layers = 10 * 2 * flops.layer_flops(config, 10)
+    extra = (effort.flops(config, 10) - effort.flops(plain, 10)).tolist()
+    assert extra == [layers, 4 * layers]
+    assert effort.flops(config, 10)[0] == flops.sequence_flops(config, 10, 4, 3)
 
 
 def test_work_grows_with_passes_by_the_encoder_alone(tiny_config: ModelConfig) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,11 @@ import torch
 from rdt_core import Tokenizer
 from rdt_core.checkpoint import CheckpointError
 from training.corpus import local_corpus
+from training.data import stable_seed
 from training.evaluate import main as evaluate
 from training.evaluation.causal import CausalConfig, CausalLM, Scorer, load_scorer
 from training.mixed_precision import cpu_has_bfloat16
-from training.scorer import drawn_texts, main, train
+from training.scorer import bits_a_token, drawn_texts, main, train
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +40,49 @@ def test_the_loss_falls(text_file: Path, tiny_tokenizer: Tokenizer, tmp_path: Pa
     losses = list(steps)
     assert len(losses) == 25
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_step_is_adamw_on_the_gradient_of_its_own_texts_alone(
+    text_file: Path, tiny_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.scorer.autocast", lambda _: nullcontext())
+    corpus = local_corpus(str(text_file), tiny_tokenizer, tmp_path)
+    config = CausalConfig(tiny_tokenizer.vocab_size, d_model=16, n_heads=2, n_layers=1, d_ff=32)
+    torch.manual_seed(0)
+    model, ours = CausalLM(config), CausalLM(config)
+    ours.load_state_dict(model.state_dict())
+    n_steps, peak = 40, 0.01
+    given = train(model, corpus, tiny_tokenizer, n_steps=n_steps, batch_size=2, length=8, learning_rate=peak, seed=3)
+    losses = list(given)
+    optimizer = torch.optim.AdamW(ours.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    expected = []
+    for step in range(n_steps):
+        factor = (step + 1) / 2 if step < 1 else (n_steps - step) / (n_steps - 2)
+        texts = drawn_texts(corpus, tiny_tokenizer, 8, 2, stable_seed(3, step))
+        logits = ours(texts)[:, :-2]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), texts[:, 1:-1].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(ours.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = peak * min(1.0, factor)
+        optimizer.step()
+        expected.append(loss.item())
+    assert losses == pytest.approx(expected, rel=1e-3)
+
+
+def test_bits_of_segments_are_their_mean(scorer_file: Path, text_file: Path, tiny_tokenizer: Tokenizer) -> None:
+    scorer = load_scorer(scorer_file)
+    texts = texts_of(text_file, tiny_tokenizer, scorer_file.parent / "cache", n=3, length=12)
+    words = scorer.bits(texts)[:, 1:-1]
+    assert bits_a_token(scorer.model, list(texts)) == pytest.approx(words.mean().item(), rel=1e-4)
+
+
+def test_the_last_words_are_drawn_too(text_file: Path, tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    whole = local_corpus(str(text_file), tiny_tokenizer, tmp_path)
+    few, _ = whole.split(len(whole) - 5)
+    drawn = drawn_texts(few, tiny_tokenizer, 6, 200, seed=0)
+    wanted = {tuple(few.tokens[start : start + 4].tolist()) for start in (0, 1)}
+    assert {tuple(body) for body in drawn[:, 1:-1].tolist()} == wanted
 
 
 def test_a_text_like_those_it_read_is_likelier_than_the_same_words_shuffled(

@@ -95,6 +95,13 @@ async def test_one_span_for_an_http_request(traced: Service, recorded: Recorded)
     assert "dog" not in span.to_json()
 
 
+def test_a_call_learns_the_trace_it_belongs_to(recorded: Recorded) -> None:
+    """Its lines in the log name it."""
+    call = Call("abc-1")
+    with recorded.tracer.call(call, "POST /denoise", {}, {"traceparent": TRACEPARENT}):
+        assert call.trace_id == TRACE
+
+
 async def test_one_span_for_a_grpc_call(traced: Service, recorded: Recorded) -> None:
     async with traced.channel() as channel:
         metadata = (("x-request-id", "abc-1"), ("traceparent", TRACEPARENT), ("tracestate", "vendor=1"))

@@ -57,6 +57,28 @@ def test_accumulated_batches_of_as_many_masks_are_one_large_batch(train_settings
     assert together["embedding.weight"].any()
 
 
+def test_each_part_learns_by_the_weight_of_its_loss(train_settings: Settings, cpu: torch.device) -> None:
+    def gradient(recon: float, gate: float) -> dict[str, Tensor]:
+        weights = {"training.loss_weight_recon": recon, "training.loss_weight_gate": gate}
+        config = train_settings(**weights, **{"training.max_grad_norm": 1e9})
+        return gradient_of(config, [Trainer(config, cpu).batches[0]])
+
+    plain, weighted = gradient(1.0, 1.0), gradient(2.0, 0.25)
+    for name, one in plain.items():
+        factor = 0.25 if name.startswith("gate.") else 2.0
+        torch.testing.assert_close(weighted[name], factor * one, rtol=1e-4, atol=1e-7)
+    assert any(one.any() for name, one in plain.items() if name.startswith("gate."))
+
+
+def test_the_losses_of_a_step_are_means_over_its_batches(train_settings: Settings, cpu: torch.device) -> None:
+    once, thrice = (Trainer(train_settings(**{"training.gradient_accumulation_steps": n}), cpu).learner for n in (1, 3))
+    batch = Trainer(train_settings(), cpu).batches[0]
+    losses, means = once.learn([(0, batch)]), thrice.learn([(0, batch)] * 3)
+    assert means.recon.item() == pytest.approx(losses.recon.item())
+    assert means.gate.item() == pytest.approx(losses.gate.item())
+    assert losses.gate > 0
+
+
 def test_gate_and_trunk_are_clipped_apart(train_settings: Settings, cpu: torch.device) -> None:
     trainer = Trainer(train_settings(**{"training.max_grad_norm": 1e-3, "training.loss_weight_gate": 1e6}), cpu)
     norms: list[float] = []

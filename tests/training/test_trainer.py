@@ -14,6 +14,7 @@ from rdt_core.checkpoint import Checkpoint, export_release
 from tests.training.conftest import Settings, saved_at
 from training.config import ConfigError, TrainConfig
 from training.optimise import trunk_parameters
+from training.progress import Progress
 from training.trainer import Trainer
 
 RUNS = {
@@ -110,18 +111,31 @@ def test_the_best_model_is_a_checkpoint_to_serve(finished: TrainConfig) -> None:
     assert loaded.checkpoint.config["training"] == finished.to_mapping()
 
 
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({}, (4, 2.0)),
+        ({"training.gate_every_n_steps": 0}, (6, 1.5)),
+        ({"training.one_pass_steps": 8}, (6, 1.5)),
+    ],
+    ids=["with the gate's", "of reconstruction, without", "of reconstruction, in one pass"],
+)
 def test_the_best_model_is_the_one_of_the_lowest_validation_loss(
-    train_settings: Settings, cpu: torch.device, monkeypatch: pytest.MonkeyPatch
+    train_settings: Settings,
+    cpu: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    kept: tuple[int, float],
 ) -> None:
     from training import trainer as module  # noqa: PLC0415
     from training.validation import Validation  # noqa: PLC0415
 
-    losses = iter([3.0, 2.0, 2.5, 4.0])
-    monkeypatch.setattr(module, "validate", lambda *_, **__: Validation(next(losses), 0.0, 0.0, 0.0, 0.0))
-    config = train_settings(**{"output.eval_every_n_steps": 2})
+    losses = iter([(3.0, 2.0), (2.0, 3.0), (2.5, 1.5), (4.0, 4.0)])  # in all, and of reconstruction
+    monkeypatch.setattr(module, "validate", lambda *_, **__: Validation(*next(losses), 0.0, 0.0, 0.0))
+    config = train_settings(**changes, **{"output.eval_every_n_steps": 2})
     Trainer(config, cpu).fit()
     best = checkpoint.read(Path(config.output.checkpoint_dir) / "best_model.pt")
-    assert (best.step, best.loss) == (4, 2.0)
+    assert (best.step, best.loss) == kept
 
 
 def test_the_last_checkpoints_are_kept(train_settings: Settings, cpu: torch.device) -> None:
@@ -131,6 +145,26 @@ def test_the_last_checkpoints_are_kept(train_settings: Settings, cpu: torch.devi
         assert trainer.save() == trainer.last_saved
     names = {path.name for path in trainer.folder.path.iterdir()}
     assert names == {"checkpoint_epoch_0_step_10.pt", "checkpoint_epoch_0_step_11.pt"}
+
+
+def test_the_total_that_is_logged_is_what_was_minimised(
+    train_settings: Settings, cpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[int, dict[str, float]] = {}
+
+    def draw(_: Progress, values: dict[str, float], step: int) -> None:
+        drawn.setdefault(step, {}).update(values)
+
+    monkeypatch.setattr(Progress, "draw", draw)
+    weights = {"training.loss_weight_recon": 2.0, "training.loss_weight_gate": 0.25}
+    changes = {"output.log_every_n_steps": 2, "training.gate_every_n_steps": 1}
+    Trainer(train_settings(**weights, **changes), cpu).fit()
+    logged = {step: values for step, values in drawn.items() if "train/total_loss" in values}
+    assert list(logged) == [2, 4, 6, 8]
+    for values in logged.values():
+        total = 2.0 * values["train/recon_loss"] + 0.25 * values["train/gate_loss"]
+        assert values["train/total_loss"] == pytest.approx(total)
+        assert min(values["train/recon_loss"], values["train/gate_loss"]) > 0
 
 
 def test_what_tensorboard_sees(finished: TrainConfig) -> None:

@@ -18,7 +18,8 @@ def test_a_release_has_half_the_bytes_a_name_and_its_defaults(
     arguments = ["--checkpoint", str(tiny_checkpoint), "--output", str(target), "--name", "mini"]
     assert main([*arguments, "--halting", "settle", "--max_steps", "5", "--threshold", "0.2"]) == 0
     released = checkpoint.load(target)
-    assert capsys.readouterr().out.startswith(f"{target}: mini@{released.digest[:12]}, ")
+    size = f"{target.stat().st_size / 1e6:.1f} MB"
+    assert capsys.readouterr().out == f"{target}: mini@{released.digest[:12]}, {size}\n"
     config = released.model.config
     assert (config.halting, config.max_steps, config.threshold) == ("settle", 5, 0.2)
     weights = checkpoint.read(target).model_state_dict.values()
@@ -33,17 +34,25 @@ def test_without_options_the_runs_own_defaults_stay(tiny_checkpoint: Path, tmp_p
     assert released.name == source.name
 
 
-@pytest.mark.parametrize("averaged", [False, True])
+@pytest.mark.parametrize(
+    ("progress", "waits"),
+    [
+        ({"averaged": False}, True),
+        ({"averaged": True}, False),
+        ({"best_of": "total"}, True),  # of a run before `averaged` was kept
+        ({"best_of": "gate stage"}, False),
+    ],
+)
 def test_weights_that_their_average_has_not_replaced_are_told(
-    tiny_checkpoint: Path, tmp_path: Path, averaged: bool, capsys: pytest.CaptureFixture[str]
+    tiny_checkpoint: Path, tmp_path: Path, progress: dict[str, object], waits: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values = torch.load(tiny_checkpoint, weights_only=True)
-    values["progress"] = {"average": [torch.zeros(2)], "averaged": averaged}
+    values["progress"] = {"average": [torch.zeros(2)], **progress}
     source = tmp_path / "source.pt"
     torch.save(values, source)
     assert main(["--checkpoint", str(source), "--output", str(tmp_path / "best_model.pt")]) == 0
     told = capsys.readouterr().out.strip().endswith("MB, the weights as they stood and not their running average")
-    assert told != averaged
+    assert told == waits
 
 
 def test_a_default_out_of_range_is_one_line(

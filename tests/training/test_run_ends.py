@@ -50,7 +50,7 @@ def test_a_signal_saves_and_ends_the_run_and_handlers_come_back(
 def test_of_several_processes_only_the_first_says_where_the_run_stopped(
     train_settings: Settings, cpu: torch.device, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trainer = Trainer(train_settings(), cpu, processes=SecondProcess())
+    trainer = Trainer(train_settings(**{"output.eval_every_n_steps": 1}), cpu, processes=SecondProcess())
     step = trainer.learner.learn
 
     def interrupted(batches: Own, *, stop_asked: bool) -> Losses:
@@ -61,6 +61,7 @@ def test_of_several_processes_only_the_first_says_where_the_run_stopped(
     assert trainer.fit() is False
     said = capsys.readouterr()
     assert said.out == said.err == ""
+    assert not list(trainer.folder.path.glob("*.pt")), "and the first alone writes what is kept"
 
 
 class SecondProcess(OneProcess):

@@ -76,6 +76,12 @@ def test_a_checkpoint_of_this_project_gives_everything(model: RDT, tiny_model: R
         warm_start(wider, tiny_checkpoint, tokenizer)
 
 
+def test_a_checkpoint_of_other_words_is_refused(model: RDT, tiny_tokenizer: Tokenizer, tiny_checkpoint: Path) -> None:
+    other = Tokenizer(tiny_tokenizer.json.replace('"fox"', '"vixen"'))
+    with pytest.raises(ConfigError, match=r"best_model\.pt'?: its tokenizer is not data\.tokenizer_name's"):
+        warm_start(model, tiny_checkpoint, other)
+
+
 def test_a_deeper_encoder_takes_the_layers_of_a_shallower_one_again_and_again(
     tiny_model: RDT, tiny_checkpoint: Path
 ) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from tests.training.conftest import Settings
 from training.config import TrainConfig
 from training.data import Batch
+from training.losses import gate_losses, unroll_losses
 from training.mixed_precision import cpu_has_bfloat16
 from training.optimise import gate_parameters, trunk_parameters
 from training.trainer import Trainer
@@ -57,17 +58,25 @@ def test_accumulated_batches_of_as_many_masks_are_one_large_batch(train_settings
     assert together["embedding.weight"].any()
 
 
-def test_each_part_learns_by_the_weight_of_its_loss(train_settings: Settings, cpu: torch.device) -> None:
-    def gradient(recon: float, gate: float) -> dict[str, Tensor]:
-        weights = {"training.loss_weight_recon": recon, "training.loss_weight_gate": gate}
-        config = train_settings(**weights, **{"training.max_grad_norm": 1e9})
-        return gradient_of(config, [Trainer(config, cpu).batches[0]])
-
-    plain, weighted = gradient(1.0, 1.0), gradient(2.0, 0.25)
-    for name, one in plain.items():
-        factor = 0.25 if name.startswith("gate.") else 2.0
-        torch.testing.assert_close(weighted[name], factor * one, rtol=1e-4, atol=1e-7)
-    assert any(one.any() for name, one in plain.items() if name.startswith("gate."))
+def test_each_part_learns_by_its_own_loss_and_weight(train_settings: Settings, cpu: torch.device) -> None:
+    weights = {"training.loss_weight_recon": 2.0, "training.loss_weight_gate": 0.25}
+    config = train_settings(**weights, **{"training.max_grad_norm": 1e9, "training.max_chain_length": 1})
+    trainer = Trainer(config, cpu)
+    batch, section = trainer.batches[0], config.training
+    model, some = trainer.model.train(), batch.first(section.gate_sequences)
+    parts = {
+        "trunk": (2.0, unroll_losses(model, batch, batch.packing(cpu), 1, section)),
+        "gate": (0.25, gate_losses(model, some, some.packing(cpu), section, settle=False)),
+    }
+    found = gradient_of(config, [batch])
+    for part, (weight, loss) in parts.items():
+        names = [name for name, _ in model.named_parameters() if name.startswith("gate.") == (part == "gate")]
+        of = dict(model.named_parameters())
+        alone = torch.autograd.grad(loss, [of[name] for name in names], allow_unused=True)
+        for name, gradient in zip(names, alone, strict=True):
+            if gradient is not None:
+                torch.testing.assert_close(found[name], weight * gradient, rtol=1e-4, atol=1e-7)
+        assert any(gradient is not None and gradient.any() for gradient in alone)
 
 
 def test_the_losses_of_a_step_are_means_over_its_batches(train_settings: Settings, cpu: torch.device) -> None:

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from rdt_core import Tokenizer
+from rdt_core import Tokenizer, checkpoint
 from rdt_core.checkpoint import CheckpointError
 from training.corpus import local_corpus
 from training.data import stable_seed
@@ -202,6 +203,38 @@ def test_an_evaluation_scores_the_restored_text(
     assert row["lm_bits"] > summary["original_lm_bits"]["0.5"]  # random weights write nothing likely
     assert row["lm_excess_bits"] > 0
     assert row["lm_bits_interval"] > 0
+
+
+def test_what_was_learned_before_it_is_measured_is_told(
+    scorer_file: Path, tiny_checkpoint: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On text that the model knows a table flatters it, and so does a scorer that knows what it knows."""
+    other, learned = tmp_path / "other.txt", tmp_path / "learned.pt"
+    other.write_text(text_file.read_text(encoding="utf-8"), encoding="utf-8")
+
+    def told(text: Path, names: str) -> list[str]:
+        saved = checkpoint.read(tiny_checkpoint)
+        training = {"training": {"data": {"dataset_name": names}}}
+        checkpoint.save(learned, replace(saved, config=saved.config | training))
+        arguments = ["--checkpoint", str(learned), "--text", str(text), "--mask-ratios", "0.5", "--max-depth", "1"]
+        arguments += ["--scorer", str(scorer_file), "--cache-dir", str(tmp_path), "--length", "16", "--segments", "4"]
+        none = ["--thresholds", "--unchanged", "--budgets", "--settle-passes", "--settle-thresholds", "--mask-predict"]
+        assert evaluate([*arguments, *none, "--ancestral"]) == 0
+        return [line for line in capsys.readouterr().err.split("\n") if line.startswith("rdt-evaluate: ")]
+
+    both = f"rdt-evaluate: the scorer and the model both learned from {text_file.name}"
+    itself = f"rdt-evaluate: the model has learned from {text_file.name}"
+    assert told(text_file, f"elsewhere/first.txt, elsewhere/{text_file.name}") == [both, itself]
+    assert told(other, f"elsewhere/{text_file.name}") == [both]
+    assert told(text_file, "elsewhere/first.txt") == []
+
+
+def test_a_scorer_that_does_not_say_what_it_read_scores_all_the_same(scorer_file: Path, tmp_path: Path) -> None:
+    for number, training in enumerate(("lost", None, {})):
+        saved = checkpoint.read(scorer_file)
+        path = tmp_path / f"{number}.pt"
+        checkpoint.save(path, replace(saved, config=saved.config | {"training": training}))
+        assert load_scorer(path).text == ""
 
 
 def test_a_scorer_that_diverges_is_not_saved(

@@ -134,7 +134,8 @@ def load_scorer(path: Path, device: torch.device | str = "cpu", bfloat16: bool =
         model.load_state_dict(saved.model_state_dict, assign=True)
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(path, " ".join(str(error).split())) from error
-    training = saved.config.get("training", {})
-    name, text = str(saved.config.get("name", path.stem)), str(training.get("text", ""))
+    training = saved.config.get("training")
+    text = str(training.get("text", "")) if isinstance(training, dict) else ""
+    name = str(saved.config.get("name", path.stem))
     model = model.to(device).eval().requires_grad_(False)
     return Scorer(model, tokenizer, name, checkpoint.digest(path), text, bfloat16)

@@ -65,9 +65,7 @@ def prepare(model: RDT, precision: Precision = "fp32") -> RDT:
     model.precision = precision
     model.fixed_shortlist = model.shortlist
     if model.device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums are float32 to their end
-        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+        _set_products(precision)
     vocabulary = _vocabulary(model)  # once: at every decoding its biases would be copied from the host
     if precision in ("fp32", "tf32") and not packs:
         _replace(model, projection=vocabulary)
@@ -94,6 +92,13 @@ def prepare(model: RDT, precision: Precision = "fp32") -> RDT:
     if model.decoder_dense is not None:
         _replace(model, decoder_dense=_ready(model.decoder_dense, precision))
     return model.requires_grad_(False).eval()
+
+
+def _set_products(precision: Precision) -> None:
+    """How exactly CUDA multiplies, in the whole process."""
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums are float32 to their end
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def natural_precision(device: torch.device) -> Precision:

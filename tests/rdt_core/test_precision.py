@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from rdt_core.precision import (
     _linear,
     _packs,
     _prefers_blas,
+    _set_products,
     natural_precision,
     prepare,
 )
@@ -262,6 +264,22 @@ def test_few_row_counts_reach_the_kernels(
 def test_formats_of_cuda_are_refused_on_a_cpu(precision: Precision) -> None:
     with pytest.raises(ValueError, match=f"precision is {precision}: want a CUDA device, not cpu"):
         prepare(RDT(CONFIGS["plain"]), precision)
+
+
+@pytest.mark.parametrize(
+    ("precision", "products"), [("fp32", "highest"), ("tf32", "high"), ("bf16", "highest"), ("fp16", "highest")]
+)
+def test_products_of_a_card_are_as_exact_as_the_format_says(
+    precision: Precision, products: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", told.append)
+    flags = SimpleNamespace()
+    monkeypatch.setattr(torch.backends.cuda, "matmul", flags)
+    _set_products(precision)
+    assert told == [products]
+    assert flags.allow_bf16_reduced_precision_reduction is False
+    assert flags.allow_fp16_reduced_precision_reduction is False
 
 
 def test_logits_on_a_card_are_not_rounded_to_half_precision() -> None:

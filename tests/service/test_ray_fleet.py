@@ -130,6 +130,9 @@ def test_fill_is_the_share_of_full_ticks() -> None:
     metrics.ticked(4.0, plan, Outcome({}, n_decoded=0))
     clock.now += 1
     assert metrics.fill(2) == 1, "two batches at once, over the time that is counted"
+    metrics.ticked(4.0, plan, Outcome({}, n_decoded=0))
+    clock.now += 4
+    assert metrics.fill(2) == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize(
@@ -159,6 +162,8 @@ def test_the_policy_adds_up_what_replicas_and_proxies_say() -> None:
     both = {"waiting": {"a": 10.0, "b": 20.0}, "fill": {"a": 1.0, "b": 1.0}}
     assert policy(context(2, both, queued=10)) == (5, {})
     assert policy(context(2, {"waiting": {"a": 0.0}, "fill": {"a": 0.0}})) == (2, {}), "one is silent: no fewer"
+    relaxed = WaitingPolicy(target_waiting=8, target_fill=1.0)
+    assert relaxed(context(2, {"fill": {"a": 0.25}})) == (1.25, {}), "and no fuller than full"
     assert policy(context(2, {})) == (3, {}), "nobody has reported yet: as decided before"
     assert policy(context(0, {})) == (3, {})
 

@@ -201,7 +201,18 @@ async def test_a_worker_that_does_not_report_counts_as_it_did(
     other._hear = lambda *_: None  # type: ignore[method-assign]
     other.link._hear = other._hear
     assert (await scrape(one))[OK] == 1
-    assert "late: ['1.0']" in caplog.text
+    assert "have reported; late: 1.0" in caplog.text
+
+
+async def test_a_worker_that_is_not_there_does_not_keep_a_scrape_for_ever(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(metering, "ANSWER_SECONDS", 0.05)
+    one = await fleet.worker()
+    fleet.server._ledger._n_workers = 2
+    await ask(one, brief())
+    assert (await scrape(one))[OK] == 1
+    assert "1 of 2 workers have reported; the others are not connected" in caplog.text
 
 
 async def test_an_engine_alone_is_shown(fleet: Fleet) -> None:

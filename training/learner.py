@@ -32,7 +32,7 @@ from training.processes import Processes, add_up_gradients
 from training.stages import Stages
 
 UNROLL = 3
-"""Stream of randomness: depths, dropout."""
+"""The stream of randomness of depths and dropout; 1 and 2 are those of the batches."""
 
 
 class NotFinite(ArithmeticError):
@@ -54,8 +54,8 @@ class Learner:
         self.stop_asked = False  # some process had been asked to stop by the last step
 
     def learn(self, batches: Sequence[tuple[int, Batch]], *, stop_asked: bool = False) -> Losses:
-        """One step on this process's batches, each with its number. Returns the mean losses over all processes; tells
-        these whether this one was asked to stop. Raises `NotFinite`, and leaves the weights as they are.
+        """One step on this process's batches, each with its number. Returns the mean losses over all processes, which
+        are also told if this one has been asked to stop. Raises `NotFinite`, and leaves the weights as they are.
         """
         self.model.train()
         section = self.config.training

@@ -61,7 +61,8 @@ async def test_an_offer_that_is_not_taken_changes_nothing(port: int, offer: byte
     whole = await answers(port, sent, sent, n=2)
     body_later = await answers(port, sent[:cut], sent[cut:], sent, n=2)
     head_in_two = await answers(port, sent[: cut - 20], sent[cut - 20 :], sent, n=2)
-    for status, body in (*whole, *body_later, *head_in_two):
+    body_in_two = await answers(port, sent[: cut + 40], sent[cut + 40 :] + sent, n=2)
+    for status, body in (*whole, *body_later, *head_in_two, *body_in_two):
         assert status == b"HTTP/1.1 200 OK"
         assert json.loads(body)["text"] == "the fox\r\nUpgrade: not a header"
 
@@ -365,3 +366,29 @@ async def test_who_reads_nothing_is_left(port: int, monkeypatch: pytest.MonkeyPa
                 except ConnectionError:
                     gone = True
                 await asyncio.sleep(0.01)
+
+
+async def test_who_reads_late_and_then_goes_on_is_not_left(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    paused = asyncio.Event()
+    pause = protocol.Http.pause_writing
+    monkeypatch.setattr(protocol.Http, "pause_writing", lambda http: (pause(http), paused.set()))
+    monkeypatch.setattr(protocol, "READING_SECONDS", 0.3)
+    asked = b"GET /openapi.json HTTP/1.1\r\nHost: rdt\r\n\r\n"
+    async with asyncio.timeout(10):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+        n_asked = 0
+        while not paused.is_set():
+            writer.write(asked)
+            n_asked += 1
+            await asyncio.sleep(0.002)
+        n_answered = 0
+        while n_answered < n_asked:
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = re.search(rb"content-length: (\d+)", head.lower())
+            assert length is not None
+            await reader.readexactly(int(length[1]))
+            n_answered += 1
+        await asyncio.sleep(0.5)
+        writer.write(asked)
+        assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 200")
+        writer.close()

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 
+from rdt_core import checkpoint
 from service.engine.engine import BatchingEngine
 from service.engine.replica import Replica, Stuck
 from service.engine.scheduler import Scheduler, SchedulerLimits
 from service.engine.types import Outcome, Plan
 from service.errors import Internal, Unavailable
+from service.hosting import Host
+from service.lifecycle import Lifecycle
+from service.metrics import Metrics
+from service.settings import Settings
+from tests.fakes import FakeClock
 from tests.service.scripted import HeldBackend, ScriptedBackend, scripted_job
 
 LIMITS = SchedulerLimits(token_budget=20, max_live=2, max_waiting=3, max_waiting_tokens=40)
@@ -159,3 +168,22 @@ def test_the_process_ends_with_its_status() -> None:
     )
     assert ended.returncode == 3, ended.stderr
     assert "a tick has not come back" in ended.stderr
+
+
+async def test_a_host_fails_with_the_engine_that_serves_and_no_other(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copy(tiny_checkpoint, tmp_path))
+    host = Host(Settings(checkpoint=path, threads=1, replicas=1), Lifecycle(), Metrics(FakeClock()))
+    await host.load()
+    replaced = host._engine
+    saved = checkpoint.read(path)
+    checkpoint.save(path, replace(saved, config=saved.config | {"name": "another"}))
+    assert (await host.reload()).outcome == "swapped"
+    serving = host._engine
+    assert replaced is not None
+    assert serving is not None
+    replaced.failed.set()
+    await asyncio.sleep(0.05)
+    assert not host.failed.is_set()
+    serving.failed.set()
+    await asyncio.wait_for(host.failed.wait(), 5)
+    await host.stop()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -10,46 +9,23 @@ import pytest
 import torch
 from torch import Tensor
 
+from rdt_core import ModelConfig
+from tests.rdt_core.test_formulas import Plain
 from training.evaluation import causal
 from training.evaluation.causal import CausalConfig, CausalLM
 
 CONFIG = CausalConfig(vocab_size=40, d_model=16, n_heads=2, n_layers=2, d_ff=24)
 
 
-def normalised(x: Tensor, norm: torch.nn.LayerNorm) -> Tensor:
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
-
-
-def turned(x: Tensor, position: int) -> Tensor:
-    """Rotary positions (Su et al., 2021, eq. 34) of one head `(C,)`; a pair is a channel and the one half a head on."""
-    half = len(x) // 2
-    angles = position * 10_000.0 ** (-torch.arange(half) / half)
-    one, other = x[:half], x[half:]
-    return torch.cat((one * angles.cos() - other * angles.sin(), other * angles.cos() + one * angles.sin()))
-
-
-def attended(layer: Any, x: Tensor) -> Tensor:
-    """x `(L, D)` -> `(L, D)`."""
-    width = x.shape[1] // layer.n_heads
-    q, k, v = layer.qkv(normalised(x, layer.attention_norm)).chunk(3, dim=-1)
-    mixed = torch.zeros_like(x)
-    for head in range(layer.n_heads):
-        part = slice(head * width, (head + 1) * width)
-        for at in range(len(x)):
-            query = turned(q[at, part], at)
-            scores = torch.stack([query @ turned(k[seen, part], seen) for seen in range(at + 1)]) / math.sqrt(width)
-            mixed[at, part] = scores.softmax(0) @ v[: at + 1, part]
-    return layer.out(mixed)  # type: ignore[no-any-return]
-
-
 def logits_of(model: CausalLM, tokens: Tensor) -> Tensor:
-    x = model.embedding.weight[tokens] * 4.0
-    for layer in model.layers:
-        x = x + attended(layer, x)
-        up, down = (module for module in layer.feed_forward.children() if isinstance(module, torch.nn.Linear))
-        x = x + down(torch.nn.functional.gelu(up(normalised(x, layer.feed_forward_norm))))
-    return normalised(x, model.norm) @ model.embedding.weight.T + model.bias
+    """tokens `(L,)` -> `(L, V)`: a layer is the project's own, but a token attends to what is left of it alone."""
+    plain = Plain(model.state_dict(), ModelConfig(vocab_size=CONFIG.vocab_size, d_model=CONFIG.d_model, n_heads=2))
+    x = plain.embed(tokens)
+    for layer in (f"layers.{index}" for index in range(CONFIG.n_layers)):
+        normed = plain.norm(f"{layer}.attention_norm", x)
+        x = x + torch.stack([plain.attention(layer, normed[: at + 1])[at] for at in range(len(x))])
+        x = x + plain.feed_forward(f"{layer}.feed_forward", plain.norm(f"{layer}.feed_forward_norm", x))
+    return plain.norm("norm", x) @ plain.weights["embedding.weight"].T + plain.weights["bias"]
 
 
 @pytest.mark.parametrize("slow", [False, True])

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -150,24 +151,29 @@ async def test_workers_that_die_again_and_again_end_the_server(life: Life) -> No
     assert await life.work == 1
 
 
+def clock_in_hand(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What the supervisor reads from now on. It goes on from the true time, at which the first children were born."""
+    clock = SimpleNamespace(now=time.monotonic())
+    monkeypatch.setattr(supervisor, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
 async def test_a_worker_that_crashes_at_every_start_ends_the_server_however_long_it_takes(
     life: Life, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now = [1000.0]
-    monkeypatch.setattr(supervisor, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    clock = clock_in_hand(monkeypatch)
     for turn in range(3):
         worker = await life.has(f"worker 0.{turn}")
-        now[0] += 27
+        clock.now += 27
         worker.die(CRASHED)
     assert await life.work == 1
 
 
 async def test_crashes_that_lie_apart_do_not(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [1000.0]
-    monkeypatch.setattr(supervisor, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    clock = clock_in_hand(monkeypatch)
     for turn, (status, seconds) in enumerate([(CRASHED, 9), (CRASHED, 9), (-9, 9), (CRASHED, 9), (CRASHED, 900)]):
         worker = await life.has(f"worker 0.{turn}")
-        now[0] += seconds
+        clock.now += seconds
         worker.die(status)
     await life.has("worker 0.5")
     life.stopped.set()

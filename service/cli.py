@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -18,6 +19,11 @@ from service.errors import ServiceError
 from service.settings import Settings, SettingsError, read_settings, unknown_variables
 from service.signals import hangup_held
 from service.tracing import TracingError
+
+try:
+    import resource
+except ImportError:  # there is none for Windows
+    resource = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from service.local import LocalAnswer
@@ -41,6 +47,7 @@ def serve(arguments: Sequence[str] | None = None) -> int:
     if settings.api_key is None and not is_loopback(settings.host):
         log.warning("listening on %s without RDT_API_KEY: whoever reaches the ports is served", settings.host)
 
+    lift_limit_of_files()
     try:
         with hangup_held():
             return _serve(settings)
@@ -59,6 +66,16 @@ def open_standard_streams() -> None:
             os.fstat(number)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest number that is free
+
+
+def lift_limit_of_files() -> None:
+    """As many open files, and so connections, as the system allows: most shells let a process have 1,024 until it asks
+    for more. Where none are left, new connections are closed unanswered, those of probes too.
+    """
+    if resource is not None:
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with suppress(OSError, ValueError):  # what is allowed may be more than there can be
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _serve(settings: Settings) -> int:

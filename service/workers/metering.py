@@ -1,8 +1,9 @@
 """The metrics of several processes as those of one server, whichever worker is asked.
 
 Counters and histograms are sums over the engine and all workers, present and past. Gauges are the engine's, except
-for the memory and open files of processes, which are sums too. A counter that was shown never shrinks as long as a
-worker remembers it, because Prometheus would take that for a restart and compute false rates.
+for the memory of processes, which is a sum too, and their open files: those of the process that has most, because each
+has a limit of its own. A counter that was shown never shrinks as long as a worker remembers it, because Prometheus
+would take that for a restart and compute false rates.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ SCRAPE_SECONDS = 2.0
 COUNTERS = ("counter", "histogram")
 MAX_DEPARTED = 64
 """How many departed workers have counters of their own; those of older ones are added up."""
-SUMMED_GAUGES = ("process_resident_memory_bytes", "process_virtual_memory_bytes", "process_open_fds")
+SUMMED_GAUGES = ("process_resident_memory_bytes", "process_virtual_memory_bytes")
+LARGEST_GAUGES = ("process_open_fds",)
 
 
 class WorkerMetrics(Metrics):
@@ -47,7 +49,7 @@ class WorkerMetrics(Metrics):
         if asked is not None:  # a new engine counts from the start
             self._asked = asked
         families = list(self.registry.collect())
-        return Report(self._asked, _samples(families, _counts), _samples(families, _adds_up))
+        return Report(self._asked, _samples(families, _counts), _samples(families, _is_everybodys))
 
     async def report_forever(self) -> None:
         while True:
@@ -112,11 +114,16 @@ class Ledger:
         reports = self._reports.values()
         there = [samples for each in reports for samples in (each.counters, each.gauges)]
         others = _sum([self._inherited, *self._departed.values(), *there])
+        most = {name: max((each.gauges.get(name, 0.0) for each in reports), default=0.0) for name in LARGEST_GAUGES}
+
+        def together(sample: Sample) -> float:
+            if sample.name in most:
+                return max(sample.value, most[sample.name])
+            return sample.value + others.get(_key(sample), 0.0)
+
         families = list(self._metrics.registry.collect())
         for family in families:
-            family.samples = [
-                sample._replace(value=sample.value + others.get(_key(sample), 0.0)) for sample in family.samples
-            ]
+            family.samples = [sample._replace(value=together(sample)) for sample in family.samples]
         return generate_latest(_Families(families))
 
     async def _gather(self, workers: Mapping[str, Wire]) -> None:
@@ -155,8 +162,8 @@ def _counts(family: Metric) -> bool:
     return family.type in COUNTERS
 
 
-def _adds_up(family: Metric) -> bool:
-    return family.name in SUMMED_GAUGES
+def _is_everybodys(family: Metric) -> bool:
+    return family.name in SUMMED_GAUGES + LARGEST_GAUGES
 
 
 def _samples(families: Iterable[Metric], wanted: Callable[[Metric], bool]) -> Samples:

@@ -7,12 +7,13 @@ import pty
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -45,12 +46,12 @@ class Server:
 
 
 @contextmanager
-def server(log: Path, *flags: str) -> Iterator[Server]:
-    """`python -m service` on a free port; killed at the end if it still runs."""
+def server(log: Path, *flags: str, under: Sequence[str] = ()) -> Iterator[Server]:
+    """`python -m service` on a free port, started by `under`; killed at the end if it still runs."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RDT_")}
     with log.open("w") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "service", "--http_port", "0", "--grpc_port", "0", "--threads", "1", *flags],
+            [*under, sys.executable, "-m", "service", "--http_port=0", "--grpc_port=0", "--threads=1", *flags],
             cwd=ROOT, env={**environment, "OMP_NUM_THREADS": "1"}, stderr=file, stdout=file, text=True,
         )  # fmt: skip
     running = Server(process, log)
@@ -98,6 +99,19 @@ def test_a_life_from_start_to_sigterm(tiny_checkpoint: Path, tmp_path: Path) -> 
                 late.denoise("a")
             assert slow.result(timeout=10).halt_reason == "deadline", "a request under way is answered"
         assert running.process.wait(timeout=10) == 0
+
+
+def test_more_connections_than_files_at_the_start(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    few = ("sh", "-c", 'ulimit -Sn 100; exec "$@"', "sh")
+    with server(tmp_path / "log", "--checkpoint", str(tiny_checkpoint), under=few) as running, ExitStack() as stack:
+        check_answers(stack.enter_context(wait_until_ready(running)))
+        port = httpx.URL(running.url).port
+        for _ in range(120):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+        assert httpx.get(f"{running.url}/health/ready").json()["status"] == "ready"
+        address = wait_for(running, lambda: _found(r"listening on grpc://(\S+)", running.log.read_text()))
+        with grpc.insecure_channel(address) as channel:
+            assert DenoiserStub(channel).GetModel(pb.GetModelRequest()).name
 
 
 def test_a_hangup_reloads_the_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> None:

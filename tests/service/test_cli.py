@@ -214,3 +214,22 @@ def test_children_inherit_what_stands_in_for_closed_streams() -> None:
     """
     started = ["sh", "-c", 'exec "$@" 0<&- 1>&- 2>&-', "sh", sys.executable, "-c", textwrap.dedent(script)]
     assert subprocess.run(started, timeout=60, check=False).returncode == 0
+
+
+def test_as_many_connections_as_the_system_allows() -> None:
+    resource = pytest.importorskip("resource", reason="POSIX only")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft - 1, hard))
+        cli.lift_limit_of_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_limit_that_cannot_be_lifted_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    resource = pytest.importorskip("resource", reason="POSIX only")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    monkeypatch.setattr(resource, "setrlimit", Mock(side_effect=ValueError("current limit exceeds maximum limit")))
+    cli.lift_limit_of_files()
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == before

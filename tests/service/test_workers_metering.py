@@ -16,7 +16,7 @@ from service.errors import InvalidArgument, Unavailable
 from service.metrics import Metrics
 from service.settings import Settings
 from service.workers import metering
-from service.workers.messages import Hello
+from service.workers.messages import Hello, Report
 from service.workers.metering import Ledger
 from service.workers.worker import Worker
 from tests.fakes import FakeClock
@@ -80,6 +80,25 @@ async def test_gauges_are_the_engines_and_memory_is_everybodys(fleet: Fleet) -> 
     own = fleet.host.metrics.registry.get_sample_value(memory)
     if own is not None:  # Linux
         assert shown[memory] > 1.5 * own, "here the worker's process is the engine's too"
+
+
+async def test_open_files_are_those_of_the_process_that_has_most() -> None:
+    """Each process has a limit of its own."""
+    metrics = Metrics(FakeClock())
+    limit = metrics.registry.get_sample_value("process_max_fds")
+    if limit is None:
+        pytest.skip("only Linux counts them")
+    ledger = Ledger(metrics)
+    ledger.book("0.0", Report(0, {}, {"process_open_fds": 100_000.0}))
+    ledger.book("1.0", Report(0, {}, {"process_open_fds": 900_000.0}))
+    ledger.book("2.0", Report(0, {}, {}))
+    shown = (await ledger.total({})).decode()
+    assert "process_open_fds 900000.0\n" in shown
+    assert f"process_max_fds {limit}\n" in shown
+    ledger.book("1.0", Report(0, {}, {"process_open_fds": 0.0}))
+    ledger.book("0.0", Report(0, {}, {}))
+    own = (await ledger.total({})).decode().partition("\nprocess_open_fds ")[2].partition("\n")[0]
+    assert float(own) > 0, "the engine's own"
 
 
 async def test_what_a_dead_worker_counted_stays(fleet: Fleet) -> None:

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # as shells have it
 
+MOST_FILES = 16_384
+"""Each connection is an open file, and may hold as much memory as the head of a request."""
+
 log = logging.getLogger(__name__)
 
 
@@ -69,13 +72,16 @@ def open_standard_streams() -> None:
 
 
 def lift_limit_of_files() -> None:
-    """As many open files, and so connections, as the system allows: most shells let a process have 1,024 until it asks
-    for more. Where none are left, new connections are closed unanswered, those of probes too.
+    """Raise it to `MOST_FILES`, or to what the system allows. Most shells allow 1,024 until a process asks for more.
+    Where no file is left, new connections are closed unanswered, those of probes too.
     """
     if resource is not None:
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        with suppress(OSError, ValueError):  # what is allowed may be more than there can be
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        infinite = resource.RLIM_INFINITY
+        wanted = MOST_FILES if most == infinite else min(MOST_FILES, most)
+        if now != infinite and now < wanted:
+            with suppress(OSError, ValueError):  # macOS may allow fewer than it says
+                resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def _serve(settings: Settings) -> int:

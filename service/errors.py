@@ -39,7 +39,7 @@ Code = Literal[
     "internal",
 ]
 CODES: tuple[Code, ...] = get_args(Code)
-RefusalReason = Literal["queue_requests", "queue_tokens", "memory", "loading", "draining", "failed"]
+RefusalReason = Literal["queue_requests", "queue_tokens", "bodies", "memory", "loading", "draining", "failed"]
 
 Printable = str | int | float | bool | None
 

@@ -118,7 +118,7 @@ class Metrics:
         )
         self.refused = self._counter(
             "refused",
-            "Requests refused for want of room (queue_requests, queue_tokens, memory), or while not ready "
+            "Requests refused for want of room (queue_requests, queue_tokens, bodies, memory), or while not ready "
             "(the others).",
             reason=get_args(RefusalReason),
         )

@@ -10,9 +10,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import calls
 from service.access import ApiKey
-from service.errors import TooLarge, Unauthenticated
+from service.errors import ResourceExhausted, TooLarge, Unauthenticated
 from service.metrics import Metrics
 from service.rest.errors import problem_response
+
+MOST_BODIES = 64
+"""So many bodies of the largest size may be held at once, on their way in or of requests that wait for their answer."""
+FEW_BYTES = 65_536
+"""A body that is no larger is taken all the same, so that a few callers who send much do not keep out all others."""
 
 
 class RequestId:
@@ -68,11 +73,14 @@ def present_key(headers: Headers, key: ApiKey) -> None:
 
 
 class BodyLimit:
-    """Refuses a body over the limit while it arrives, whether or not it declares its length."""
+    """Refuses a body over the limit while it arrives, whether or not it declares its length. So that many callers who
+    send slowly cannot take all memory, the bodies of all requests under way have a bound together, too.
+    """
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._under_way = 0  # bytes that all requests have sent, of those that are not answered yet
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -87,9 +95,17 @@ class BodyLimit:
             if declared.isdecimal() and (len(declared) > 18 or int(declared) > self._max_bytes):
                 raise too_large
             message = await receive()
-            n_bytes += len(message.get("body", b""))
+            n_new = len(message.get("body", b""))
+            n_bytes += n_new
+            self._under_way += n_new
             if n_bytes > self._max_bytes:
                 raise too_large
+            if n_bytes > FEW_BYTES and self._under_way > MOST_BODIES * self._max_bytes:
+                together = f"the bodies of all requests under way have over {MOST_BODIES * self._max_bytes} bytes"
+                raise ResourceExhausted(f"{together}: try again later", "bodies")
             return message
 
-        await self._app(scope, receive_within_limit, send)
+        try:
+            await self._app(scope, receive_within_limit, send)
+        finally:
+            self._under_way -= n_bytes

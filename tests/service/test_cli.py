@@ -216,20 +216,45 @@ def test_children_inherit_what_stands_in_for_closed_streams() -> None:
     assert subprocess.run(started, timeout=60, check=False).returncode == 0
 
 
-def test_as_many_connections_as_the_system_allows() -> None:
-    resource = pytest.importorskip("resource", reason="POSIX only")
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft - 1, hard))
-        cli.lift_limit_of_files()
-        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+class Limits:
+    """Stands in for the module `resource`."""
+
+    RLIMIT_NOFILE, RLIM_INFINITY = 7, -1
+
+    def __init__(self, soft: int, hard: int, most: int = 2**40) -> None:
+        self.limits, self._most = (soft, hard), most
+
+    def getrlimit(self, which: int) -> tuple[int, int]:
+        assert which == self.RLIMIT_NOFILE
+        return self.limits
+
+    def setrlimit(self, which: int, limits: tuple[int, int]) -> None:
+        assert which == self.RLIMIT_NOFILE
+        if limits[0] > self._most:
+            raise ValueError("current limit exceeds maximum limit")
+        self.limits = limits
 
 
-def test_a_limit_that_cannot_be_lifted_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    resource = pytest.importorskip("resource", reason="POSIX only")
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    monkeypatch.setattr(resource, "setrlimit", Mock(side_effect=ValueError("current limit exceeds maximum limit")))
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((1024, 524_288), 16_384), ((1024, 4096), 4096), ((1024, -1), 16_384), ((16_384, 16_384), 16_384),
+        ((100_000, 524_288), 100_000), ((-1, -1), -1),
+    ],
+)  # fmt: skip
+def test_files_are_allowed_for_many_connections(
+    before: tuple[int, int], after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = Limits(*before)
+    monkeypatch.setattr(cli, "resource", limits)
     cli.lift_limit_of_files()
-    assert resource.getrlimit(resource.RLIMIT_NOFILE) == before
+    assert limits.limits == (after, before[1])
+
+
+def test_where_files_cannot_be_limited_nothing_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = Limits(256, -1, most=10_240)
+    monkeypatch.setattr(cli, "resource", limits)
+    cli.lift_limit_of_files()
+    assert limits.limits == (256, -1)
+    monkeypatch.setattr(cli, "resource", None)
+    cli.lift_limit_of_files()

@@ -12,9 +12,10 @@ import pytest
 
 from service.engine.engine import BatchingEngine
 from service.engine.scheduler import SchedulerLimits
+from service.rest import middleware
 from service.rpc.pb import denoiser_pb2 as pb
 from service.rpc.pb.denoiser_pb2_grpc import DenoiserStub
-from tests.fakes import Service
+from tests.fakes import MAX_BODY_BYTES, Service
 from tests.service.scripted import HeldBackend
 
 MAX_LIVE, MAX_WAITING, N_EACH = 2, 5, 12
@@ -98,3 +99,39 @@ async def test_the_items_of_a_batch_meet_the_same_bounds(
     assert ends == {"answer": MAX_WAITING, "problem": 3}
     refused = [result["problem"] for results in answers for result in results if "problem" in result]
     assert {problem["status"] for problem in refused} == {429}
+
+
+async def test_the_bodies_of_all_requests_have_a_bound_together(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many callers send slowly. A body of a few bytes is taken all the same."""
+    monkeypatch.setattr(middleware, "MOST_BODIES", 3)
+    monkeypatch.setattr(middleware, "FEW_BYTES", 100)
+    go_on, n_slow = asyncio.Event(), 0
+
+    async def slowly() -> AsyncIterator[bytes]:
+        nonlocal n_slow
+        yield b'{"text": "a [MASK]"'.ljust(MAX_BODY_BYTES - 1)
+        n_slow += 1
+        await go_on.wait()
+        yield b"}"
+
+    async with service.client() as client:
+
+        async def post() -> httpx.Response:
+            return await client.post("/denoise", content=slowly(), headers={"Content-Type": "application/json"})
+
+        slow = [asyncio.create_task(post()) for _ in range(3)]
+        async with asyncio.timeout(10):
+            while n_slow < 3:
+                await asyncio.sleep(0.005)
+            refused = await post()
+            assert (await client.post("/denoise", json={"text": "a [MASK]"})).status_code == 200
+            assert service.sample("rdt_refused_total", reason="bodies") == 1
+            go_on.set()
+            assert [(await task).status_code for task in slow] == [200, 200, 200]
+            assert [(await post()).status_code for _ in range(4)] == [200] * 4, "there is room again"
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+    problem = refused.json()
+    assert problem["title"] == "The server is short of memory"
+    assert problem["detail"].startswith(f"the bodies of all requests under way have over {3 * MAX_BODY_BYTES} bytes: ")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import grpc
 from grpc_health.v1 import health
@@ -35,10 +35,11 @@ class Door(grpc.aio.ServerInterceptor):
 
 
 def _refusal(error: Unauthenticated) -> Handler:
-    async def refuse(_message: bytes, context: Context) -> None:
+    async def refuse(_messages: AsyncIterator[bytes], context: Context) -> None:
         await fail(context, error)
 
-    return grpc.unary_unary_rpc_method_handler(refuse)  # a stream that ends at once with a status looks the same
+    # To the caller every call that ends at once with a status looks the same. This one reads no message before.
+    return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 def _bytes(value: str | bytes) -> bytes:

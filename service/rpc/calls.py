@@ -19,13 +19,19 @@ log = logging.getLogger(__name__)
 
 ID_KEY = "x-request-id"
 
+KINDS = {
+    "unary_unary": grpc.unary_unary_rpc_method_handler,
+    "unary_stream": grpc.unary_stream_rpc_method_handler,
+    "stream_stream": grpc.stream_stream_rpc_method_handler,  # of a refusal, whatever was called
+}
+
 Details = grpc.HandlerCallDetails
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"  # quoted: it is generic in the stubs only
 NUMBERS: Mapping[str, int] = {code: status.value[0] for code, status in STATUS.items()}
 
 
 class Calls(grpc.aio.ServerInterceptor):
-    """The outermost interceptor. The id is sent with the status at the end of the call: that costs no message."""
+    """Around all other interceptors but `Arrivals`. The id is sent with the status at the end: that costs no message."""
 
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = tracer
@@ -36,9 +42,10 @@ class Calls(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or not handler_call_details.method.startswith(f"/{SERVICE}/"):
             return handler
-        answer: Any = handler.unary_unary or handler.unary_stream  # the service has no others
-        kind = grpc.unary_unary_rpc_method_handler if handler.unary_unary else grpc.unary_stream_rpc_method_handler
-        return kind(self._around(answer, handler_call_details))
+        for name, kind in KINDS.items():
+            if (answer := getattr(handler, name)) is not None:
+                return kind(self._around(answer, handler_call_details))
+        raise NotImplementedError("the service has no calls of other kinds")
 
     def _around(self, answer: Callable[..., Any], details: Details) -> Callable[..., Any]:
         name = details.method.rpartition("/")[2]

@@ -17,6 +17,7 @@ from service.addresses import address
 from service.lifecycle import Lifecycle
 from service.metrics import Metrics
 from service.rpc.access import Door
+from service.rpc.arrival import Arrivals
 from service.rpc.calls import Calls
 from service.rpc.convert import SERVICE
 from service.rpc.denoise import DenoiserCalls
@@ -31,8 +32,6 @@ TOLERATED = 4
 CONNECTION_MINUTES = 5
 """A channel is asked to connect anew after this long; its calls go on. So a load balancer sees it again, and it learns
 of servers that have been added meanwhile."""
-PARTING_MINUTES = 5
-"""How much longer its calls may take. A call whose message never comes would stay as long as its caller."""
 
 MOST_STREAMS = 1000
 """Calls of one connection at a time. gRPC holds what it receives of each: unbounded, one caller could fill memory."""
@@ -78,11 +77,10 @@ class RpcServer:
     def _made(self) -> grpc.aio.Server:
         door = [] if self._api_key is None else [Door(ApiKey(self._api_key), self._metrics)]
         made = grpc.aio.server(
-            interceptors=[Calls(self._tracer), *door],
+            interceptors=[Arrivals(self._metrics), Calls(self._tracer), *door],
             options=[
                 ("grpc.max_receive_message_length", min(TOLERATED * self._max_message_bytes, MOST)),
                 ("grpc.max_connection_age_ms", round(CONNECTION_MINUTES * 60_000)),
-                ("grpc.max_connection_age_grace_ms", round(PARTING_MINUTES * 60_000)),
                 ("grpc.max_concurrent_streams", MOST_STREAMS),
                 ("grpc.so_reuseport", int(self._shares_port)),  # else another server could share the port unnoticed
             ],

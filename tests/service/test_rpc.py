@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +21,7 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from rdt_core import ModelConfig, Tokenizer
-from service.rpc import health, server
+from service.rpc import arrival, health, server
 from service.rpc.convert import SERVICE
 from service.rpc.denoise import DenoiserCalls, seconds_left
 from service.rpc.pb import denoiser_pb2 as pb
@@ -63,15 +64,56 @@ async def test_no_call_fails_when_its_connection_has_grown_old(
             assert (await stub.Denoise(TEXT)).steps == 2
 
 
-async def test_a_call_whose_message_never_comes_ends_with_its_connection(
-    service: Service, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("method", [f"{SERVICE}/Denoise", f"{SERVICE}/DenoiseStream", "grpc.health.v1.Health/Check"])
+async def test_a_call_whose_message_never_comes_ends(
+    channel: grpc.aio.Channel, service: Service, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    monkeypatch.setattr(server, "CONNECTION_MINUTES", 0.1 / 60)
-    monkeypatch.setattr(server, "PARTING_MINUTES", 0.1 / 60)
-    async with service.channel() as channel:
+    monkeypatch.setattr(arrival, "ARRIVAL_SECONDS", 0.1)
+    call = channel.stream_stream(f"/{method}")()
+    async with asyncio.timeout(5):
+        assert await call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert await call.details() == "the message took too long to arrive"
+    assert service.sample("rdt_refused_total", reason="bodies") == 1
+
+
+async def test_of_too_many_slow_messages_the_slowest_is_given_up(
+    channel: grpc.aio.Channel, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arrival, "SLOW_SECONDS", 0.01)
+    monkeypatch.setattr(arrival, "MOST_SLOW", 3)
+    message = TEXT.SerializeToString()
+    slow = [channel.stream_unary(f"/{SERVICE}/Denoise")() for _ in range(5)]
+    async with asyncio.timeout(5):
+        codes = [asyncio.ensure_future(call.code()) for call in slow]
+        while sum(code.done() for code in codes) < 2:
+            await asyncio.sleep(0.01)
+        assert (await DenoiserStub(channel).Denoise(TEXT)).steps == 2, "a fast one is taken"
+        await asyncio.sleep(0.05)
+        assert sum(code.done() for code in codes) == 2
+        for call, code in zip(slow, codes, strict=True):
+            if not code.done():
+                await call.write(message)
+        assert Counter(await asyncio.gather(*codes)) == {
+            grpc.StatusCode.OK: 3, grpc.StatusCode.RESOURCE_EXHAUSTED: 2
+        }  # fmt: skip
+    assert service.sample("rdt_refused_total", reason="bodies") == 2
+
+
+async def test_a_call_without_a_message(channel: grpc.aio.Channel, service: Service) -> None:
+    call = channel.stream_unary(f"/{SERVICE}/Denoise")()
+    await call.done_writing()
+    assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert await call.details() == "the call has no message"
+    assert service.sample("rdt_requests_total", transport="grpc", outcome="malformed") == 1
+
+
+async def test_whoever_has_no_key_is_refused_before_the_message_comes(
+    tiny_tokenizer: Tokenizer, tiny_config: ModelConfig
+) -> None:
+    async with Service(tiny_tokenizer, tiny_config, api_key=KEY).open().channel() as channel:
         call = channel.stream_unary(f"/{SERVICE}/Denoise")()
         async with asyncio.timeout(5):
-            assert await call.code() is grpc.StatusCode.UNAVAILABLE
+            assert await call.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
 def test_the_checked_in_code_is_what_proto_says(tmp_path: Any) -> None:

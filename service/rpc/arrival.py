@@ -1,0 +1,78 @@
+"""How the message of a call arrives: with limits on time that gRPC has not.
+
+gRPC bounds the size of a message and the calls of a connection, and holds whatever has arrived of each for as long as
+it takes: a few connections that send slowly could take all memory. It reads the message of a unary call by itself, and
+that of a stream only when asked. So to gRPC every call is a stream of messages, of which the first one is read here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+
+from service.errors import Malformed, ResourceExhausted
+from service.metrics import Metrics
+from service.rpc.calls import Details, Handler
+from service.rpc.errors import Context, mapped_errors
+
+ARRIVAL_SECONDS = 30.0
+"""How long a message may take to arrive, as over REST."""
+SLOW_SECONDS = 2.0
+"""A message that takes longer is a slow one."""
+MOST_SLOW = 64
+"""Slow messages at a time; with one more, the one that has taken longest is given up."""
+
+
+class Arrivals(grpc.aio.ServerInterceptor):
+    """The outermost interceptor: all others see a call with its message. Calls that stream their requests it leaves."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._slow: dict[asyncio.Timeout, None] = {}  # the slowest first
+
+    async def intercept_service(
+        self, continuation: Callable[[Details], Awaitable[Handler]], handler_call_details: Details
+    ) -> Handler:
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_streaming:
+            return handler
+        answer: Any = handler.unary_stream if handler.response_streaming else handler.unary_unary
+        streams = handler.response_streaming
+        kind = grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler
+        return kind(self._with_message(answer), handler.request_deserializer, handler.response_serializer)
+
+    def _with_message(self, answer: Callable[..., Any]) -> Callable[..., Any]:
+        async def received(_messages: object, context: Context) -> Any:
+            async with mapped_errors(context):
+                with self._metrics.failure("grpc"):
+                    message = await self._first_of(context)
+            return await answer(message, context)
+
+        return received
+
+    async def _first_of(self, context: Context) -> Any:
+        """Raises `ResourceExhausted` when it takes too long, `Malformed` if there is none."""
+        try:
+            async with asyncio.timeout(ARRIVAL_SECONDS) as limit:
+                timer = asyncio.get_running_loop().call_later(SLOW_SECONDS, self._note_slow, limit)
+                try:
+                    message = await context.read()
+                finally:
+                    timer.cancel()
+                    self._slow.pop(limit, None)
+        except TimeoutError:
+            raise ResourceExhausted("the message took too long to arrive", "bodies") from None
+        if message is grpc.aio.EOF:
+            raise Malformed("the call has no message")
+        return message
+
+    def _note_slow(self, limit: asyncio.Timeout) -> None:
+        self._slow[limit] = None
+        if len(self._slow) > MOST_SLOW:
+            slowest = next(iter(self._slow))
+            del self._slow[slowest]
+            if not slowest.expired():
+                slowest.reschedule(asyncio.get_running_loop().time())

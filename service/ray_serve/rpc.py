@@ -140,7 +140,7 @@ class ServeCalls:
         for interceptor in self._interceptors:
             find = _around(interceptor, find)
         handler = await find(Details(f"/{SERVICE}/{method}", context.invocation_metadata()))
-        answer: Answer = handler.unary_unary or handler.unary_stream
+        answer: Answer = handler.unary_unary or handler.unary_stream or handler.stream_stream  # the last refuses
         return await answer(message, cast(Context, context))
 
     async def _find(self, details: Any) -> Any:

@@ -59,7 +59,7 @@ class Arrivals(grpc.aio.ServerInterceptor):
             async with asyncio.timeout(ARRIVAL_SECONDS) as limit:
                 timer = asyncio.get_running_loop().call_later(SLOW_SECONDS, self._note_slow, limit)
                 try:
-                    message = await context.read()
+                    message: Any = await context.read()
                 finally:
                     timer.cancel()
                     self._slow.pop(limit, None)

@@ -31,7 +31,7 @@ NUMBERS: Mapping[str, int] = {code: status.value[0] for code, status in STATUS.i
 
 
 class Calls(grpc.aio.ServerInterceptor):
-    """Around all other interceptors but `Arrivals`. The id is sent with the status at the end: that costs no message."""
+    """Around all interceptors but `Arrivals`. The id is sent with the status at the end: that costs no message."""
 
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = tracer

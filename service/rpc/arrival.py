@@ -24,6 +24,8 @@ SLOW_SECONDS = 2.0
 """A message that takes longer is a slow one."""
 MOST_SLOW = 64
 """Slow messages at a time; with one more, the one that has taken longest is given up."""
+LEAVING_SECONDS = 0.1
+"""Without a message it takes a moment until gRPC cancels the call of a caller who has left."""
 
 
 class Arrivals(grpc.aio.ServerInterceptor):
@@ -66,6 +68,7 @@ class Arrivals(grpc.aio.ServerInterceptor):
         except TimeoutError:
             raise ResourceExhausted("the message took too long to arrive", "bodies") from None
         if message is grpc.aio.EOF:
+            await asyncio.sleep(LEAVING_SECONDS)
             raise Malformed("the call has no message")
         return message
 

@@ -99,6 +99,21 @@ async def test_of_too_many_slow_messages_the_slowest_is_given_up(
     assert service.sample("rdt_refused_total", reason="bodies") == 2
 
 
+@pytest.mark.parametrize("timeout", [None, 0.1])
+async def test_a_caller_who_leaves_before_the_message_has_come(
+    channel: grpc.aio.Channel, service: Service, timeout: float | None
+) -> None:
+    call = channel.stream_unary(f"/{SERVICE}/Denoise")(timeout=timeout)
+    if timeout is None:
+        await asyncio.sleep(0.1)
+        call.cancel()
+    async with asyncio.timeout(5):
+        while not service.sample("rdt_requests_total", transport="grpc", outcome="cancelled"):
+            await asyncio.sleep(0.01)
+    await asyncio.sleep(2 * arrival.LEAVING_SECONDS)
+    assert service.sample("rdt_requests_total", transport="grpc", outcome="malformed") == 0
+
+
 async def test_a_call_without_a_message(channel: grpc.aio.Channel, service: Service) -> None:
     call = channel.stream_unary(f"/{SERVICE}/Denoise")()
     await call.done_writing()

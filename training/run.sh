@@ -15,6 +15,7 @@ if [ -n "${LIMIT:-}" ]; then
     unset LIMIT
     exec timeout --signal=INT "$limit" "$0" "$@"
 fi
+trap 'exit 130' INT # else bash forgets a signal that what it waits for has survived
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 folder=$1 text=$2 training=()

@@ -79,6 +79,24 @@ def test_the_limit_is_one_of_the_whole_run(tmp_path: Path) -> None:
     assert stopped.returncode == 124, stopped.stderr
 
 
+def test_time_that_is_over_is_not_forgotten_by_whoever_missed_the_signal(tmp_path: Path) -> None:
+    """As Python does while it starts: it may raise where exceptions are ignored."""
+    python = tmp_path / "python"
+    deaf = "trap '' INT; sleep 1; touch $FOLDER/checkpoint_epoch_0_step_1.pt"
+    python.write_text(
+        f"#!/bin/sh\ncase $2 in training) {deaf};; *release) touch $FOLDER/release.pt;; esac\n", encoding="utf-8"
+    )
+    python.chmod(0o755)
+    stopped = subprocess.run(
+        [ROOT / "training" / "run.sh", tmp_path, "test.txt", "--config=any", "any.setting=1"],
+        env={**os.environ, "PYTHON": str(python), "FOLDER": str(tmp_path), "LIMIT": "0.5"},
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert (tmp_path / "checkpoint_epoch_0_step_1.pt").exists()
+    assert stopped.returncode == 124, stopped.stderr
+    assert not (tmp_path / "release.pt").exists()
+
+
 def test_a_run_on_a_card_fetches_nothing_but_its_text() -> None:
     """Where a card is to be had, a hub may be out of reach."""
     data = load_config(CONFIGS / "base.yaml", CONFIGS / "one-card.yaml", []).data

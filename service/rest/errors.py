@@ -41,8 +41,7 @@ TITLE: dict[Code, str] = {
 }
 
 OUT_OF_MEMORY = "The server is short of memory"
-SHORT = ("memory", "bodies")
-"""Reasons of a refusal that are not of the queue."""
+MEMORY_REASONS = ("memory", "bodies")
 
 DENOISE_CODES: tuple[Code, ...] = tuple(code for code in STATUS if code not in ("cancelled", "failed_precondition"))
 """Errors that a caller of the denoising routes can be answered with."""
@@ -57,7 +56,7 @@ def problem_responses(*codes: Code) -> dict[int | str, dict[str, object]]:
 def problem_of(error: ServiceError, request_id: str) -> Problem:
     return Problem(
         type=f"urn:rdt:problem:{error.code}",
-        title=OUT_OF_MEMORY if isinstance(error, Refused) and error.reason in SHORT else TITLE[error.code],
+        title=OUT_OF_MEMORY if isinstance(error, Refused) and error.reason in MEMORY_REASONS else TITLE[error.code],
         status=STATUS[error.code],
         detail=error.message,
         errors=[BadField(field=bad.field, message=bad.message, value=bad.value) for bad in error.problems],

@@ -62,36 +62,30 @@ def test_a_run_that_is_out_of_time_says_so_and_releases_nothing(
     assert not (tmp_path / "run" / "release.pt").exists()
 
 
-def test_the_limit_is_one_of_the_whole_run(tmp_path: Path) -> None:
-    """An evaluation that began late is ended in time too: the next call has all of the limit for it."""
-    python = tmp_path / "python"
-    python.write_text(
-        "#!/bin/sh\ncase $2 in training) touch $FOLDER/checkpoint_epoch_0_step_1.pt;; *evaluate) sleep 5;; esac\n",
-        encoding="utf-8",
-    )
+def run_pretending(folder: Path, limit: float, **stages: str) -> subprocess.CompletedProcess[str]:
+    """The script with shell commands in place of `python -m training…`."""
+    python = folder / "python"
+    cases = " ".join(f"*{stage}) {command};;" for stage, command in stages.items())
+    python.write_text(f"#!/bin/sh\ncase $2 in {cases} esac\n", encoding="utf-8")
     python.chmod(0o755)
-    stopped = subprocess.run(
-        [ROOT / "training" / "run.sh", tmp_path, "test.txt", "--config=any", "any.setting=1"],
-        env={**os.environ, "PYTHON": str(python), "FOLDER": str(tmp_path), "LIMIT": "1"},
+    return subprocess.run(
+        [ROOT / "training" / "run.sh", folder, "test.txt", "--config=any", "any.setting=1"],
+        env={**os.environ, "PYTHON": str(python), "FOLDER": str(folder), "LIMIT": str(limit)},
         capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
+
+
+def test_the_limit_is_one_of_the_whole_run(tmp_path: Path) -> None:
+    """An evaluation that began late is ended in time too: the next call has all of the limit for it."""
+    stopped = run_pretending(tmp_path, 1, training="touch $FOLDER/checkpoint_epoch_0_step_1.pt", evaluate="sleep 5")
     assert (tmp_path / "checkpoint_epoch_0_step_1.pt").exists()
     assert stopped.returncode == 124, stopped.stderr
 
 
 def test_time_that_is_over_is_not_forgotten_by_whoever_missed_the_signal(tmp_path: Path) -> None:
     """As Python does while it starts: it may raise where exceptions are ignored."""
-    python = tmp_path / "python"
     deaf = "trap '' INT; sleep 1; touch $FOLDER/checkpoint_epoch_0_step_1.pt"
-    python.write_text(
-        f"#!/bin/sh\ncase $2 in training) {deaf};; *release) touch $FOLDER/release.pt;; esac\n", encoding="utf-8"
-    )
-    python.chmod(0o755)
-    stopped = subprocess.run(
-        [ROOT / "training" / "run.sh", tmp_path, "test.txt", "--config=any", "any.setting=1"],
-        env={**os.environ, "PYTHON": str(python), "FOLDER": str(tmp_path), "LIMIT": "0.5"},
-        capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
+    stopped = run_pretending(tmp_path, 0.5, training=deaf, release="touch $FOLDER/release.pt")
     assert (tmp_path / "checkpoint_epoch_0_step_1.pt").exists()
     assert stopped.returncode == 124, stopped.stderr
     assert not (tmp_path / "release.pt").exists()

@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+# A file of tests at a time for each of up to four cores. One process, which a debugger needs: make test ARGS=-n0
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 CHECKPOINT ?= models/rdt-small/best_model.pt
 DATA ?= wikitext-2
 
@@ -23,10 +25,10 @@ serve: $(VENV)/service  ## install what serving needs, start the server on the b
 	$(BIN)/rdt-serve --checkpoint "$(CHECKPOINT)"
 
 test: $(VENV)/all  ## run the tests
-	$(BIN)/pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-all: $(VENV)/all  ## with the slow ones: processes that die, a Ray cluster that grows and shrinks
-	$(BIN)/pytest -m "not gpu" $(ARGS)
+	$(PYTEST) -m "not gpu" $(ARGS)
 
 lint: $(VENV)/all  ## style and types
 	$(BIN)/ruff check .

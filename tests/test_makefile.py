@@ -63,5 +63,5 @@ def test_what_has_no_pip_is_not_cleared(project: Path) -> None:
 
 def test_an_environment_elsewhere_is_used_as_it_is(project: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     elsewhere = environment(tmp_path_factory.mktemp("elsewhere") / "venv")
-    asked = make(project, "-n", "test", f"VENV={elsewhere}")
-    assert asked == [f"{elsewhere}/bin/pytest "]
+    (asked,) = make(project, "-n", "test", f"VENV={elsewhere}")
+    assert f" {elsewhere}/bin/pytest " in asked

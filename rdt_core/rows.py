@@ -1,5 +1,6 @@
 """How many rows a matrix product runs on: rows of zeros ("dead" rows) are added for speed, or so that results are the
-same to the last digit however few rows there are.
+same to the last digit however few rows there are. (On a CPU, of one thread: several divide a product among them otherwise
+for other numbers of rows.)
 """
 
 from __future__ import annotations

@@ -267,6 +267,7 @@ def mistyped_setting(values: Values) -> None:
     ],
 )
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")  # torch 2.11
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")  # torch 2.14
 def test_a_checkpoint_that_does_not_fit_together_is_refused(
     values: Values, tmp_path: Path, spoil: Callable[[Values], None], problem: str
 ) -> None:

@@ -7,6 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraint
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 CHECKPOINT ?= models/rdt-small/best_model.pt
 DATA ?= wikitext-2
+RESOLUTION ?= lowest-direct
 
 # An environment that was moved or copied: its scripts name an interpreter that is elsewhere. What needs it makes it anew.
 HERE := $(if $(filter /%,$(BIN)),,$(CURDIR)/)$(BIN)/
@@ -16,7 +17,7 @@ ANEW := $(BIN)/pip
 endif
 endif
 
-.PHONY: help serve test test-all lint format proto docs train evaluate with-text bench up check-deploy clean
+.PHONY: help serve test test-all test-versions lint format proto docs train evaluate with-text bench up check-deploy clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/' | expand -t 14
@@ -29,6 +30,11 @@ test: $(VENV)/all  ## run the tests
 
 test-all: $(VENV)/all  ## with the slow ones: processes that die, a Ray cluster that grows and shrinks
 	$(PYTEST) -m "not gpu" $(ARGS)
+
+test-versions:  ## with the oldest versions that pyproject.toml admits; RESOLUTION=highest: with the newest (wants uv)
+	uv venv -q --clear --python $(PYTHON) .venv-versions
+	uv pip install -q --python .venv-versions --resolution $(RESOLUTION) -e '.[service,otel,ray,training,dev]'
+	$(subst $(BIN),.venv-versions/bin,$(PYTEST)) -W ignore::DeprecationWarning $(ARGS)
 
 lint: $(VENV)/all  ## style and types
 	$(BIN)/ruff check .
@@ -64,7 +70,7 @@ check-deploy:  ## prove the containers: load, restart, kill, train, reload
 	deploy/check.sh
 
 clean:  ## remove the environment, caches and runs
-	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-versions build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .PHONY: $(ANEW)

@@ -133,7 +133,7 @@ def test_another_shape_is_refused(
 @pytest.mark.parametrize(
     ("settings", "wanted"),
     [
-        ("{}", "Unrecognized model|Should have a `model_type`"),
+        ("{}", "Unrecognized model|Should have a `model_type`|no file named"),
         ('{"model_type": "bert"}', "no file named"),
         ('{"model_type": "roberta"}', r"its model_type is 'roberta': want 'bert' with norm: post, positions: learned"),
     ],

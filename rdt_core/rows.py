@@ -1,6 +1,6 @@
 """How many rows a matrix product runs on: rows of zeros ("dead" rows) are added for speed, or so that results are the
-same to the last digit however few rows there are. (On a CPU, of one thread: several divide a product among them otherwise
-for other numbers of rows.)
+same to the last digit however few rows there are. (On a CPU those of one thread: how several share a product depends on
+its rows.)
 """
 
 from __future__ import annotations

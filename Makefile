@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 # A file of tests at a time for each of up to four cores. One process, which a debugger needs: make test ARGS=-n0
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 CHECKPOINT ?= models/rdt-small/best_model.pt
 DATA ?= wikitext-2
 RESOLUTION ?= lowest-direct
@@ -31,10 +31,11 @@ test: $(VENV)/all  ## run the tests
 test-all: $(VENV)/all  ## with the slow ones: processes that die, a Ray cluster that grows and shrinks
 	$(PYTEST) -m "not gpu" $(ARGS)
 
+test-versions: BIN = .venv-versions/bin
 test-versions:  ## with the oldest versions that pyproject.toml admits; RESOLUTION=highest: with the newest (wants uv)
 	uv venv -q --clear --python $(PYTHON) .venv-versions
 	uv pip install -q --python .venv-versions --resolution $(RESOLUTION) -e '.[service,otel,ray,training,dev]'
-	$(subst $(BIN),.venv-versions/bin,$(PYTEST)) -W ignore::DeprecationWarning $(ARGS)
+	$(PYTEST) -W ignore::DeprecationWarning $(ARGS)  # old libraries use what newer ones below them will drop
 
 lint: $(VENV)/all  ## style and types
 	$(BIN)/ruff check .

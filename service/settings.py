@@ -172,7 +172,7 @@ class Settings(BaseSettings):
         ge=1,
         le=1024,
         description="Compute threads of each replica on a CPU. One each, and more replicas, was faster where it was "
-        "measured, and the last digits of probabilities and levels do not depend on other requests.",
+        "measured. With one, other requests change no digit of an answer.",
     )
     api_workers: int = Field(
         0,

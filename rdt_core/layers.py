@@ -86,13 +86,13 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing
 def padded_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
     """`packed_attention` in one call: every sequence is padded to the longest, and nobody attends to padding."""
     longest = max(packing.lengths)  # not `packing.longest`, which in a bucket leaves out its dead rows
-    places = packing.sequence_ids * longest + packing.positions  # (T,) of N x L
+    cells = packing.sequence_ids * longest + packing.positions  # (T,) of N x L
     nothing = query.new_zeros(packing.n_sequences * longest, *query.shape[1:])  # (N x L, H, C)
-    padded = (nothing.index_copy(0, places, x).unflatten(0, (-1, longest)) for x in (query, key, value))
+    padded = (nothing.index_copy(0, cells, x).unflatten(0, (-1, longest)) for x in (query, key, value))
     q, k, v = (x.transpose(1, 2) for x in padded)  # (N, H, L, C)
     is_token = torch.arange(longest, device=query.device) < packing.offsets.diff().unsqueeze(1)  # (N, L)
     mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=is_token.view(-1, 1, 1, longest))
-    return mixed.transpose(1, 2).flatten(0, 1).index_select(0, places)
+    return mixed.transpose(1, 2).flatten(0, 1).index_select(0, cells)
 
 
 @cache

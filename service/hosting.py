@@ -27,7 +27,7 @@ from service.engine.backend import OutOfMemory
 from service.engine.backends import make_backend
 from service.engine.engine import BatchingEngine
 from service.engine.protocol import Engine
-from service.engine.replica import THREADS
+from service.engine.replica import THREAD_NAME
 from service.engine.scheduler import SchedulerLimits
 from service.engine.types import Job
 from service.errors import FailedPrecondition, Unavailable
@@ -227,7 +227,7 @@ class Host:
 
 async def _beside(function: Callable[..., Value], *arguments: object) -> Value:
     """Run the function in a thread that the end of the process does not wait for: a file system may never answer."""
-    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=THREADS)
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=THREAD_NAME)
     try:
         return await asyncio.get_running_loop().run_in_executor(thread, function, *arguments)
     finally:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from service.engine.replica import THREADS
+from service.engine.replica import THREAD_NAME
 
 try:
     import uvloop
@@ -23,7 +23,7 @@ def run(main: Coroutine[Any, Any, int]) -> int:
     """`asyncio.run`, on uvloop where there is one. Ends the process at once if a stuck thread would keep it alive."""
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         status = runner.run(main)
-    if any(thread.name.startswith(THREADS) for thread in threading.enumerate()):
+    if any(thread.name.startswith(THREAD_NAME) for thread in threading.enumerate()):
         logging.shutdown()
         os._exit(status)
     return status

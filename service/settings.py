@@ -19,7 +19,7 @@ NOT_SET = "(not set)"
 """How `--help` shows no value. It is also read as no value, so it must not be what a template writes for a missing
 secret: with pydantic's own, `None`, the server would then run without a key."""
 
-MOST = 2**31 - 1
+INT32_MAX = 2**31 - 1
 """Largest count of any setting: some libraries take 32-bit numbers."""
 
 
@@ -80,7 +80,7 @@ class Settings(BaseSettings):
     token_budget: int = Field(
         0,
         ge=0,
-        le=MOST,
+        le=INT32_MAX,
         description="Most tokens that a replica computes in one tick, at least the model's max_seq_len. More give "
         "more throughput, up to a point, and longer ticks. 0: 512 on a CPU, on CUDA up to 16384, as "
         "memory allows.",
@@ -88,7 +88,7 @@ class Settings(BaseSettings):
     max_live: int = Field(
         0,
         ge=0,
-        le=MOST,
+        le=INT32_MAX,
         description="Most texts that a replica computes in one tick. Raise it if requests wait while ticks have few "
         "tokens. 0: 64 on a CPU, 512 on CUDA, where 65534 is the most.",
     )
@@ -96,14 +96,14 @@ class Settings(BaseSettings):
     max_waiting: int = Field(
         256,
         ge=1,
-        le=MOST,
+        le=INT32_MAX,
         description="Most requests in the queue; more are refused at once. Lower it to shorten the longest wait; "
         "raise it for a server that empties it faster.",
     )
     max_waiting_tokens: int = Field(
         16_384,
         ge=1,
-        le=MOST,
+        le=INT32_MAX,
         description="Most tokens of all requests in the queue together; more are refused at once. It bounds the wait "
         "where texts are long.",
     )
@@ -115,27 +115,30 @@ class Settings(BaseSettings):
     shed_min_steps: int = Field(
         2,
         ge=1,
-        le=MOST,
+        le=INT32_MAX,
         description="With RDT_SHED=depth, shedding leaves every request at least so many passes. Set it below the "
         "passes that requests usually make, or nothing is shed.",
     )
     max_steps_limit: int = Field(
         100,
         ge=1,
-        le=MOST,
+        le=INT32_MAX,
         description="Largest max_steps a request may ask for. Lower it to bound what one request costs.",
     )
     max_top_k: int = Field(
         20,
         ge=0,
-        le=MOST,
+        le=INT32_MAX,
         description="Largest top_k a request may ask for, that is, candidates for each restored token.",
     )
     max_batch_items: int = Field(
-        64, ge=1, le=MOST, description="Most texts in one batch request. Each of them takes a place in the queue."
+        64, ge=1, le=INT32_MAX, description="Most texts in one batch request. Each of them takes a place in the queue."
     )
     max_body_bytes: int = Field(
-        1_048_576, ge=1, le=MOST, description="Largest REST body or gRPC message, in bytes; larger ones are refused."
+        1_048_576,
+        ge=1,
+        le=INT32_MAX,
+        description="Largest REST body or gRPC message, in bytes; larger ones are refused.",
     )
     grace_seconds: float = Field(
         30.0,

@@ -183,7 +183,7 @@ AT_LEAST = {
     2: ("training.gate_passes",),
     3: ("data.min_seq_length",),
 }  # fmt: skip
-MOST, TOKENS_A_BATCH = 1000, 2**20
+LARGEST_COUNT, TOKENS_A_BATCH = 1000, 2**20
 """Larger values are taken for typing errors, which would use up all memory. Larger batches come from
 `training.gradient_accumulation_steps`."""
 AT_MOST = ("training.max_chain_length", "training.gate_passes", "training.total_steps", "data.num_workers")
@@ -230,8 +230,8 @@ def _check(config: TrainConfig) -> None:
 
 def _check_memory(config: TrainConfig) -> None:
     for key in AT_MOST:
-        if (value := _get(config, key)) > MOST:
-            raise ConfigError(f"{key} is {value}: want <= {MOST}")
+        if (value := _get(config, key)) > LARGEST_COUNT:
+            raise ConfigError(f"{key} is {value}: want <= {LARGEST_COUNT}")
     n, length = config.training.batch_size, config.data.max_seq_length
     if n * length > TOKENS_A_BATCH:
         wanted = f"{n * length} tokens with data.max_seq_length = {length}, want <= {TOKENS_A_BATCH}"

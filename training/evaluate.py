@@ -37,7 +37,7 @@ import torch
 from rdt_core import checkpoint
 from rdt_core.checkpoint import CheckpointError, LoadedModel
 from rdt_core.precision import PRECISIONS, prepare
-from training.config import MOST, ConfigError
+from training.config import LARGEST_COUNT, ConfigError
 from training.corpus import TEXTS, local_corpus, named_files, shared_files, shown_files
 from training.evaluation import tallies
 from training.evaluation.causal import Scorer, load_scorer
@@ -194,8 +194,8 @@ def _plan(options: argparse.Namespace) -> Plan:
                                 "settle_thresholds": 0, "mask_predict": 1, "ancestral": 1,
                                 "round_depth": 1, "length": 3, "segments": 2, "seed": 0, "batch_size": 1}  # fmt: skip
     check_at_least(options, lowest)
-    if options.max_depth > MOST:
-        raise ConfigError(f"--max-depth is {options.max_depth}: want <= {MOST}")
+    if options.max_depth > LARGEST_COUNT:
+        raise ConfigError(f"--max-depth is {options.max_depth}: want <= {LARGEST_COUNT}")
     check_batch_size(options.batch_size, options.length or LENGTH)
     if options.validation is not None and shared_files(options.validation, options.text):
         raise ConfigError("--validation is --text: what is chosen must be chosen on other text")

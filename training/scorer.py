@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from rdt_core.checkpoint import CheckpointError
 from rdt_core.tokenizer import Tokenizer
-from training.config import MOST, ConfigError
+from training.config import LARGEST_COUNT, ConfigError
 from training.corpus import TEXTS, VALIDATION_TOKENS, Corpus, load_tokenizer, local_corpus, shown_files
 from training.data import stable_seed
 from training.evaluation.causal import CausalConfig, CausalLM, save_scorer
@@ -115,8 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> float:
     lowest = {"steps": 1, "batch_size": 1, "length": 3, "d_model": 1, "heads": 1, "layers": 1, "seed": 0}
     check_at_least(options, lowest)
-    if options.layers > MOST:
-        raise ConfigError(f"--layers is {options.layers}: want <= {MOST}")
+    if options.layers > LARGEST_COUNT:
+        raise ConfigError(f"--layers is {options.layers}: want <= {LARGEST_COUNT}")
     check_batch_size(options.batch_size, options.length)
     if not 0 < options.learning_rate < math.inf:
         raise ConfigError(f"--learning-rate is {options.learning_rate}: want a number > 0")

@@ -1,6 +1,6 @@
 """A pass captured once for each size of batch, and replayed: one launch for the host instead of hundreds.
 
-A graph reads and writes fixed places (`static_batch`). Where sequences begin is read on the device (variable-length
+A graph reads and writes fixed slots (`static_batch`). Where sequences begin is read on the device (variable-length
 attention). So one graph serves every batch of its size.
 """
 
@@ -68,7 +68,7 @@ class CapturedPasses:
 
     def __call__(self, buffers: Buffers, bucket: Bucket) -> None:
         if self._captures and bucket.n_rows not in self._graphs and bucket.n_rows not in self._plain:
-            self._capture(buffers, Size(bucket.n_rows, bucket.n_places))
+            self._capture(buffers, Size(bucket.n_rows, bucket.n_slots))
         graph = self._graphs.get(bucket.n_rows)
         if graph is None:
             one_pass(self._model, buffers, bucket)
@@ -122,14 +122,14 @@ class CapturedPasses:
             torch.cuda.set_stream(before)  # torch does not if it is the end of the capture that fails
 
     def _any_batch(self, buffers: Buffers, size: Size) -> Bucket:
-        """The same for all batches of the size: nothing of a layout but its places is baked into a graph."""
+        """The same for all batches of the size: nothing of a layout but its slots is baked into a graph."""
         longest = min(size.n_rows, self._model.config.max_seq_len)
         return Bucket(
             lengths=(longest,),
-            offsets=buffers.offsets[: size.n_places + 1],
+            offsets=buffers.offsets[: size.n_slots + 1],
             positions=buffers.positions[: size.n_rows],
             sequence_ids=buffers.sequence_ids[: size.n_rows],
             n_rows=size.n_rows,
-            n_places=size.n_places,
+            n_slots=size.n_slots,
             longest_live=longest,
         )

@@ -6,7 +6,7 @@ Halting is decided on the device. A sequence that has halted is frozen in place:
 host knows of it leaves it untouched and does not count. One tick is
 
     arrange   rows of those that go on close up, newcomers' join           device-side gathers, when membership changed
-    launch    one pass over a bucket of fixed size, levels and reasons      in fixed places: `static_batch`
+    launch    one pass over a bucket of fixed size, levels and reasons      in fixed slots: `static_batch`
     collect   the readings of the tick before, and what was decoded for it  one small read-back
     decode    the rows of those that have made their last pass              launched now, collected in the next tick
 
@@ -76,7 +76,7 @@ class LiveSequence:
 
 
 class Launched(NamedTuple):
-    """A pass on its way: who was in it, in the order of places, and what will be read of it."""
+    """A pass on its way: who was in it, in the order of slots, and what will be read of it."""
 
     sequences: list[LiveSequence]
     level: Tensor  # (N,) on the host, once `done`
@@ -118,7 +118,7 @@ class LookaheadBackend:
             return or_out_of_memory(lambda: self._run(plan))
 
     def _forget(self) -> None:
-        self._sequences: list[LiveSequence] = []  # in the order of their places
+        self._sequences: list[LiveSequence] = []  # in the order of their slots
         self._bucket: Bucket | None = None
         self._launched: Launched | None = None
         self._decoding: Decoding | None = None
@@ -155,11 +155,11 @@ class LookaheadBackend:
         newcomers = [a for a in plan.admitted if not a.job.read_every_pass]
         ended = () if self._decoding is None else self._decoding.ended
         stay = set(plan.live).difference(one.ticket for one in ended)
-        kept = [(place, one) for place, one in enumerate(self._sequences) if one.ticket in stay]
+        kept = [(slot, one) for slot, one in enumerate(self._sequences) if one.ticket in stay]
         if not newcomers and len(kept) == len(self._sequences):
             return
         if kept and len(kept) < len(self._sequences):
-            close_up(self._buffers, [(place, one.rows) for place, one in kept])
+            close_up(self._buffers, [(slot, one.rows) for slot, one in kept])
         self._sequences = [one for _, one in kept]
         first_row = 0
         for one in self._sequences:
@@ -171,12 +171,12 @@ class LookaheadBackend:
 
     def _fitting(self, lengths: list[int]) -> Size:
         n_rows, n_live = sum(lengths), len(lengths)
-        return next(size for size in self._sizes if size.n_rows >= n_rows and size.n_places > n_live)
+        return next(size for size in self._sizes if size.n_rows >= n_rows and size.n_slots > n_live)
 
     def _begin(self, admitted: list[Admission], first_row: int) -> None:
         """The prelude of all newcomers at once, behind those that are there."""
         buffers, jobs = self._buffers, [a.job for a in admitted]
-        first_place = len(self._sequences)
+        first_slot = len(self._sequences)
         packing = Packing.of([len(job.tokens) for job in jobs], self._model.device)
         tokens, masked, ceiling, threshold = self._sent(
             chain.from_iterable(job.tokens for job in jobs),
@@ -186,11 +186,11 @@ class LookaheadBackend:
         )
         masked = masked.bool()
         state = self._model.begin(tokens, masked, packing)
-        rows, places = slice(first_row, first_row + len(tokens)), slice(first_place, first_place + len(jobs))
+        rows, slots = slice(first_row, first_row + len(tokens)), slice(first_slot, first_slot + len(jobs))
         buffers.hidden[rows], buffers.embedded[rows], buffers.masked[rows] = state.hidden, state.embedded, masked
-        buffers.level[places], buffers.summary[places] = state.gate.level, state.gate.summary
-        buffers.threshold[places], buffers.ceiling[places] = threshold.view(torch.float64), ceiling
-        buffers.step[places], buffers.reason[places] = 0, GO_ON
+        buffers.level[slots], buffers.summary[slots] = state.gate.level, state.gate.summary
+        buffers.threshold[slots], buffers.ceiling[slots] = threshold.view(torch.float64), ceiling
+        buffers.step[slots], buffers.reason[slots] = 0, GO_ON
         for a in admitted:
             self._sequences.append(LiveSequence(a.ticket, a.job, a.ceiling, first_row))
             first_row += len(a.job.tokens)

@@ -13,7 +13,7 @@ from service.engine.types import Admission, Job, Outcome, Plan
 
 Value = TypeVar("Value")
 
-THREADS = "engine"
+THREAD_NAME = "engine"
 """What the names of computing threads begin with."""
 
 POLLS = 4
@@ -34,7 +34,7 @@ class Replica:
         self._stuck_seconds = stuck_seconds
         self._stuck = False
         self._doing: Future[Any] | None = None
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=THREADS)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=THREAD_NAME)
 
     async def run(self, plan: Plan) -> Outcome:
         """Raises what the backend raises, and `Stuck`."""

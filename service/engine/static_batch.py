@@ -1,9 +1,9 @@
-"""A batch of fixed size in fixed places, so that a pass over it can be captured once and replayed.
+"""A batch of fixed size in fixed slots, so that a pass over it can be captured once and replayed.
 
-T: rows of the bucket   N: its places   D: model width   G: features of the gate
+T: rows of the bucket   N: its slots   D: model width   G: features of the gate
 
 Sequences lie end to end at the front, as in any packing. The rows behind them are unused and belong to the last
-place, which no sequence has. A place whose reason is not `GO_ON` is frozen: passes leave it and its rows untouched.
+slot, which no sequence has. A slot whose reason is not `GO_ON` is frozen: passes leave it and its rows untouched.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from service.engine.batch_halting import GATE, GO_ON, reasons_of
 
 SMALLEST_BUCKET = 64
 ROWS_A_SEQUENCE = 8
-"""A bucket of T rows has T / 8 places, so of shorter sequences it takes fewer than its rows could hold. It has no more
-places than may be live: attention is launched for each, taken or not."""
+"""A bucket of T rows has T / 8 slots, so of shorter sequences it takes fewer than its rows could hold. It has no more
+slots than may be live: attention is launched for each, taken or not."""
 
 
 class Size(NamedTuple):
     """Of a bucket."""
 
     n_rows: int
-    n_places: int
+    n_slots: int
 
 
 def sizes_up_to(token_budget: int, max_live: int) -> list[Size]:
@@ -49,12 +49,12 @@ class Bucket(Packing):
     """A packing of fixed size: dead rows belong to the last sequence, which is nobody's."""
 
     n_rows: int
-    n_places: int
+    n_slots: int
     longest_live: int  # tokens; attention is launched for so many of every sequence, and the dead rows are none
 
     @property
     def n_sequences(self) -> int:
-        return self.n_places
+        return self.n_slots
 
     @property
     def n_tokens(self) -> int:
@@ -87,7 +87,7 @@ class Buffers(NamedTuple):
     reason: Tensor  # (N,) int64, an index into `REASONS`; anything but `GO_ON` is frozen
 
     @classmethod
-    def of(cls, model: RDT, n_rows: int, n_places: int) -> Buffers:
+    def of(cls, model: RDT, n_rows: int, n_slots: int) -> Buffers:
         config, device = model.config, model.device
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -100,19 +100,19 @@ class Buffers(NamedTuple):
             masked=zeros(n_rows, dtype=torch.bool),
             positions=zeros(n_rows, dtype=torch.int64),
             sequence_ids=zeros(n_rows, dtype=torch.int64),
-            offsets=zeros(n_places + 1, dtype=torch.int32),
-            level=zeros(n_places),
-            summary=zeros(n_places, config.gate_hidden_dim),
-            threshold=zeros(n_places, dtype=torch.float64),
-            ceiling=zeros(n_places, dtype=torch.int64),
-            step=zeros(n_places, dtype=torch.int64),
-            late=zeros(n_places, dtype=torch.bool),
-            reason=zeros(n_places, dtype=torch.int64),
+            offsets=zeros(n_slots + 1, dtype=torch.int32),
+            level=zeros(n_slots),
+            summary=zeros(n_slots, config.gate_hidden_dim),
+            threshold=zeros(n_slots, dtype=torch.float64),
+            ceiling=zeros(n_slots, dtype=torch.int64),
+            step=zeros(n_slots, dtype=torch.int64),
+            late=zeros(n_slots, dtype=torch.bool),
+            reason=zeros(n_slots, dtype=torch.int64),
         )
 
 
 ROW_BUFFERS = ("hidden", "embedded", "masked")
-PLACE_BUFFERS = ("level", "summary", "threshold", "ceiling", "step", "reason")
+SLOT_BUFFERS = ("level", "summary", "threshold", "ceiling", "step", "reason")
 """What moves with a sequence when the batch closes up."""
 
 
@@ -123,28 +123,28 @@ class Passes(Protocol):
         """Before the first request: make what can be made ahead."""
 
     def __call__(self, buffers: Buffers, bucket: Bucket) -> None:
-        """One pass over the bucket's rows and places, in place."""
+        """One pass over the bucket's rows and slots, in place."""
 
 
 def one_pass(model: RDT, buffers: Buffers, bucket: Bucket) -> None:
     """The arithmetic of a tick: nothing here asks the device about a value, so that it can be captured."""
-    rows, places = slice(bucket.n_rows), slice(bucket.n_places)
-    gate = GateState(buffers.level[places], buffers.summary[places])
+    rows, slots = slice(bucket.n_rows), slice(bucket.n_slots)
+    gate = GateState(buffers.level[slots], buffers.summary[slots])
     before = State(buffers.hidden[rows], buffers.embedded[rows], buffers.masked[rows], gate)
     after = model(before, bucket)
-    goes_on = buffers.reason[places] == GO_ON  # (N,)
+    goes_on = buffers.reason[slots] == GO_ON  # (N,)
     row_goes_on = goes_on[bucket.sequence_ids]  # (T,)
     torch.where(row_goes_on[:, None], after.hidden.float(), before.hidden, out=before.hidden)
-    buffers.summary[places] = torch.where(goes_on[:, None], after.gate.summary, gate.summary)
-    buffers.level[places] = torch.where(goes_on, after.gate.level, gate.level)
-    buffers.step[places] += goes_on
+    buffers.summary[slots] = torch.where(goes_on[:, None], after.gate.summary, gate.summary)
+    buffers.level[slots] = torch.where(goes_on, after.gate.level, gate.level)
+    buffers.step[slots] += goes_on
     reason = reasons_of(
-        level=buffers.level[places],
-        threshold=buffers.threshold[places],
-        last=buffers.step[places] >= buffers.ceiling[places],
-        late=buffers.late[places],
+        level=buffers.level[slots],
+        threshold=buffers.threshold[slots],
+        last=buffers.step[slots] >= buffers.ceiling[slots],
+        late=buffers.late[slots],
     )
-    buffers.reason[places] = torch.where(goes_on, reason, buffers.reason[places])
+    buffers.reason[slots] = torch.where(goes_on, reason, buffers.reason[slots])
 
 
 class PlainPasses:
@@ -161,36 +161,36 @@ class PlainPasses:
 
 
 def lay_out(buffers: Buffers, lengths: Sequence[int], size: Size) -> Bucket:
-    """Write where sequences of these lengths lie, one behind the other, and freeze the places behind them."""
+    """Write where sequences of these lengths lie, one behind the other, and freeze the slots behind them."""
     n_live, n_tokens = len(lengths), sum(lengths)
     n_dead = size.n_rows - n_tokens
-    by_place = np.zeros(size.n_places, np.int64)
-    by_place[:n_live], by_place[-1] = lengths, n_dead
-    on_device = to_device(torch.from_numpy(by_place), buffers.hidden.device)
+    by_slot = np.zeros(size.n_slots, np.int64)
+    by_slot[:n_live], by_slot[-1] = lengths, n_dead
+    on_device = to_device(torch.from_numpy(by_slot), buffers.hidden.device)
     offsets, positions, sequence_ids = laid_out(on_device, size.n_rows)
     rows = slice(size.n_rows)
     buffers.positions[rows], buffers.sequence_ids[rows] = positions, sequence_ids
-    buffers.offsets[: size.n_places + 1] = offsets.clamp(max=n_tokens)  # to attention the dead rows are no sequence
+    buffers.offsets[: size.n_slots + 1] = offsets.clamp(max=n_tokens)  # to attention the dead rows are no sequence
     buffers.masked[n_tokens : size.n_rows] = False
-    buffers.reason[n_live : size.n_places] = GATE
+    buffers.reason[n_live : size.n_slots] = GATE
     return Bucket(
         lengths=(*lengths, n_dead) if n_dead else tuple(lengths),
-        offsets=buffers.offsets[: size.n_places + 1],
+        offsets=buffers.offsets[: size.n_slots + 1],
         positions=buffers.positions[rows],
         sequence_ids=buffers.sequence_ids[rows],
         n_rows=size.n_rows,
-        n_places=size.n_places,
+        n_slots=size.n_slots,
         longest_live=max(lengths),
     )
 
 
 def close_up(buffers: Buffers, kept: Sequence[tuple[int, range]]) -> None:
-    """Move kept places, each with its rows, to the front in this order."""
+    """Move kept slots, each with its rows, to the front in this order."""
     whence = np.array([[at for at, _ in kept], [rows.start for _, rows in kept], [len(rows) for _, rows in kept]])
-    places, starts, lengths = to_device(torch.from_numpy(whence), buffers.hidden.device)
+    slots, starts, lengths = to_device(torch.from_numpy(whence), buffers.hidden.device)
     _, positions, sequences = laid_out(lengths, int(whence[2].sum()))
     rows = starts[sequences] + positions
-    for names, chosen in ((ROW_BUFFERS, rows), (PLACE_BUFFERS, places)):
+    for names, chosen in ((ROW_BUFFERS, rows), (SLOT_BUFFERS, slots)):
         for name in names:
             buffer: Tensor = getattr(buffers, name)
             buffer[: len(chosen)] = buffer[chosen]  # gathered first, then written

@@ -22,7 +22,7 @@ from service.rpc.calls import Calls
 from service.rpc.convert import SERVICE
 from service.rpc.denoise import DenoiserCalls
 from service.rpc.health import Health
-from service.settings import MOST
+from service.settings import INT32_MAX
 from service.tracing import NO_TRACER, Tracer
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class RpcServer:
         made = grpc.aio.server(
             interceptors=[Arrivals(self._metrics), Calls(self._tracer), *door],
             options=[
-                ("grpc.max_receive_message_length", min(TOLERATED * self._max_message_bytes, MOST)),
+                ("grpc.max_receive_message_length", min(TOLERATED * self._max_message_bytes, INT32_MAX)),
                 ("grpc.max_connection_age_ms", round(CONNECTION_MINUTES * 60_000)),
                 ("grpc.max_concurrent_streams", MOST_STREAMS),
                 ("grpc.so_reuseport", int(self._shares_port)),  # else another server could share the port unnoticed

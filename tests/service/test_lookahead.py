@@ -272,11 +272,11 @@ def test_a_pass_asks_for_no_value_and_fits_every_size(tiny_config: ModelConfig, 
         for size in sizes_up_to(400, 60):
             bucket = Bucket(
                 lengths=(16,) * (size.n_rows // 16),
-                offsets=buffers.offsets[: size.n_places + 1],
+                offsets=buffers.offsets[: size.n_slots + 1],
                 positions=buffers.positions[: size.n_rows],
                 sequence_ids=buffers.sequence_ids[: size.n_rows],
                 n_rows=size.n_rows,
-                n_places=size.n_places,
+                n_slots=size.n_slots,
                 longest_live=16,
             )
             one_pass(model, buffers, bucket)
@@ -288,7 +288,7 @@ def test_a_pass_asks_for_no_value_and_fits_every_size(tiny_config: ModelConfig, 
             buffers.level[0].item()
 
 
-def test_a_batch_that_has_every_place_taken_leaves_the_last_to_the_dead_rows(tiny_model: RDT) -> None:
+def test_a_batch_that_has_every_slot_taken_leaves_the_last_to_the_dead_rows(tiny_model: RDT) -> None:
     buffers = Buffers.of(tiny_model, 96, 13)
     buffers.masked[:], buffers.reason[:] = True, 0  # as whoever lay there before left it
     bucket = lay_out(buffers, [5, 7, 4], Size(64, 4))
@@ -341,7 +341,7 @@ def test_a_tick_in_which_all_kinds_of_things_happen_sends_the_device_five_copies
     assert copies == [3, 0, 1, 5, 2]
 
 
-def test_closing_up_moves_rows_and_places_together(tiny_model: RDT) -> None:
+def test_closing_up_moves_rows_and_slots_together(tiny_model: RDT) -> None:
     buffers = Buffers.of(tiny_model, 64, 9)
     buffers.hidden[:16] = torch.arange(16.0)[:, None]
     buffers.level[:3] = torch.tensor([0.1, 0.2, 0.3])
@@ -354,8 +354,8 @@ def test_sizes_have_room_for_the_budget_and_the_batch() -> None:
     assert [size.n_rows for size in sizes_up_to(400, 10)] == [64, 96, 128, 192, 256, 384, 400]
     assert sizes_up_to(80, 64)[-1] == Size(80, 65), "as many sequences as may be live"
     assert sizes_up_to(64, 1) == [Size(64, 2)]
-    assert [size.n_places for size in sizes_up_to(400, 30)] == [9, 13, 17, 25, 31, 31, 31]
-    assert sizes_up_to(16_384, 512)[-1] == Size(16_384, 513), "attention looks at every place, taken or not"
+    assert [size.n_slots for size in sizes_up_to(400, 30)] == [9, 13, 17, 25, 31, 31, 31]
+    assert sizes_up_to(16_384, 512)[-1] == Size(16_384, 513), "attention looks at every slot, taken or not"
 
 
 @pytest.mark.parametrize("changes", [{"stream": True}, {"halting": "settle"}])

@@ -27,7 +27,7 @@ from service.rpc.denoise import DenoiserCalls, seconds_left
 from service.rpc.pb import denoiser_pb2 as pb
 from service.rpc.pb.denoiser_pb2_grpc import DenoiserStub
 from service.rpc.server import RpcServer
-from service.settings import MOST
+from service.settings import INT32_MAX
 from tests.fakes import MAX_BODY_BYTES, Service
 
 ROOT = Path(__file__).parents[2]
@@ -169,7 +169,7 @@ async def test_numbers_that_are_not_finite(channel: grpc.aio.Channel, value: flo
 
 
 async def test_the_largest_limit_that_settings_allow(service: Service) -> None:
-    server = RpcServer(service.lifecycle, service.metrics, max_message_bytes=MOST)
+    server = RpcServer(service.lifecycle, service.metrics, max_message_bytes=INT32_MAX)
     await server.start("127.0.0.1", 0)
     await server.stop(0)
 

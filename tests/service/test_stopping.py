@@ -11,7 +11,7 @@ import weakref
 import pytest
 
 from service.engine.engine import BatchingEngine
-from service.engine.replica import THREADS
+from service.engine.replica import THREAD_NAME
 from service.engine.scheduler import SchedulerLimits
 from service.engine.types import Job, Result
 from service.errors import Unavailable
@@ -57,7 +57,7 @@ async def test_stopping_ends_the_worker_thread(caplog: pytest.LogCaptureFixture)
     engine = BatchingEngine([ScriptedBackend()], LIMITS)
     await engine.start()
     await submit(engine, scripted_job(1, depth=1))
-    own = [thread for thread in {*threading.enumerate()} - before if thread.name.startswith(THREADS)]
+    own = [thread for thread in {*threading.enumerate()} - before if thread.name.startswith(THREAD_NAME)]
     assert len(own) == 1
     await engine.stop()
     assert not own[0].is_alive()

@@ -21,7 +21,7 @@ AFTER = (1, 2, 4)
 
 def level_readings(scores: Measured, levels: Tensor, config: ModelConfig, mask_ratio: float) -> Iterator[LevelReading]:
     """Readings after `AFTER` passes, from the scores and levels `(P, S)` of every depth. The guesses of the deepest
-    count as final, as in training.
+    count as final, as in training, with the default `training.gate_change_share`: a checkpoint does not hold its own.
 
     Segments without a mask do not count, nor does the last pass, after which nothing is left by definition.
     """

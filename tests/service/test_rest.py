@@ -229,6 +229,8 @@ async def test_the_openapi_document(service: Service) -> None:
     answer = operation["responses"]["200"]["content"]["application/json"]["schema"]["$ref"]
     assert answer == "#/components/schemas/DenoiseAnswer"
     assert set(operation["responses"]) == {"200", "400", "401", "413", "415", "422", "429", "500", "503", "504"}
+    whole_batch = schema["paths"]["/denoise/batch"]["post"]["responses"]
+    assert set(operation["responses"]) - set(whole_batch) == {"504"}, "only items end with it"
     for status, response in operation["responses"].items():
         if status != "200":
             assert set(response["content"]) == {"application/problem+json"}

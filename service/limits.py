@@ -14,7 +14,10 @@ English has about five; 32 leaves room for long words and wide gaps, and bounds 
 """
 
 MAX_TIMEOUT_MS = 3_600_000
-MAX_BATCH_ITEMS = 64
+
+ARRIVAL_SECONDS = 30.0
+"""How long a request may take to arrive, on every transport, from its first byte to its last. A new connection to REST
+may be silent for as long."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,8 @@ class Limits:
     max_seq_len: int
     max_steps: int
     max_top_k: int
+    max_batch_items: int
     max_timeout_ms: int = MAX_TIMEOUT_MS
-    max_batch_items: int = MAX_BATCH_ITEMS
 
     @property
     def max_characters(self) -> int:

@@ -28,7 +28,7 @@ class LocalDenoiser:
 
     def __init__(self, checkpoint: Path, device_name: str) -> None:
         self._loaded = load_model(checkpoint, device_name)
-        self._limits = Limits(self._loaded.model.config.max_seq_len, MAX_STEPS, max_top_k=0)
+        self._limits = Limits(self._loaded.model.config.max_seq_len, MAX_STEPS, max_top_k=0, max_batch_items=1)
 
     def denoise(
         self, text: str, max_steps: int | None = None, threshold: float | None = None, halting: str | None = None

@@ -16,6 +16,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from service import calls
 from service.errors import DRAINING, RETRY_SECONDS, Unavailable
+from service.limits import ARRIVAL_SECONDS
 from service.rest.errors import STATUS, problem_of
 from service.rest.problem import PROBLEM_JSON, Problem
 
@@ -23,9 +24,6 @@ log = logging.getLogger(__name__)
 
 HEAD_BYTES = 65_536
 """Longest request line with headers, and longest trailers of a chunked body. uvicorn does not bound them."""
-ARRIVAL_SECONDS = 30.0
-"""How long a request may take to arrive, head and body, from its first byte on; also how long a new connection may stay
-silent."""
 READING_SECONDS = 30.0
 """How long a caller may read nothing of what is sent to it."""
 PARTING_SECONDS = 1.0

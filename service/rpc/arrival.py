@@ -14,12 +14,11 @@ from typing import Any
 import grpc
 
 from service.errors import Malformed, ResourceExhausted
+from service.limits import ARRIVAL_SECONDS
 from service.metrics import Metrics
 from service.rpc.calls import Details, Handler
 from service.rpc.errors import Context, mapped_errors
 
-ARRIVAL_SECONDS = 30.0
-"""How long a message may take to arrive, as over REST."""
 SLOW_SECONDS = 2.0
 """A message that takes longer is a slow one."""
 MOST_SLOW = 64

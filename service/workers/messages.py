@@ -27,6 +27,7 @@ Samples = dict[str, float]
 """Values of counters, by the name and labels that a scrape shows."""
 
 ERRORS = {error.code: error for error in (DeadlineExceeded, FailedPrecondition, Internal)}
+JOB = tuple(field.name for field in fields(Job) if field.name != "deadline")
 RESULT = tuple(field.name for field in fields(Result))
 REFUSALS = {error.code: error for error in (ResourceExhausted, Unavailable)}
 
@@ -62,17 +63,13 @@ class Submit(Message):
     watched: bool  # whether to send a `Pass` after every pass
 
     def row(self) -> list[Any]:
-        job = self.job
-        return [
-            self.id, self.digest, self.seconds_left, self.watched, job.tokens, job.masked, job.max_steps,
-            job.threshold, job.halting, job.top_k, job.decode_all, job.stream,
-        ]  # fmt: skip
+        job = [getattr(self.job, name) for name in JOB]
+        return [self.id, self.digest, self.seconds_left, self.watched, *job]
 
     @classmethod
     def of(cls, row: Row) -> Self:
-        id_, digest, seconds_left, watched, tokens, masked, max_steps, threshold, halting, top_k, every, stream = row
-        job = Job(tokens, masked, max_steps, threshold, halting, top_k=top_k, decode_all=every, stream=stream)
-        return cls(id_, digest, job, seconds_left, watched)
+        id_, digest, seconds_left, watched, *job = row
+        return cls(id_, digest, Job(**dict(zip(JOB, job, strict=True))), seconds_left, watched)
 
 
 @dataclass(frozen=True)
@@ -119,10 +116,7 @@ class Serving(Message):
     KIND: ClassVar[int] = 16
     tokenizer: str  # JSON
     card: dict[str, Any]
-    max_seq_len: int
-    max_steps: int
-    max_top_k: int
-    max_batch_items: int
+    limits: dict[str, int]
 
     @property
     def digest(self) -> str:

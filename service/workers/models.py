@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Collection
+from dataclasses import asdict
 from typing import Protocol
 
 from service.denoiser import Denoiser
@@ -41,16 +42,8 @@ class Models(Lifecycle):
 
     def open(self, denoiser: Denoiser) -> None:
         super().open(denoiser)
-        limits = denoiser.limits
         self._engines[denoiser.card.digest] = denoiser.engine
-        self.serving = Serving(
-            denoiser.tokenizer.json,
-            denoiser.card.model_dump(),
-            limits.max_seq_len,
-            limits.max_steps,
-            limits.max_top_k,
-            limits.max_batch_items,
-        )
+        self.serving = Serving(denoiser.tokenizer.json, denoiser.card.model_dump(), asdict(denoiser.limits))
         self._opened(self.serving)
 
     def engine(self, digest: str) -> Engine:

@@ -114,9 +114,7 @@ def build_denoiser(
         config=ModelConfig.from_mapping(card.configuration),
         tokenizer=tokenizer,
         engine=engine,
-        limits=Limits(
-            serving.max_seq_len, serving.max_steps, serving.max_top_k, max_batch_items=serving.max_batch_items
-        ),
+        limits=Limits(**serving.limits),
         metrics=metrics,
         tracer=tracer,
     )

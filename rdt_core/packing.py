@@ -7,7 +7,7 @@
     positions     [0 1 2 0 1 0 1 2 3]      (T,)   place inside the own sequence
     sequence_ids  [0 0 0 1 1 2 2 2 2]      (T,)   which sequence a row belongs to
 
-Everything but attention works row by row and never looks at a `Packing`.
+Attention, positions, the gate and what levels scale look at the `Packing`. All else works row by row.
 """
 
 from __future__ import annotations

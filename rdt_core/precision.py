@@ -13,9 +13,9 @@ R: rows   I: inputs of a layer   O: its outputs
 Levels, and so the decision to halt, are float32 in all formats. With tf32 the gate's few products have short fractions
 like all others.
 
-Each row is rounded by itself, never with its neighbours, so on a CPU an answer depends in no format on what else is in
-the batch. (The usual dynamic quantisation takes one scale for the whole batch.) On CUDA the last digits may: cuBLAS
-chooses how to add up by the number of rows.
+Each row is rounded by itself, never with its neighbours, so on a CPU, with one thread, an answer depends in no format
+on what else is in the batch. (The usual dynamic quantisation takes one scale for the whole batch.) With several threads
+the last digits may, and on CUDA, where cuBLAS chooses how to add up by the number of rows.
 """
 
 from __future__ import annotations

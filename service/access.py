@@ -1,4 +1,4 @@
-"""The API key, presented as `Authorization: Bearer KEY` or `X-API-Key: KEY`, the same way on every transport."""
+"""A key, of the API or of reloads: `Authorization: Bearer KEY` or `X-API-Key: KEY`, the same on every transport."""
 
 from __future__ import annotations
 
@@ -16,4 +16,4 @@ class ApiKey:
         scheme, _, token = authorization.partition(b" ")
         bearer = token.strip() if scheme.lower() == b"bearer" else b""
         if not hmac.compare_digest(bearer, self._key) | hmac.compare_digest(x_api_key, self._key):
-            raise Unauthenticated("send the API key as 'Authorization: Bearer KEY' or as 'X-API-Key: KEY'")
+            raise Unauthenticated("send the key as 'Authorization: Bearer KEY' or as 'X-API-Key: KEY'")

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 def serve(arguments: Sequence[str] | None = None) -> int:
-    """Serve a checkpoint until SIGTERM. 0: ended as asked; 1: could not start; 2: bad settings."""
+    """Serve a checkpoint until SIGTERM. 0: ended as asked; 1: could not start, or failed later; 2: bad settings."""
     open_standard_streams()
     try:
         settings = read_settings(sys.argv[1:] if arguments is None else arguments)

@@ -106,7 +106,7 @@ class Denoiser:
                     work = await self._prepare(request, seconds_left)
                     result = await self.engine.submit(work.job, place, work.timeline)
             except TimeoutError:
-                raise DeadlineExceeded("the time was over before there was an answer") from None
+                raise DeadlineExceeded("the deadline passed before there was an answer") from None
             return self._answer(work, result)
 
     async def denoise_batch(

@@ -5,12 +5,12 @@
     │   ├── Malformed         malformed             the request cannot be read at all
     │   └── UnsupportedFormat unsupported_format    the request is in a format nobody reads here
     ├── TooLarge              too_large             more text, or more bytes, than the server takes
-    ├── Unauthenticated       unauthenticated       no API key, or a wrong one
+    ├── Unauthenticated       unauthenticated       no key, or a wrong one
     ├── Refused
     │   ├── ResourceExhausted resource_exhausted    the queue is full, or memory short: try again later
     │   └── Unavailable       unavailable           loading, draining or failed
-    ├── FailedPrecondition    failed_precondition   the checkpoint to take in cannot be served
-    ├── DeadlineExceeded      deadline_exceeded     the time was over before there was an answer
+    ├── FailedPrecondition    failed_precondition   a reload that cannot be made
+    ├── DeadlineExceeded      deadline_exceeded     the deadline passed before there was an answer
     ├── Cancelled             cancelled             the caller left
     └── Internal              internal              our fault
 

@@ -1,7 +1,8 @@
 """The state of a server from start to end, and what it serves: shared by all transports.
 
-loading -> ready -> draining
-    └──> failed <┘
+loading ──> ready <──> failed
+
+and from each of them to draining, from which nothing leads back.
 """
 
 from __future__ import annotations

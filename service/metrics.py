@@ -176,7 +176,8 @@ class Metrics:
         )
         self.replicas = self._gauge("replicas", "Replicas, that is, batches computed side by side.")
         self.tick_tokens_limit = self._gauge(
-            "tick_tokens_limit", "Most tokens of one engine tick now: the token budget, or less after memory ran short."
+            "tick_tokens_limit",
+            "Largest number of tokens in one engine tick now: the token budget, or less after memory ran short.",
         )
         self._model_info: Info | None = None  # until there is a model
         ProcessCollector(registry=self.registry)  # memory, CPU, start time, of this process

@@ -31,7 +31,7 @@ class DenoiseRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     text: str = Field(min_length=1, description="Text with `[MASK]` (in any letter case) where tokens are missing.")
-    max_steps: int | None = Field(default=None, ge=1, description="Most passes to spend.")
+    max_steps: int | None = Field(default=None, ge=1, description="Largest number of passes.")
     threshold: float | None = Field(
         default=None,
         ge=0,
@@ -55,7 +55,10 @@ class DenoiseRequest(BaseModel):
     )
     trace: bool | None = Field(default=False, description="List the level after every pass.")
     timeout_ms: int | None = Field(
-        default=None, ge=1, description="Answer within this time with the best so far; 504 if no pass was made by then."
+        default=None,
+        ge=1,
+        description="Answer within this time with the best so far, though not before the first pass has ended; 504 if "
+        "the request is still in the queue by then.",
     )
     mask_ratio: float | None = Field(
         default=None, ge=0, le=1, allow_inf_nan=False, description="Let the server mask this share of the tokens first."
@@ -127,7 +130,7 @@ class DenoiseAnswer(BaseModel):
     max_steps: int = Field(description="Passes at the most: as asked for, or fewer if the server sheds load.")
     halt_reason: HaltReason = Field(
         description="`gate`: the level fell below the threshold, or everything had settled; `max_steps`: all passes "
-        "there were to be; `deadline`: the time was over."
+        "there were to be; `deadline`: the deadline passed."
     )
     level: float = Field(
         description="What is left, 0 nothing and 1 everything: with `gate` what the gate said last, with `settle` the "

@@ -64,7 +64,7 @@ class Settings(BaseSettings):
     )
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16", "int8"] = Field(
         "auto",
-        description="Number format of the matrix products. fp32 answers as the reference does, but for ties in the "
+        description="Number format of the matrix products. fp32 answers as the reference does, except for ties in the "
         "last digit; the others are faster where the processor has instructions for them. auto: fp32 on a CPU, bf16 "
         "on CUDA, fp16 before Ampere.",
     )
@@ -81,31 +81,31 @@ class Settings(BaseSettings):
         0,
         ge=0,
         le=INT32_MAX,
-        description="Most tokens that a replica computes in one tick, at least the model's max_seq_len. More give "
-        "more throughput, up to a point, and longer ticks. 0: 512 on a CPU, on CUDA up to 16384, as "
-        "memory allows.",
+        description="Largest number of tokens that a replica computes in one tick, at least the model's "
+        "max_seq_len. More give more throughput, up to a point, and longer ticks. 0: 512 on a CPU, on CUDA up to "
+        "16384, as memory allows.",
     )
     max_live: int = Field(
         0,
         ge=0,
         le=INT32_MAX,
-        description="Most texts that a replica computes in one tick. Raise it if requests wait while ticks have few "
-        "tokens. 0: 64 on a CPU, 512 on CUDA, where 65534 is the most.",
+        description="Largest number of texts that a replica computes in one tick. Raise it if requests wait "
+        "while ticks have few tokens. 0: 64 on a CPU, 512 on CUDA, where 65534 is the most.",
     )
     # Seven seconds of requests at full throughput: the bundled model on two cores of an AMD EPYC with AVX-512.
     max_waiting: int = Field(
         256,
         ge=1,
         le=INT32_MAX,
-        description="Most requests in the queue; more are refused at once. Lower it to shorten the longest wait; "
-        "raise it for a server that empties it faster.",
+        description="Largest number of requests in the queue; more are refused at once. Lower it to shorten "
+        "the longest wait; raise it for a server that empties it faster.",
     )
     max_waiting_tokens: int = Field(
         16_384,
         ge=1,
         le=INT32_MAX,
-        description="Most tokens of all requests in the queue together; more are refused at once. It bounds the wait "
-        "where texts are long.",
+        description="Largest number of tokens in the queue, of all requests together; more are refused at once. "
+        "It bounds the wait where texts are long.",
     )
     shed: Literal["off", "depth"] = Field(
         "off",
@@ -132,7 +132,10 @@ class Settings(BaseSettings):
         description="Largest top_k a request may ask for, that is, candidates for each restored token.",
     )
     max_batch_items: int = Field(
-        64, ge=1, le=INT32_MAX, description="Most texts in one batch request. Each of them takes a place in the queue."
+        64,
+        ge=1,
+        le=INT32_MAX,
+        description="Largest number of texts in one batch request. Each of them takes a place in the queue.",
     )
     max_body_bytes: int = Field(
         1_048_576,

@@ -296,7 +296,7 @@ class BatchingEngine:
 
 
 def _too_late() -> DeadlineExceeded:
-    return DeadlineExceeded("the time was over before the first pass")
+    return DeadlineExceeded("the deadline passed while the request was in the queue")
 
 
 def _no_memory(n_tokens: int) -> ResourceExhausted:

@@ -64,7 +64,8 @@ class Engine(Protocol):
     async def submit(self, job: Job, place: Place, on_reading: OnReading | None = None) -> Result:
         """Wait for the job to be computed; `on_reading` sees every pass. Cancelling the wait takes the job out.
 
-        Raises `ResourceExhausted` when its tokens do not fit in the queue, `DeadlineExceeded` when the
-        deadline came before the first pass (after it, the result is what there is; but a shortage of memory may
-        have undone passes), `Unavailable` when the engine stops first, `Internal` when the computation failed.
+        Raises `ResourceExhausted` when its tokens do not fit in the queue, `DeadlineExceeded` when it is still in the
+        queue at its deadline (later the result is what there is after the pass under way; but a shortage of memory
+        may put it back into the queue), `Unavailable` when the engine stops first, `Internal` when the computation
+        failed.
         """

@@ -87,7 +87,7 @@ class Replica:
     async def check_health(self) -> None:
         """Raises `EngineFailed`."""
         if self._host.failed.is_set():
-            raise EngineFailed("the engine has failed twice in a minute")
+            raise EngineFailed("the engine has failed for good; its log says why")
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         return {WAITING: self._host.waiting, FILL: self._metrics.fill(n_batches(self._settings))}

@@ -26,7 +26,7 @@ async def received(request: Request, lifecycle: Lifecycle) -> tuple[Denoiser, ob
 
 
 async def read_json(request: Request) -> object:
-    """The body as plain values. Raises `UnsupportedFormat`, `Malformed`, `TooLarge` or `Cancelled`."""
+    """The body as plain values. Raises `UnsupportedFormat`, `Malformed`, `Cancelled`, and what `BodyLimit` raises."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != JSON_TYPE:
         raise UnsupportedFormat(f"the content type is {media_type[:80] or 'missing'}: want {JSON_TYPE}")

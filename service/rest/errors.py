@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.errors import Code, Internal, Refused, ServiceError, printable
+from service.errors import Code, Internal, RefusalReason, Refused, ServiceError, printable
 from service.rest.problem import PROBLEM_JSON, BadField, Problem
 
 STATUS: dict[Code, int] = {
@@ -31,17 +31,20 @@ TITLE: dict[Code, str] = {
     "malformed": "The request cannot be read",
     "unsupported_format": "The request is in a format that is not read here",
     "too_large": "The request is too large",
-    "unauthenticated": "A valid API key is needed",
+    "unauthenticated": "A valid key is needed",
     "resource_exhausted": "The queue is full",
     "unavailable": "The server takes no requests now",
     "failed_precondition": "The server cannot do that as things are",
-    "deadline_exceeded": "The time was over before there was an answer",
+    "deadline_exceeded": "The deadline passed before there was an answer",
     "cancelled": "The caller left",
-    "internal": "The server made a mistake",
+    "internal": "Internal error",
 }
 
-OUT_OF_MEMORY = "The server is short of memory"
-MEMORY_REASONS = ("memory", "bodies")
+TITLE_OF_REASON: dict[RefusalReason, str] = {
+    "memory": "The server is short of memory",
+    "bodies": "Too much is being sent at once",
+}
+"""Where the code says too little."""
 
 DENOISE_CODES: tuple[Code, ...] = tuple(code for code in STATUS if code not in ("cancelled", "failed_precondition"))
 """Errors that a caller of the denoising routes can be answered with."""
@@ -56,12 +59,17 @@ def problem_responses(*codes: Code) -> dict[int | str, dict[str, object]]:
 def problem_of(error: ServiceError, request_id: str) -> Problem:
     return Problem(
         type=f"urn:rdt:problem:{error.code}",
-        title=OUT_OF_MEMORY if isinstance(error, Refused) and error.reason in MEMORY_REASONS else TITLE[error.code],
+        title=_title(error),
         status=STATUS[error.code],
         detail=error.message,
         errors=[BadField(field=bad.field, message=bad.message, value=bad.value) for bad in error.problems],
         request_id=request_id,
     )
+
+
+def _title(error: ServiceError) -> str:
+    title = TITLE_OF_REASON.get(error.reason) if isinstance(error, Refused) else None
+    return title or TITLE[error.code]
 
 
 def problem_response(error: ServiceError, request_id: str) -> Response:

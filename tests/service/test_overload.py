@@ -133,5 +133,5 @@ async def test_the_bodies_of_all_requests_have_a_bound_together(
             assert [(await post()).status_code for _ in range(4)] == [200] * 4, "there is room again"
     assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
     problem = refused.json()
-    assert problem["title"] == "The server is short of memory"
+    assert problem["title"] == "Too much is being sent at once"
     assert problem["detail"].startswith(f"the bodies of all requests under way have over {3 * MAX_BODY_BYTES} bytes: ")

@@ -69,8 +69,8 @@ async def test_options_left_out_are_the_checkpoints(service: Service, tiny_confi
         (ResourceExhausted("full", "queue_requests"), 429, "The queue is full", "1"),
         (ResourceExhausted("short", "memory"), 429, "The server is short of memory", "60"),
         (Unavailable("draining", "draining"), 503, "The server takes no requests now", "1"),
-        (DeadlineExceeded("late"), 504, "The time was over before there was an answer", None),
-        (Internal("broken"), 500, "The server made a mistake", None),
+        (DeadlineExceeded("late"), 504, "The deadline passed before there was an answer", None),
+        (Internal("broken"), 500, "Internal error", None),
     ],
 )
 async def test_engine_errors_become_problems(

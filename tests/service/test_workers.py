@@ -158,7 +158,7 @@ async def test_a_deadline_while_live_gives_what_is_there(fleet: Fleet, held: Hel
     held.let_go(2)
     answer = await task
     assert answer.halt_reason == "deadline"
-    assert answer.steps <= 2, "the pass under way, and perhaps one that was planned when the time was over"
+    assert answer.steps <= 2, "the pass under way, and perhaps one that was planned when the deadline passed"
 
 
 async def test_only_time_that_is_left_goes_over_the_wire(fleet: Fleet, held: HeldBackend) -> None:

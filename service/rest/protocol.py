@@ -154,8 +154,10 @@ class Http(HttpToolsProtocol):
             raise BadHead(NOT_ONE_HOST)  # RFC 9112, 3.2; raising stops the parser
         coding = b", ".join(value for name, value in self.headers if name == b"transfer-encoding")
         if coding.lower() not in (b"", b"chunked"):  # the parser looks only at the last
-            raise BadHead(f"the transfer coding is {coding[:80].decode('latin-1')}: want chunked or none")
+            shown = coding[:80].decode("ascii", "backslashreplace")
+            raise BadHead(f"the transfer coding is {shown}: want chunked or none")
         super().on_headers_complete()
+        self.cycle.transport = _Answering(self, self.cycle)  # type: ignore[assignment] # all that uvicorn uses
         headers = dict(self.headers)
         self.headers = []  # the parser adds trailers, which must not pass for headers
         self._n_heads += 1
@@ -172,8 +174,12 @@ class Http(HttpToolsProtocol):
         self._stop_arrival_timer()
         if self._body_left is None:
             self._ignores_input, self.cycle.keep_alive = True, False
-            if self.cycle.response_complete:  # it was refused before it had arrived
-                self.transport.close()
+        if self.cycle.response_complete and not self.cycle.keep_alive:  # it was refused before it had arrived
+            self._ignores_input = True
+            self.transport.close()
+
+    def is_arriving(self, cycle: RequestResponseCycle) -> bool:
+        return self._in_body and self.cycle is cycle
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
@@ -251,6 +257,21 @@ class Http(HttpToolsProtocol):
         if self._reading_timer is not None:
             self._reading_timer.cancel()
             self._reading_timer = None
+
+
+class _Answering:
+    """A connection as the answer to one request uses it. After an answer that came before all of its request, the
+    connection stays open until the rest has arrived: closed before, it would be reset, and the caller might not get the
+    answer.
+    """
+
+    def __init__(self, http: Http, cycle: RequestResponseCycle) -> None:
+        self._http, self._cycle = http, cycle
+        self.write, self.is_closing = http.transport.write, http.transport.is_closing
+
+    def close(self) -> None:
+        if not (self._cycle.response_complete and self._http.is_arriving(self._cycle)):
+            self._http.transport.close()
 
 
 def without_upgrade(head: bytes) -> bytes:

@@ -1,0 +1,103 @@
+"""Answers that come before all of their request has arrived: whoever sends on still gets to read them."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from socket import SO_LINGER, SOL_SOCKET
+
+import pytest
+
+from service.runtime import FrontEnd
+from tests.fakes import Service
+from tests.service.sockets import statuses
+
+N_BYTES, MAX_BODY_BYTES = 400_000, 1_048_576
+PIECE = b"x" * 20_000
+
+
+@asynccontextmanager
+async def connected(port: int) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    async with asyncio.timeout(10):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        yield reader, writer
+        writer.close()
+
+
+def head(*lines: bytes, n_bytes: int = N_BYTES) -> bytes:
+    return b"\r\n".join((b"POST /denoise HTTP/1.1", b"Host: rdt", b"Content-Length: %d" % n_bytes, *lines, b"", b""))
+
+
+async def sent_before_reading(port: int, *lines: bytes, n_bytes: int = N_BYTES) -> bytes:
+    """What there is to read for a caller who sends everything, and only then looks for an answer."""
+    async with connected(port) as (reader, writer):
+        writer.write(head(*lines, n_bytes=n_bytes))
+        await send_body(writer, n_bytes)
+        return await reader.read()
+
+
+async def send_body(writer: asyncio.StreamWriter, n_bytes: int) -> None:
+    for _ in range(n_bytes // len(PIECE)):
+        writer.write(PIECE)
+        await writer.drain()
+        await asyncio.sleep(0.005)
+
+
+@pytest.mark.parametrize(
+    ("kind", "n_bytes", "status"), [(b"text/plain", N_BYTES, 415), (b"application/json", 2 * MAX_BODY_BYTES, 413)]
+)
+async def test_who_wants_the_connection_closed(
+    port: int, service: Service, kind: bytes, n_bytes: int, status: int
+) -> None:
+    n_bytes -= n_bytes % len(PIECE)
+    said = await sent_before_reading(port, b"Content-Type: " + kind, b"Connection: close", n_bytes=n_bytes)
+    assert statuses(said) == [status]
+    assert service.engine.jobs == []
+
+
+async def test_while_the_server_drains(server: tuple[FrontEnd, int], service: Service) -> None:
+    await service.lifecycle.drain(0)
+    said = await sent_before_reading(server[1], b"Content-Type: application/json")
+    assert statuses(said) == [503]
+    assert b"connection: close" in said.lower()
+
+
+async def test_nothing_behind_such_a_request_is_read(port: int) -> None:
+    async with connected(port) as (reader, writer):
+        writer.write(head(b"Content-Type: text/plain", b"Connection: close") + b"x" * (N_BYTES - 1))
+        first = await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"x" + b"GET /health/live HTTP/1.1\r\nHost: rdt\r\n\r\n")
+        said = first + await reader.read()
+    assert statuses(said) == [415]
+
+
+async def test_who_sends_no_more_is_given_up(server: tuple[FrontEnd, int]) -> None:
+    """Also by a server that ends: it waits for a moment only."""
+    front, port = server
+    async with connected(port) as (reader, writer):
+        writer.write(head(b"Content-Type: text/plain", b"Connection: close"))
+        assert statuses(await reader.readuntil(b"\r\n\r\n")) == [415]
+        async with asyncio.timeout(5):
+            await front.close()
+
+
+async def test_who_breaks_off_is_forgotten(port: int, caplog: pytest.LogCaptureFixture) -> None:
+    async with connected(port) as (reader, writer):
+        writer.write(head(b"Content-Type: text/plain", b"Connection: close"))
+        assert statuses(await reader.readuntil(b"\r\n\r\n")) == [415]
+        writer.get_extra_info("socket").setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
+        writer.transport.abort()
+        await asyncio.sleep(0.05)
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("coding", [b"chunk\xe9d", b"\xa0chunked", b"\xff"])
+async def test_a_coding_that_is_not_ascii(port: int, coding: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    async with connected(port) as (reader, writer):
+        writer.write(b"POST /denoise HTTP/1.1\r\nHost: rdt\r\nTransfer-Encoding: " + coding + b"\r\n\r\n")
+        said = await reader.read()
+    assert statuses(said) == [400]
+    assert b"\\\\x" in said, "shown as an escape"
+    assert caplog.messages == []

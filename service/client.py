@@ -91,7 +91,7 @@ class Client(_Timeouts):
                 response.read()
                 _checked(response)
             events = _Events()
-            for piece in response.iter_text():
+            for piece in response.iter_bytes():
                 yield from events.after(piece)
             events.check_end()
 
@@ -149,7 +149,7 @@ class AsyncClient(_Timeouts):
                 await response.aread()
                 _checked(response)
             events = _Events()
-            async for piece in response.aiter_text():
+            async for piece in response.aiter_bytes():
                 for event in events.after(piece):
                     yield event
             events.check_end()
@@ -175,28 +175,28 @@ class AsyncClient(_Timeouts):
 
 
 class _Events:
-    """Parses server-sent events: of each, a line with its name, then one with its document.
+    """Parses server-sent events, which are always UTF-8: of each, a line with its name, then one with its document.
 
     Lines end at line feeds only. Python and httpx split at other characters too, which texts may contain.
     """
 
     def __init__(self) -> None:
         self._name = ""
-        self._begun = ""  # the line that has not ended yet
+        self._begun = b""  # the line that has not ended yet
         self._answered = False
 
-    def after(self, text: str) -> Iterator[DenoisePass | DenoiseAnswer]:
+    def after(self, piece: bytes) -> Iterator[DenoisePass | DenoiseAnswer]:
         """The events that this completes. Raises `ProblemError` for one that says the stream has failed."""
-        *lines, self._begun = (self._begun + text).split("\n")
+        *lines, self._begun = (self._begun + piece).split(b"\n")
         for line in lines:
             if (event := self._event(line)) is not None:
                 yield event
 
-    def _event(self, line: str) -> DenoisePass | DenoiseAnswer | None:
-        field, _, value = line.rstrip("\r").partition(": ")
-        if field == "event":
-            self._name = value
-        if field != "data":
+    def _event(self, line: bytes) -> DenoisePass | DenoiseAnswer | None:
+        field, _, value = line.rstrip(b"\r").partition(b": ")
+        if field == b"event":
+            self._name = value.decode("utf-8", "replace")
+        if field != b"data":
             return None
         if self._name == "problem":
             raise ProblemError(_parsed(Problem, value))
@@ -234,7 +234,6 @@ def _checked(response: httpx.Response) -> bytes:
     try:
         problem = Problem.model_validate_json(response.content)
     except ValidationError:  # a proxy's error page, say
-        problem = Problem(
-            type="about:blank", title=response.reason_phrase, status=response.status_code, detail=response.text[:200]
-        )
+        detail = response.content.decode("utf-8", "replace")[:200]
+        problem = Problem(type="about:blank", title=response.reason_phrase, status=response.status_code, detail=detail)
     raise ProblemError(problem)

@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 from rdt_core import Encoding, ModelConfig, Tokenizer
@@ -101,12 +101,9 @@ class Denoiser:
         Raises `TooLarge`, `InvalidArgument`, `DeadlineExceeded`, and what `Engine.reserve` and `Engine.submit` raise.
         """
         with self._metrics.request(transport), self.engine.reserve() as place:
-            try:
-                async with asyncio.timeout_at(cut_at):
-                    work = await self._prepare(request, seconds_left)
-                    result = await self.engine.submit(work.job, place, work.timeline)
-            except TimeoutError:
-                raise DeadlineExceeded("the deadline passed before there was an answer") from None
+            async with cut(cut_at):
+                work = await self._prepare(request, seconds_left)
+                result = await self.engine.submit(work.job, place, work.timeline)
             return self._answer(work, result)
 
     async def denoise_batch(
@@ -114,13 +111,12 @@ class Denoiser:
         items: Sequence[BatchItem],
         transport: Transport,
         seconds_left: float | None = None,
-        seconds_to_cut: float | None = None,
+        cut_at: float | None = None,
     ) -> list[DenoiseAnswer | ServiceError]:
         """All items at once. The queue and the metrics count each as a request. An item's error is its result.
 
-        Items without an answer after `seconds_to_cut` fail, so that the answers of the others arrive in time.
+        Items without an answer at `cut_at` fail, so that the answers of the others arrive in time.
         """
-        cut_at = None if seconds_to_cut is None else asyncio.get_running_loop().time() + seconds_to_cut
         n_begun = 0
 
         async def end_of(index: int, item: BatchItem) -> DenoiseAnswer | ServiceError:
@@ -167,13 +163,17 @@ class Denoiser:
             self._preparing -= 1
 
     async def denoise_stream(
-        self, request: DenoiseRequest, transport: Transport, seconds_left: float | None = None
+        self,
+        request: DenoiseRequest,
+        transport: Transport,
+        seconds_left: float | None = None,
+        cut_at: float | None = None,
     ) -> AsyncGenerator[DenoisePass | DenoiseAnswer, None]:
         """Every pass as it is made, and the answer last. Raises as `denoise` does; closing it frees the engine."""
         with self._metrics.request(transport), self.engine.reserve() as place:
             work = await self._prepare(request, seconds_left, stream=True)
             draft = Draft(work.encoding, self._tokenizer, rewrite=work.job.decode_all)
-            async with aclosing(follow(self.engine, work.job, place, work.timeline)) as readings:
+            async with aclosing(follow(self.engine, work.job, place, work.timeline, cut_at)) as readings:
                 step = 0
                 async for reading in readings:
                     if isinstance(reading, Result):
@@ -244,8 +244,18 @@ class _Work:
     timeline: Timeline | None
 
 
+@asynccontextmanager
+async def cut(cut_at: float | None) -> AsyncIterator[None]:
+    """Ends what is inside at that time on the event loop's clock: `DeadlineExceeded`."""
+    try:
+        async with asyncio.timeout_at(cut_at):
+            yield
+    except TimeoutError:
+        raise DeadlineExceeded("the deadline passed before there was an answer") from None
+
+
 def follow(
-    engine: Engine, job: Job, place: Place, timeline: Timeline | None = None
+    engine: Engine, job: Job, place: Place, timeline: Timeline | None = None, cut_at: float | None = None
 ) -> AsyncGenerator[Reading | Result, None]:
     """The reading of every pass, and the result last. Closing the generator takes the job out of the engine before its
     place in the queue is freed.
@@ -257,7 +267,8 @@ def follow(
                 timeline(reading)
             hand_out(reading)
 
-        hand_out(await engine.submit(job, place, read))
+        async with cut(cut_at):
+            hand_out(await engine.submit(job, place, read))
 
     return pumped(work)
 

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from service.errors import Malformed, ResourceExhausted
 from service.limits import ARRIVAL_SECONDS
 from service.metrics import Metrics
 from service.rpc.calls import Details, Handler
+from service.rpc.convert import SERVICE
 from service.rpc.errors import Context, mapped_errors
 
 SLOW_SECONDS = 2.0
@@ -43,19 +46,20 @@ class Arrivals(grpc.aio.ServerInterceptor):
         answer: Any = handler.unary_stream if handler.response_streaming else handler.unary_unary
         streams = handler.response_streaming
         kind = grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler
-        return kind(self._with_message(answer), handler.request_deserializer, handler.response_serializer)
+        counted = handler_call_details.method.startswith(f"/{SERVICE}/")
+        return kind(self._with_message(answer, counted), handler.request_deserializer, handler.response_serializer)
 
-    def _with_message(self, answer: Callable[..., Any]) -> Callable[..., Any]:
+    def _with_message(self, answer: Callable[..., Any], counted: bool) -> Callable[..., Any]:
         async def received(_messages: object, context: Context) -> Any:
             async with mapped_errors(context):
-                with self._metrics.failure("grpc"):
+                with self._metrics.failure("grpc") if counted else nullcontext():
                     message = await self._first_of(context)
             return await answer(message, context)
 
         return received
 
     async def _first_of(self, context: Context) -> Any:
-        """Raises `ResourceExhausted` when it takes too long, `Malformed` if there is none."""
+        """Raises `ResourceExhausted` when it takes too long, `Malformed` if there is none or it cannot be read."""
         try:
             async with asyncio.timeout(ARRIVAL_SECONDS) as limit:
                 timer = asyncio.get_running_loop().call_later(SLOW_SECONDS, self._note_slow, limit)
@@ -66,6 +70,8 @@ class Arrivals(grpc.aio.ServerInterceptor):
                     self._slow.pop(limit, None)
         except TimeoutError:
             raise ResourceExhausted("the message took too long to arrive", "bodies") from None
+        except DecodeError:
+            raise Malformed("the message cannot be read") from None
         if message is grpc.aio.EOF:
             await asyncio.sleep(LEAVING_SECONDS)
             raise Malformed("the call has no message")

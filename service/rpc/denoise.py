@@ -5,6 +5,7 @@ Bytes in, bytes out: messages are parsed here, so that one that cannot be read i
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import aclosing
 
 import grpc
@@ -53,7 +54,7 @@ class DenoiserCalls:
             with self._metrics.failure("grpc"):
                 denoiser = self._lifecycle.denoiser
                 request = denoiser.read(request_fields(self._parsed(pb.DenoiseRequest, message)))
-            answer = await denoiser.denoise(request, "grpc", seconds_left(context))
+            answer = await denoiser.denoise(request, "grpc", seconds_left(context), cut_at(context))
             return to_response(answer).SerializeToString()
 
     async def denoise_batch(self, message: bytes, context: Context) -> bytes:
@@ -62,9 +63,7 @@ class DenoiserCalls:
                 denoiser = self._lifecycle.denoiser
                 fields = batch_fields(self._parsed(pb.DenoiseBatchRequest, message))
                 items = denoiser.read_batch(fields, options_at="options")
-            left, total = seconds_left(context), context.time_remaining()
-            to_cut = None if left is None or total is None else (left + total) / 2  # half of the margin for stragglers
-            ends = await denoiser.denoise_batch(items, "grpc", left, to_cut)
+            ends = await denoiser.denoise_batch(items, "grpc", seconds_left(context), cut_at(context))
             return pb.DenoiseBatchResponse(results=map(to_result, ends)).SerializeToString()
 
     async def denoise_stream(self, message: bytes, context: Context) -> None:
@@ -72,7 +71,8 @@ class DenoiserCalls:
             with self._metrics.failure("grpc"):
                 denoiser = self._lifecycle.denoiser
                 request = denoiser.read(request_fields(self._parsed(pb.DenoiseRequest, message)))
-            async with aclosing(denoiser.denoise_stream(request, "grpc", seconds_left(context))) as events:
+            left, end = seconds_left(context), cut_at(context)
+            async with aclosing(denoiser.denoise_stream(request, "grpc", left, end)) as events:
                 async for event in events:
                     await context.write(to_event(event).SerializeToString())
 
@@ -90,3 +90,11 @@ def seconds_left(context: Context) -> float | None:
     """Seconds until the answer should be ready for the call's own deadline; None if it has none."""
     left = context.time_remaining()
     return None if left is None else left - min(MARGIN_SECONDS + ROUNDING * left, left / 4)
+
+
+def cut_at(context: Context) -> float | None:
+    """When, on the event loop's clock, a call without an answer ends by itself, before gRPC cancels it as if its caller
+    had left: halfway between the time for the answer to be ready and the call's deadline.
+    """
+    left, total = seconds_left(context), context.time_remaining()
+    return None if left is None or total is None else asyncio.get_running_loop().time() + (left + total) / 2

@@ -13,12 +13,14 @@ from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthServicer
 
-from service.lifecycle import Lifecycle
+from service.lifecycle import Lifecycle, State
 from service.rpc.convert import SERVICE
 
 NAMES = ("", SERVICE)  # the empty name is the whole server
 POLL_SECONDS = 0.25
 """How often a watched state is looked up."""
+MOST_WATCHERS = 1000
+"""Watching asks for no key, and each watcher takes memory."""
 
 Status = Literal[1, 2, 3]  # SERVING, NOT_SERVING, SERVICE_UNKNOWN
 WatchContext = grpc.aio.ServicerContext[HealthCheckRequest, HealthCheckResponse]
@@ -29,6 +31,8 @@ messages: Any = health_pb2  # its type stubs do not know `List`
 class Health(HealthServicer):
     def __init__(self, lifecycle: Lifecycle) -> None:
         self._lifecycle = lifecycle
+        self._n_watchers = 0
+        self._change: asyncio.Task[None] | None = None
 
     async def Check(self, request: HealthCheckRequest, context: WatchContext) -> HealthCheckResponse:
         if request.service not in NAMES:
@@ -42,14 +46,30 @@ class Health(HealthServicer):
 
     async def Watch(self, request: HealthCheckRequest, context: WatchContext) -> None:
         """Every change of state. Ends when the server begins to drain: it must not wait for its watchers."""
-        told: Status | None = None
-        while True:
-            status = self._status(request.service)
-            if status != told:
-                await context.write(HealthCheckResponse(status=status))
-                told = status
-            if self._lifecycle.state == "draining":
-                return
+        if self._n_watchers == MOST_WATCHERS:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"there are {MOST_WATCHERS} watchers already")
+        self._n_watchers += 1
+        try:
+            told: Status | None = None
+            while True:
+                state, status = self._lifecycle.state, self._status(request.service)
+                if status != told:
+                    await context.write(HealthCheckResponse(status=status))
+                    told = status
+                if state == "draining":
+                    return
+                await self._change_from(state)
+        finally:
+            self._n_watchers -= 1
+
+    async def _change_from(self, state: State) -> None:
+        """Returns once the state may be another. It is looked up by one task, however many wait."""
+        if self._change is None or self._change.done():
+            self._change = asyncio.create_task(self._look_for_change_from(state))
+        await asyncio.shield(self._change)
+
+    async def _look_for_change_from(self, state: State) -> None:
+        while self._lifecycle.state == state:
             await asyncio.sleep(POLL_SECONDS)
 
     def _status(self, service: str) -> Status:

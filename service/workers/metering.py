@@ -1,9 +1,9 @@
 """The metrics of several processes as those of one server, whichever worker is asked.
 
 Counters and histograms are sums over the engine and all workers, present and past. Gauges are the engine's, except
-for the memory of processes, which is a sum too, and their open files: those of the process that has most, because each
-has a limit of its own. A counter that was shown never shrinks as long as a worker remembers it, because Prometheus
-would take that for a restart and compute false rates.
+for the memory of processes, which is a sum too, their open files: those of the process that has most, because each has
+a limit of its own, and readiness, for which a worker has to be ready, too. A counter that was shown never shrinks as
+long as a worker remembers it, because Prometheus would take that for a restart and compute false rates.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ MAX_DEPARTED = 64
 """How many departed workers have counters of their own; those of older ones are added up."""
 SUMMED_GAUGES = ("process_resident_memory_bytes", "process_virtual_memory_bytes")
 LARGEST_GAUGES = ("process_open_fds",)
+READY = "rdt_ready"
 
 
 class WorkerMetrics(Metrics):
@@ -114,9 +115,14 @@ class Ledger:
         reports = self._reports.values()
         there = [samples for each in reports for samples in (each.counters, each.gauges)]
         others = _sum([self._inherited, *self._departed.values(), *there])
-        most = {name: max((each.gauges.get(name, 0.0) for each in reports), default=0.0) for name in LARGEST_GAUGES}
+        most = {
+            name: max((each.gauges.get(name, 0.0) for each in reports), default=0.0)
+            for name in (*LARGEST_GAUGES, READY)
+        }
 
         def together(sample: Sample) -> float:
+            if sample.name == READY:
+                return min(sample.value, most[READY])
             if sample.name in most:
                 return max(sample.value, most[sample.name])
             return sample.value + others.get(_key(sample), 0.0)
@@ -163,7 +169,7 @@ def _counts(family: Metric) -> bool:
 
 
 def _is_everybodys(family: Metric) -> bool:
-    return family.name in SUMMED_GAUGES + LARGEST_GAUGES
+    return family.name in (*SUMMED_GAUGES, *LARGEST_GAUGES, READY)
 
 
 def _samples(families: Iterable[Metric], wanted: Callable[[Metric], bool]) -> Samples:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
+import grpc
 import pytest
 
 from rdt_core import ModelConfig, Tokenizer
@@ -33,3 +34,9 @@ async def server(service: Service) -> AsyncIterator[tuple[FrontEnd, int]]:
 @pytest.fixture
 def port(server: tuple[FrontEnd, int]) -> int:
     return server[1]
+
+
+@pytest.fixture
+async def channel(service: Service) -> AsyncIterator[grpc.aio.Channel]:
+    async with service.channel() as channel:
+        yield channel

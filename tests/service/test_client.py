@@ -102,6 +102,16 @@ def test_the_sync_client_sends_its_key_and_reads_foreign_errors() -> None:
             client.denoise("a")
 
 
+@pytest.mark.parametrize("charset", ["utf-16", "hex", "idna", "rot13", "none"])
+def test_a_proxy_may_name_any_charset(charset: str) -> None:
+    page = httpx.Response(502, content=b"<h1>\xff down", headers={"Content-Type": f"text/html; charset={charset}"})
+    with Client("http://rdt", transport=httpx.MockTransport(lambda _: page)) as client:
+        with pytest.raises(ProblemError, match="502 Bad Gateway: <h1>"):
+            client.denoise("a")
+        with pytest.raises(ProblemError, match="502 Bad Gateway: <h1>"):
+            next(client.denoise_stream("a"))
+
+
 CUT = {
     "nothing": b"",
     "a page": b"<html>upstream says hello</html>",

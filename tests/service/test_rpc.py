@@ -7,8 +7,6 @@ import math
 import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +19,7 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from rdt_core import ModelConfig, Tokenizer
-from service.rpc import arrival, health, server
+from service.rpc import health, server
 from service.rpc.convert import SERVICE
 from service.rpc.denoise import DenoiserCalls, seconds_left
 from service.rpc.pb import denoiser_pb2 as pb
@@ -33,12 +31,6 @@ from tests.fakes import MAX_BODY_BYTES, Service
 ROOT = Path(__file__).parents[2]
 KEY = "s3cret"
 TEXT = pb.DenoiseRequest(text="a")
-
-
-@pytest.fixture
-async def channel(service: Service) -> AsyncIterator[grpc.aio.Channel]:
-    async with service.channel() as channel:
-        yield channel
 
 
 async def until(service: Service, live: int) -> None:
@@ -62,73 +54,6 @@ async def test_no_call_fails_when_its_connection_has_grown_old(
         until_then = time.monotonic() + 0.5
         while time.monotonic() < until_then:
             assert (await stub.Denoise(TEXT)).steps == 2
-
-
-@pytest.mark.parametrize("method", [f"{SERVICE}/Denoise", f"{SERVICE}/DenoiseStream", "grpc.health.v1.Health/Check"])
-async def test_a_call_whose_message_never_comes_ends(
-    channel: grpc.aio.Channel, service: Service, monkeypatch: pytest.MonkeyPatch, method: str
-) -> None:
-    monkeypatch.setattr(arrival, "ARRIVAL_SECONDS", 0.1)
-    call = channel.stream_stream(f"/{method}")()
-    async with asyncio.timeout(5):
-        assert await call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert await call.details() == "the message took too long to arrive"
-    assert service.sample("rdt_refused_total", reason="bodies") == 1
-
-
-async def test_of_too_many_slow_messages_the_slowest_is_given_up(
-    channel: grpc.aio.Channel, service: Service, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(arrival, "SLOW_SECONDS", 0.01)
-    monkeypatch.setattr(arrival, "MOST_SLOW", 3)
-    message = TEXT.SerializeToString()
-    slow = [channel.stream_unary(f"/{SERVICE}/Denoise")() for _ in range(5)]
-    async with asyncio.timeout(5):
-        codes = [asyncio.ensure_future(call.code()) for call in slow]
-        while sum(code.done() for code in codes) < 2:
-            await asyncio.sleep(0.01)
-        assert (await DenoiserStub(channel).Denoise(TEXT)).steps == 2, "a fast one is taken"
-        await asyncio.sleep(0.05)
-        assert sum(code.done() for code in codes) == 2
-        for call, code in zip(slow, codes, strict=True):
-            if not code.done():
-                await call.write(message)
-        assert Counter(await asyncio.gather(*codes)) == {
-            grpc.StatusCode.OK: 3, grpc.StatusCode.RESOURCE_EXHAUSTED: 2
-        }  # fmt: skip
-    assert service.sample("rdt_refused_total", reason="bodies") == 2
-
-
-@pytest.mark.parametrize("timeout", [None, 0.1])
-async def test_a_caller_who_leaves_before_the_message_has_come(
-    channel: grpc.aio.Channel, service: Service, timeout: float | None
-) -> None:
-    call = channel.stream_unary(f"/{SERVICE}/Denoise")(timeout=timeout)
-    if timeout is None:
-        await asyncio.sleep(0.1)
-        call.cancel()
-    async with asyncio.timeout(5):
-        while not service.sample("rdt_requests_total", transport="grpc", outcome="cancelled"):
-            await asyncio.sleep(0.01)
-    await asyncio.sleep(2 * arrival.LEAVING_SECONDS)
-    assert service.sample("rdt_requests_total", transport="grpc", outcome="malformed") == 0
-
-
-async def test_a_call_without_a_message(channel: grpc.aio.Channel, service: Service) -> None:
-    call = channel.stream_unary(f"/{SERVICE}/Denoise")()
-    await call.done_writing()
-    assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert await call.details() == "the call has no message"
-    assert service.sample("rdt_requests_total", transport="grpc", outcome="malformed") == 1
-
-
-async def test_whoever_has_no_key_is_refused_before_the_message_comes(
-    tiny_tokenizer: Tokenizer, tiny_config: ModelConfig
-) -> None:
-    async with Service(tiny_tokenizer, tiny_config, api_key=KEY).open().channel() as channel:
-        call = channel.stream_unary(f"/{SERVICE}/Denoise")()
-        async with asyncio.timeout(5):
-            assert await call.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
 def test_the_checked_in_code_is_what_proto_says(tmp_path: Any) -> None:
@@ -235,6 +160,28 @@ async def test_health_follows_the_lifecycle(
         assert error.value.code() == grpc.StatusCode.NOT_FOUND
 
 
+async def test_many_may_watch_and_not_too_many(
+    service: Service, channel: grpc.aio.Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(health, "MOST_WATCHERS", 20)
+    stub = HealthStub(channel)
+    watching = [stub.Watch(HealthCheckRequest()) for _ in range(20)]
+    async with asyncio.timeout(5):
+        for watch in watching:
+            assert (await watch.read()).status == HealthCheckResponse.SERVING
+        looking = [task for task in asyncio.all_tasks() if "_look_for_change" in repr(task)]
+        assert len(looking) == 1, "however many watch"
+        one_more = stub.Watch(HealthCheckRequest())
+        assert await one_more.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        service.engine.ready = False
+        for watch in watching:
+            assert (await watch.read()).status == HealthCheckResponse.NOT_SERVING
+        watching.pop().cancel()
+        again = stub.Watch(HealthCheckRequest())
+        assert (await again.read()).status == HealthCheckResponse.NOT_SERVING
+
+
 async def test_reflection_lists_the_service(service: Service) -> None:
     server = RpcServer(service.lifecycle, service.metrics, max_message_bytes=MAX_BODY_BYTES)
     await server.start("127.0.0.1", 0)
@@ -337,9 +284,7 @@ async def test_a_caller_who_leaves_frees_the_engine(
         call.cancel()
     await until(service, live=0)
     assert service.engine.n_left == n_jobs
-    outcome = (
-        "deadline_exceeded" if batch and ended_by == "deadline" else "cancelled"
-    )  # a batch is answered just before
+    outcome = "deadline_exceeded" if ended_by == "deadline" else "cancelled"
     async with asyncio.timeout(5):
         while service.sample("rdt_requests_total", transport="grpc", outcome=outcome) != n_jobs:
             await asyncio.sleep(0.005)

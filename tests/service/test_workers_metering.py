@@ -101,6 +101,30 @@ async def test_open_files_are_those_of_the_process_that_has_most() -> None:
     assert float(own) > 0, "the engine's own"
 
 
+@pytest.mark.parametrize("engine_is", [True, False])
+async def test_ready_is_the_server_that_has_a_worker_and_an_engine_that_are(engine_is: bool) -> None:
+    metrics = Metrics(time.monotonic)
+    metrics.watch_readiness(lambda: engine_is)
+    ledger = Ledger(metrics)
+
+    async def shown() -> bool:
+        return b"\nrdt_ready 1.0\n" in await ledger.total({})
+
+    assert not await shown(), "there is no worker"
+    ledger.book("1.0", Report(0, {}, {"rdt_ready": 1.0}))
+    ledger.book("2.0", Report(0, {}, {"rdt_ready": 0.0}))
+    assert await shown() == engine_is
+    ledger.book("1.0", Report(0, {}, {"rdt_ready": 0.0}))
+    assert not await shown(), "all workers drain"
+
+
+async def test_a_worker_reports_whether_it_is_ready(fleet: Fleet) -> None:
+    worker = await fleet.worker()
+    assert worker.metrics.report().gauges["rdt_ready"] == 1
+    await worker.drain(0)
+    assert worker.metrics.report().gauges["rdt_ready"] == 0
+
+
 async def test_what_a_dead_worker_counted_stays(fleet: Fleet) -> None:
     one, other = await fleet.worker(), await fleet.worker()
     await ask(one, brief())

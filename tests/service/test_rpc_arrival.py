@@ -1,0 +1,101 @@
+"""How the message of a gRPC call arrives: slowly, not at all, or as no message."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+
+import grpc
+import pytest
+
+from rdt_core import ModelConfig, Tokenizer
+from service.rpc import arrival
+from service.rpc.convert import SERVICE
+from service.rpc.pb import denoiser_pb2 as pb
+from service.rpc.pb.denoiser_pb2_grpc import DenoiserStub
+from tests.fakes import Service
+
+KEY = "s3cret"
+TEXT = pb.DenoiseRequest(text="a")
+
+
+@pytest.mark.parametrize("method", [f"{SERVICE}/Denoise", f"{SERVICE}/DenoiseStream", "grpc.health.v1.Health/Check"])
+async def test_a_call_whose_message_never_comes_ends(
+    channel: grpc.aio.Channel, service: Service, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setattr(arrival, "ARRIVAL_SECONDS", 0.1)
+    call = channel.stream_stream(f"/{method}")()
+    async with asyncio.timeout(5):
+        assert await call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert await call.details() == "the message took too long to arrive"
+    assert service.sample("rdt_refused_total", reason="bodies") == (SERVICE in method), "health is no request"
+
+
+async def test_of_too_many_slow_messages_the_slowest_is_given_up(
+    channel: grpc.aio.Channel, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arrival, "SLOW_SECONDS", 0.01)
+    monkeypatch.setattr(arrival, "MOST_SLOW", 3)
+    message = TEXT.SerializeToString()
+    slow = [channel.stream_unary(f"/{SERVICE}/Denoise")() for _ in range(5)]
+    async with asyncio.timeout(5):
+        codes = [asyncio.ensure_future(call.code()) for call in slow]
+        while sum(code.done() for code in codes) < 2:
+            await asyncio.sleep(0.01)
+        assert (await DenoiserStub(channel).Denoise(TEXT)).steps == 2, "a fast one is taken"
+        await asyncio.sleep(0.05)
+        assert sum(code.done() for code in codes) == 2
+        for call, code in zip(slow, codes, strict=True):
+            if not code.done():
+                await call.write(message)
+        assert Counter(await asyncio.gather(*codes)) == {
+            grpc.StatusCode.OK: 3, grpc.StatusCode.RESOURCE_EXHAUSTED: 2
+        }  # fmt: skip
+    assert service.sample("rdt_refused_total", reason="bodies") == 2
+
+
+@pytest.mark.parametrize("timeout", [None, 0.1])
+async def test_a_caller_who_leaves_before_the_message_has_come(
+    channel: grpc.aio.Channel, service: Service, timeout: float | None
+) -> None:
+    call = channel.stream_unary(f"/{SERVICE}/Denoise")(timeout=timeout)
+    if timeout is None:
+        await asyncio.sleep(0.1)
+        call.cancel()
+    async with asyncio.timeout(5):
+        while not service.sample("rdt_requests_total", transport="grpc", outcome="cancelled"):
+            await asyncio.sleep(0.01)
+    await asyncio.sleep(2 * arrival.LEAVING_SECONDS)
+    assert service.sample("rdt_requests_total", transport="grpc", outcome="malformed") == 0
+
+
+async def test_a_call_without_a_message(channel: grpc.aio.Channel, service: Service) -> None:
+    call = channel.stream_unary(f"/{SERVICE}/Denoise")()
+    await call.done_writing()
+    assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert await call.details() == "the call has no message"
+    assert service.sample("rdt_requests_total", transport="grpc", outcome="malformed") == 1
+
+
+async def test_whoever_has_no_key_is_refused_before_the_message_comes(
+    tiny_tokenizer: Tokenizer, tiny_config: ModelConfig
+) -> None:
+    async with Service(tiny_tokenizer, tiny_config, api_key=KEY).open().channel() as channel:
+        call = channel.stream_unary(f"/{SERVICE}/Denoise")()
+        async with asyncio.timeout(5):
+            assert await call.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+@pytest.mark.parametrize("method", ["Check", "List", "Watch"])
+async def test_bytes_that_are_no_message_to_health_are_no_fault_of_ours(
+    channel: grpc.aio.Channel, service: Service, caplog: pytest.LogCaptureFixture, method: str
+) -> None:
+    call = channel.stream_stream(f"/grpc.health.v1.Health/{method}")()
+    await call.write(b"\xff")
+    await call.done_writing()
+    async with asyncio.timeout(5):
+        assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert await call.details() == "the message cannot be read"
+    for outcome in ("internal", "malformed"):
+        assert service.sample("rdt_requests_total", transport="grpc", outcome=outcome) == 0
+    assert caplog.messages == []

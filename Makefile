@@ -10,6 +10,7 @@ DATA ?= wikitext-2
 RESOLUTION ?= lowest-direct
 
 # An environment that was moved or copied: its scripts name an interpreter that is elsewhere. What needs it makes it anew.
+# Where it is a link, what it leads to stays.
 HERE := $(if $(filter /%,$(BIN)),,$(CURDIR)/)$(BIN)/
 ifneq ($(wildcard $(BIN)),)
 ifneq ($(shell $(BIN)/python -c 1 2>&1 && { [ ! -e $(BIN)/pip ] || grep -qF "$(HERE)" $(BIN)/pip; } && echo runs),runs)
@@ -77,6 +78,7 @@ clean:  ## remove the environment, caches and runs
 .PHONY: $(ANEW)
 $(BIN)/pip:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(if $(ANEW),[ ! -L $(VENV) ] || rm $(VENV))
 	$(PYTHON) -m venv $(if $(ANEW),--clear )$(VENV)
 
 # Stamps: installed again when what is asked for changes.

@@ -56,6 +56,16 @@ def test_what_was_moved_is_made_anew_by_what_needs_it(project: Path) -> None:
     assert any("install" in line for line in asked)
 
 
+def test_of_a_link_only_the_link_is_made_anew(project: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    elsewhere = environment(tmp_path_factory.mktemp("elsewhere") / ".venv")
+    (project / ".venv").symlink_to(elsewhere)
+    (stub := project / "stub").write_text("#!/bin/sh\n")
+    stub.chmod(0o755)
+    make(project, ".venv/bin/pip", f"PYTHON={stub}")
+    assert not (project / ".venv").exists()
+    assert (elsewhere / "all").exists()
+
+
 def test_what_has_no_pip_is_not_cleared(project: Path) -> None:
     (environment(project / ".venv") / "bin" / "pip").unlink()
     assert any(line.endswith("-m venv .venv") for line in make(project, "-n", "test"))

@@ -141,7 +141,8 @@ class RDT(nn.Module):
         condition = None
         if self.level_embedding is not None:
             levels = self.level_embedding(state.gate.level.detach()[:, None].to(x.dtype))  # (N, D)
-            condition = Condition(F.silu(levels), packing.sequence_ids)
+            values = F.silu(levels.double()).to(levels.dtype)  # the same digits in any company: see `few_outputs`
+            condition = Condition(values, packing.sequence_ids)
         hidden = self._layers(self.encoder, x, packing, condition, rows)
         if rows is not None:
             hidden = hidden.new_zeros(x.shape).index_copy(0, rows, hidden)

@@ -190,6 +190,19 @@ def test_norms_are_modulated_once_a_sequence(build: Build) -> None:
         torch.testing.assert_close(hidden, alone)
 
 
+def test_what_modulates_has_the_same_digits_whatever_the_company(build: Build) -> None:
+    """At a width that is no multiple of what the processor computes at once, too."""
+    model = build(level_conditioning=True, d_model=20).eval()
+    seen: list[torch.Tensor] = []
+    model.encoder[0].register_forward_pre_hook(lambda _, given: seen.append(given[3].values))
+    levels = torch.linspace(0, 1, 40)
+    for together in (levels, *levels.split(1)):
+        state = model.begin(*(given := random_sequences([2] * len(together))))
+        model(state._replace(gate=state.gate._replace(level=together)), given[-1])
+    crowd, *alone = seen
+    assert torch.equal(torch.cat(alone), crowd)
+
+
 def test_the_level_matters_only_once_modulation_has_learnt(build: Build) -> None:
     model = build(level_conditioning=True).eval()
     tokens, masked, packing = random_sequences([6])

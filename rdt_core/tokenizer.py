@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +30,8 @@ LAST_KEPT = 0xFFFF
 """The last character whose normal form is kept: those beyond are rare, and there are a million of them."""
 LONG_TEXT = 500
 """Characters. Longer texts may take long to encode: 8,192 characters without a known word, 0.3 s."""
+TRIAL_TEXTS = ("The first word, or 2?", "café 狐 한 🦊 \U00012000")
+"""What every tokenizer has to read: a text for either way of `encode`, and characters that few vocabularies know."""
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", MASK_TOKEN)
 
 
@@ -43,18 +46,16 @@ class Encoding:
 
 
 class Tokenizer:
-    """Raises `ValueError` when the JSON is not a tokenizer with BERT's special tokens."""
+    """Raises `ValueError` when the JSON is not a tokenizer with BERT's special tokens that can read any text."""
 
     def __init__(self, definition: str) -> None:
-        try:
+        with _refusal("not a tokenizer JSON"):
             self._corpus = WordPieceTokenizer.from_str(definition)
             self._typed = WordPieceTokenizer.from_str(_as_typed(definition))
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"not a tokenizer JSON: {error}") from error
-        for tokenizer in (self._corpus, self._typed):
-            tokenizer.no_truncation()
-            tokenizer.no_padding()
-        self._normalized = _for_normalized(self._typed)
+            for tokenizer in (self._corpus, self._typed):
+                tokenizer.no_truncation()
+                tokenizer.no_padding()
+            self._normalized = _for_normalized(self._typed)
         self._letters = _Letters(self._typed.normalizer)
         self.json = definition
         vocabulary = self._corpus.get_vocab(with_added_tokens=True)
@@ -72,7 +73,10 @@ class Tokenizer:
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (
             vocabulary[token] for token in SPECIAL_TOKENS
         )
-        if self.encode(MASK_TOKEN).masked != [False, True, False]:
+        with _refusal("the tokenizer cannot read text"):
+            self.encode_training(TRIAL_TEXTS)
+            only_mask, *_ = [self.encode(text) for text in (MASK_TOKEN, *TRIAL_TEXTS)]
+        if only_mask.masked != [False, True, False]:
             raise ValueError("the tokenizer reads [MASK] as text: want it among its added_tokens")
 
     @classmethod
@@ -132,6 +136,17 @@ class Tokenizer:
         """Tokens as text, for reading: pieces joined, special tokens left out."""
         kept = [token_id for token_id in token_ids if token_id not in self.special_ids]
         return str(self._corpus.decode(kept))
+
+
+@contextmanager
+def _refusal(what: str) -> Iterator[None]:
+    """Raises `ValueError` for what the library raises: bare `Exception`, or where its Rust panics, not even that."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise ValueError(f"{what}: {error}") from error
 
 
 def _as_typed(definition: str) -> str:

@@ -262,6 +262,27 @@ def test_what_is_no_tokenizer_is_refused(text: str) -> None:
         Tokenizer(text)
 
 
+@pytest.mark.parametrize(
+    ("part", "values"),
+    [
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "ALQC"}),
+        ("pre_tokenizer", {"type": "FixedLength", "length": 0}),
+        ("model", {"unk_token": "<unk>"}),
+    ],
+)
+def test_what_cannot_read_is_refused(tiny_tokenizer: Tokenizer, part: str, values: dict[str, object]) -> None:
+    """The first two panic in Rust, which is no `Exception`; the last one only meets a word that it does not know."""
+    fields = json.loads(tiny_tokenizer.json)
+    with pytest.raises(ValueError, match=r"^(not a tokenizer JSON|the tokenizer cannot read text): "):
+        change(tiny_tokenizer.json, **{part: fields[part] | values})
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_is_no_refusal(tiny_tokenizer: Tokenizer, end: type[BaseException]) -> None:
+    with patch.object(Tokenizer, "encode", side_effect=end), pytest.raises(end):
+        Tokenizer(tiny_tokenizer.json)
+
+
 def test_a_vocabulary_without_masks_is_refused(tiny_tokenizer: Tokenizer) -> None:
     values = json.loads(tiny_tokenizer.json)
     values["model"]["vocab"]["[BLANK]"] = values["model"]["vocab"].pop("[MASK]")

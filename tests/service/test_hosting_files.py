@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import signal
@@ -98,4 +99,24 @@ async def test_finite_weights_that_give_no_numbers_are_not_served(host: Host, pa
     held = checkpoint.read(path)
     checkpoint.save(path, replace(held, model_state_dict={k: v * factor for k, v in held.model_state_dict.items()}))
     with pytest.raises(FailedPrecondition, match=f"{path}: .* of a text are not finite numbers"):
+        await host.reload()
+
+
+@pytest.mark.parametrize(
+    ("part", "values"),
+    [
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "ALQC"}),
+        ("pre_tokenizer", {"type": "FixedLength", "length": 0}),
+        ("model", {"unk_token": "<unk>"}),
+    ],
+)
+async def test_a_tokenizer_that_cannot_read_is_not_served(
+    host: Host, path: Path, part: str, values: dict[str, object]
+) -> None:
+    """The first two panic in Rust, which is no `Exception`."""
+    held = checkpoint.read(path)
+    fields = json.loads(held.tokenizer)
+    fields[part] |= values
+    checkpoint.save(path, replace(held, tokenizer=json.dumps(fields)))
+    with pytest.raises(FailedPrecondition, match=f"{path}: tokenizer: "):
         await host.reload()

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 from unicodedata import combining
@@ -43,6 +44,15 @@ class Encoding:
     ids: list[int]
     spans: list[tuple[int, int]]
     masked: list[bool]
+
+    def with_sharers(self, rows: Iterable[int]) -> set[int]:
+        """These rows and those that share a character with one of them: a Korean syllable may be three tokens."""
+        together = [(row, row + 1) for row, (one, other) in enumerate(pairwise(self.spans)) if other[0] < one[1]]
+        found = set(rows)
+        for pair in (*together, *reversed(together)):
+            if not found.isdisjoint(pair):
+                found.update(pair)
+        return found
 
 
 class Tokenizer:
@@ -102,8 +112,12 @@ class Tokenizer:
         return [self._pieces[token_id] for token_id in range(self.vocab_size)]
 
     def write(self, encoding: Encoding, tokens: Mapping[int, int]) -> str:
-        """The encoded text with the tokens of some rows (row -> token) written in, every other character as it was."""
-        return fill(encoding, {row: self.piece(token) for row, token in tokens.items()})[0]
+        """The encoded text with the tokens of some rows (row -> token) written in, every other character as it was.
+
+        Of a character that is several tokens all are written.
+        """
+        rows = encoding.with_sharers(tokens)
+        return fill(encoding, {row: self.piece(tokens.get(row, encoding.ids[row])) for row in rows})[0]
 
     def piece(self, token_id: int) -> str:
         """The word piece of a token, with its `##` if it continues a word."""

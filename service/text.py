@@ -71,7 +71,8 @@ class WrittenText:
 def write_back(encoding: Encoding, result: Result, tokenizer: Tokenizer, *, rewrite: bool = False) -> WrittenText:
     """Fill the masks, and leave every other character as it was sent.
 
-    With `rewrite`, visible tokens that the model reads differently are written over too.
+    With `rewrite`, visible tokens that the model reads differently are written over too, and the others of the same
+    character with them.
     """
     place = {row: index for index, row in enumerate(result.rows)}
     text, fills = _written(encoding, {row: result.tokens[row] for row in result.rows}, tokenizer, rewrite)
@@ -106,12 +107,10 @@ def _written(
     encoding: Encoding, tokens: Mapping[int, int], tokenizer: Tokenizer, rewrite: bool
 ) -> tuple[str, list[Fill]]:
     """The tokens of some rows written into the text, over masks and, with `rewrite`, over what is read differently."""
-    pieces = {
-        row: tokenizer.piece(token)
-        for row, token in tokens.items()
-        if encoding.masked[row] or (rewrite and _is_reread(encoding, row, token))
-    }
-    return fill(encoding, pieces)
+    rows = {row for row in tokens if encoding.masked[row]}
+    if rewrite:
+        rows |= encoding.with_sharers(row for row, token in tokens.items() if _is_reread(encoding, row, token))
+    return fill(encoding, {row: tokenizer.piece(tokens[row]) for row in rows})
 
 
 def _is_reread(encoding: Encoding, row: int, token: int) -> bool:

@@ -344,3 +344,15 @@ def test_tokens_are_written_into_the_text_that_was_encoded(tiny_tokenizer: Token
     (fox,) = tiny_tokenizer.encode("fox").ids[1:-1]
     assert tiny_tokenizer.write(encoding, {row: fox}) == "The  fox!"
     assert tiny_tokenizer.write(encoding, {}) == "The  [MASK]!"
+
+
+def test_a_character_of_several_tokens_is_written_whole(tiny_tokenizer: Tokenizer) -> None:
+    encoding = Encoding(
+        "é한국 x", list(range(40, 47)), [(0, 1), (1, 2), (1, 2), (1, 3), (2, 3), (2, 3), (4, 5)], [False] * 7
+    )
+    pieces = [tiny_tokenizer.piece(token).removeprefix("##") for token in encoding.ids]
+    assert tiny_tokenizer.write(encoding, {0: 50}) == f"{tiny_tokenizer.piece(50)}한국 x"
+    for row in range(1, 6):  # one token has parts of both characters, so that none can be written without the others
+        assert encoding.with_sharers([row]) == {1, 2, 3, 4, 5}
+        changed = [tiny_tokenizer.piece(50) if other == row else pieces[other] for other in range(1, 6)]
+        assert tiny_tokenizer.write(encoding, {row: 50}) == f"é{''.join(changed)} x"

@@ -1,0 +1,42 @@
+"""What is written into a text, beyond what a whole service shows."""
+
+from __future__ import annotations
+
+import json
+from unicodedata import normalize
+
+import pytest
+
+from rdt_core import Tokenizer
+from service.engine.types import Choice, Reading, Result
+from service.text import Draft, write_back
+
+LETTERS = ["ᄒ", "##ᅡ", "##ᆫ", "##ᆨ"]  # 한 is the first three, 학 has the last in place of the third
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizer: Tokenizer) -> Tokenizer:
+    fields = json.loads(tiny_tokenizer.json)
+    fields["model"]["vocab"] |= {letter: tiny_tokenizer.vocab_size + i for i, letter in enumerate(LETTERS)}
+    return Tokenizer(json.dumps(fields))
+
+
+def test_of_a_character_that_is_several_tokens_none_is_lost(tokenizer: Tokenizer) -> None:
+    """Whichever of them the model reads differently."""
+    encoding = tokenizer.encode("the 한 fox")
+    tokens, rows = list(encoding.ids), list(range(len(encoding.ids)))
+    tokens[4] += 1
+    shares = [0.5] * len(rows)
+    result = Result(tokens, rows, shares, [1] * len(rows), [[]] * len(rows), 1, [0.1], "max_steps", 1)
+    written = write_back(encoding, result, tokenizer, rewrite=True)
+    assert normalize("NFC", written.text) == "the 학 fox"
+    assert [written.text[r.start : r.end] for r in written.restored] == ["ᄒ", "ᅡ", "ᆨ"]
+    reading = Reading(0.1, "max_steps", [Choice(row, tokens[row], 0.5, []) for row in rows], [])
+    assert Draft(encoding, tokenizer, rewrite=True).after(reading) == written.text
+
+
+def test_a_character_that_is_read_as_it_stands_stays_as_it_was_sent(tokenizer: Tokenizer) -> None:
+    encoding = tokenizer.encode("the 한 fox")
+    rows = list(range(len(encoding.ids)))
+    reading = Reading(0.1, "max_steps", [Choice(row, encoding.ids[row], 0.5, []) for row in rows], [])
+    assert Draft(encoding, tokenizer, rewrite=True).after(reading) == "the 한 fox"

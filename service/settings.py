@@ -22,6 +22,9 @@ secret: with pydantic's own, `None`, the server would then run without a key."""
 INT32_MAX = 2**31 - 1
 """Largest count of any setting: some libraries take 32-bit numbers."""
 
+MOST_TOP_K = 32
+"""`LEAST_TOP` of `rdt_core.decoding`, which is not imported here because it takes torch along."""
+
 
 def _sendable(key: SecretStr) -> SecretStr:
     """Only such keys arrive unchanged both in HTTP headers and in gRPC metadata; clients trim spaces."""
@@ -128,8 +131,9 @@ class Settings(BaseSettings):
     max_top_k: int = Field(
         20,
         ge=0,
-        le=INT32_MAX,
-        description="Largest top_k a request may ask for, that is, candidates for each restored token.",
+        le=MOST_TOP_K,
+        description="Largest top_k a request may ask for, that is, candidates for each restored token. Of more than 32 "
+        "the order of equally likely ones would depend on other requests.",
     )
     max_batch_items: int = Field(
         64,

@@ -11,17 +11,20 @@ import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from torch import Tensor
 
-from rdt_core import RDT, Packing, State
+from rdt_core import RDT, Packing, State, checkpoint
 from rdt_core.devices import pick_device
 from service import cli, hosting, runtime
 from service.addresses import address
 from service.client import AsyncClient, ProblemError
+from service.metrics import Metrics
 from service.runtime import listen, serve
 from service.settings import Settings
+from tests.fakes import FakeClock
 
 pytestmark = pytest.mark.usefixtures("_log_everything")
 
@@ -54,18 +57,25 @@ async def running(
 
 
 async def test_the_settings_reach_the_model_card(tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
-    settings = settings_for(tiny_checkpoint, max_steps_limit=7, max_top_k=1000)
+    settings = settings_for(tiny_checkpoint, max_steps_limit=7, max_top_k=3)
     async with running(settings, caplog) as (client, serving):
         card = await client.model()
         with pytest.raises(ProblemError, match="from 1 to 7"):
             await client.denoise("a", max_steps=8)
         os.kill(os.getpid(), signal.SIGTERM)
         assert await serving == 0
-    assert card.limits["max_steps"] == 7
-    assert card.limits["top_k"] == card.configuration["vocab_size"], "no more candidates than words"
+    assert (card.limits["max_steps"], card.limits["top_k"]) == (7, 3)
     assert (card.name, card.device, card.precision) == ("tiny", "cpu", "fp32")
     assert re.fullmatch(r"[0-9a-f]{64}", card.digest)
     assert card.n_parameters > 0
+
+
+def test_nobody_asks_for_more_candidates_than_there_are_words(tiny_checkpoint: Path) -> None:
+    loaded = checkpoint.load(tiny_checkpoint)
+    loaded.model.config = loaded.model.config.with_changes(vocab_size=19)
+    settings = settings_for(tiny_checkpoint, max_top_k=20)
+    denoiser = hosting.build_denoiser(loaded, Mock(), settings, Metrics(FakeClock()))
+    assert denoiser.card.limits["top_k"] == 19
 
 
 async def test_the_grace_period_is_the_longest_wait(tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from rdt_core.decoding import LEAST_TOP
 from service.settings import Settings, SettingsError, read_settings, unknown_variables
 
 
@@ -75,6 +76,12 @@ def test_a_bad_setting_is_named(flags: list[str], named: str) -> None:
     with pytest.raises(SettingsError) as error:
         read_settings(flags)
     assert named in str(error.value)
+
+
+def test_as_many_candidates_may_be_asked_for_as_have_the_same_order_in_any_company() -> None:
+    assert read_settings(["--max_top_k", str(LEAST_TOP)]).max_top_k == LEAST_TOP
+    with pytest.raises(SettingsError, match="max_top_k"):
+        read_settings(["--max_top_k", str(LEAST_TOP + 1)])
 
 
 def test_all_bad_settings_are_named_at_once() -> None:

@@ -27,7 +27,8 @@ done
 [ $# = 0 ] || shift # the line between the two
 
 newest() {
-    find "$folder" -maxdepth 1 -name 'checkpoint_epoch_*_step_*.pt' | sort -V | tail -n 1
+    find "$folder" -maxdepth 1 -name 'checkpoint_epoch_*' | sed -n 's/.*_step_\([0-9]\+\)\.pt$/\1 &/p' |
+        sort -n | tail -n 1 | cut -d ' ' -f 2-
 }
 
 mkdir -p "$folder"

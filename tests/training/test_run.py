@@ -82,6 +82,17 @@ def test_the_limit_is_one_of_the_whole_run(tmp_path: Path) -> None:
     assert stopped.returncode == 124, stopped.stderr
 
 
+def test_the_newest_checkpoint_is_the_one_of_most_steps(tmp_path: Path) -> None:
+    """Epochs grow longer with the text, and shorter with larger batches: a later step may be in an earlier one."""
+    folder = tmp_path / "a run"
+    folder.mkdir()
+    for name in ("7_step_200", "1_step_300", "1_step_300_copy", "0_step_30"):
+        (folder / f"checkpoint_epoch_{name}.pt").touch()
+    said = run_pretending(folder, 0, training='echo "$@"', release='echo "$@"').stdout
+    newest = folder / "checkpoint_epoch_1_step_300.pt"
+    assert said.count(f"--checkpoint {newest} ") == 2, "both to go on from and to release"
+
+
 def test_time_that_is_over_is_not_forgotten_by_whoever_missed_the_signal(tmp_path: Path) -> None:
     """As Python does while it starts: it may raise where exceptions are ignored."""
     deaf = "trap '' INT; sleep 1; touch $FOLDER/checkpoint_epoch_0_step_1.pt"

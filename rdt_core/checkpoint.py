@@ -2,8 +2,8 @@
 
 Keys: `epoch`, `step`, `model_state_dict`, `optimizer_state_dict`, `scheduler_state_dict`, `loss`, `config`
 (`{"model": ..., "training": ...}`) and `tokenizer` (the tokenizer's JSON). A resumable checkpoint adds `progress`:
-the best loss and what it was measured on, and the running average. Everything random follows from the step and the
-run's seed. A release drops `progress` and the states of optimizer and scheduler.
+the best loss and what it was measured on, the running average, and which checkpoints the run keeps. Everything random
+follows from the step and the run's seed. A release drops `progress` and the states of optimizer and scheduler.
 
 Files are read with `weights_only=True`: a pickle that would run code is refused, never executed.
 """

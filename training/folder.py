@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from rdt_core import checkpoint
@@ -40,18 +41,21 @@ class RunFolder:
         return self.path / f"checkpoint_epoch_{epoch}_step_{step}.pt"
 
     def save(self, saved: Checkpoint) -> None:
-        """Write a checkpoint to resume from, and drop all but the last few."""
+        """Write a checkpoint to resume from, which names those that are kept: the last few. Drop the others."""
         path = self.of_step(saved.epoch, saved.step)
-        checkpoint.save(path, saved)
-        self._own = [*(file for file in self._own if file != path), path]
-        while len(self._own) > self._keep_last:
-            self._own.pop(0).unlink(missing_ok=True)
+        own = [*(file for file in self._own if file != path), path]
+        dropped, self._own = own[: -self._keep_last], own[-self._keep_last :]
+        kept = [file.name for file in self._own]
+        checkpoint.save(path, replace(saved, progress=(saved.progress or {}) | {"kept": kept}))
+        for file in dropped:
+            file.unlink(missing_ok=True)
 
-    def take_over(self, resumed: Path, step: int) -> None:
-        """Count the files of the resumed run as this run's, if they are here. Later ones are another run's."""
-        if resumed.resolve().parent == self.path.resolve():
-            steps = {file: _step_of(file) for file in self.path.glob("checkpoint_*.pt")}
-            self._own = sorted((file for file, at in steps.items() if 0 <= at <= step), key=_step_of)
+    def take_over(self, path: Path, resumed: Checkpoint) -> None:
+        """Count the resumed checkpoint as this run's, and those that it names, if they are here."""
+        if path.resolve().parent == self.path.resolve():
+            named = {path.name, *(resumed.progress or {}).get("kept", ())}
+            here = [file for file in self.path.glob("checkpoint_*.pt") if file.name in named and _step_of(file) >= 0]
+            self._own = sorted(here, key=_step_of)
 
 
 def _of_another_process(partial: Path) -> bool:

@@ -279,7 +279,7 @@ class Trainer:
         if self.folder.best.is_file() and not any(name.startswith(MEASURED) for name in changed):
             progress = saved.progress
             self.best_loss, self.best_of = progress.get("best_loss", math.inf), progress.get("best_of", "")
-        self.folder.take_over(path, self.step)
+        self.folder.take_over(path, saved)
 
 
 def model_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:

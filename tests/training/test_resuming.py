@@ -61,7 +61,36 @@ def test_only_a_runs_own_checkpoints_go(finished: TrainConfig, train_settings: S
     Trainer(train_settings(**more), cpu, resume=saved_at(finished, 8)).fit()
     assert copy.exists()
     left = {int(file.stem.rpartition("_")[2]) for file in folder.glob("checkpoint_epoch_*_step_*[0-9].pt")}
-    assert left == {8, 10, 20}, "resumed, it goes on where that run was, and what is later is not its own"
+    assert left == {3, 8, 10, 20}, "resumed, it goes on where that run was, and the others are not its own"
+
+
+def test_a_checkpoint_that_names_none_of_its_run_takes_none_along(
+    finished: TrainConfig, train_settings: Settings, cpu: torch.device
+) -> None:
+    """As those did that were saved before names were kept: which others are of its run nobody knows."""
+    path = saved_at(finished, 8)
+    saved = checkpoint.read(path)
+    assert (saved.progress or {}).pop("kept") == [saved_at(finished, 4).name, path.name]
+    checkpoint.save(path, saved)
+    more = {"training.num_steps": 10, "training.keep_last_n_checkpoints": 1}
+    Trainer(train_settings(**more), cpu, resume=path).fit()
+    assert saved_at(finished, 4).exists()
+    assert saved_at(finished, 10).exists()
+    assert not path.exists()
+
+
+def test_a_checkpoint_can_name_nothing_else_for_removal(
+    finished: TrainConfig, train_settings: Settings, cpu: torch.device, tmp_path: Path
+) -> None:
+    path, other = saved_at(finished, 8), tmp_path / "checkpoint_epoch_0_step_1.pt"
+    other.touch()
+    saved = checkpoint.read(path)
+    named = [f"../{other.name}", str(other), "best_model.pt", "."]
+    checkpoint.save(path, replace(saved, progress=(saved.progress or {}) | {"kept": named}))
+    more = {"training.num_steps": 10, "training.keep_last_n_checkpoints": 1, "output.eval_every_n_steps": 100}
+    Trainer(train_settings(**more), cpu, resume=path).fit()
+    assert other.exists()
+    assert (path.parent / "best_model.pt").exists()
 
 
 @pytest.mark.parametrize("gate_steps", [4, 6])

@@ -62,7 +62,7 @@ def test_an_interrupted_run_continues_bit_for_bit(
     changes: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole = train_settings(**changes)
+    whole = train_settings(**changes, **{"training.save_every_n_steps": 4})
     assert Trainer(whole, cpu).fit()
 
     broken = train_settings(**changes, **{"output.checkpoint_dir": str(tmp_path / "broken")})
@@ -223,7 +223,8 @@ def test_a_finished_run_can_be_given_more_steps(
     trainer = Trainer(longer, cpu, resume=saved_at(finished, 8))
     assert trainer.step == 8
     progress = checkpoint.read(saved_at(finished, 8)).progress
-    assert progress == {"best_loss": trainer.best_loss, "best_of": "total"}
+    kept = [saved_at(finished, step).name for step in (6, 8)]
+    assert progress == {"best_loss": trainer.best_loss, "best_of": "total", "kept": kept}
     assert math.isfinite(trainer.best_loss)
     assert trainer.fit()
     assert checkpoint.read(saved_at(longer, 10)).step == 10

@@ -13,9 +13,8 @@ set -euo pipefail
 if [ -n "${LIMIT:-}" ]; then
     limit=$LIMIT
     unset LIMIT
-    exec timeout --signal=INT "$limit" "$0" "$@"
+    exec timeout --foreground "$limit" "$0" "$@"
 fi
-trap 'exit 130' INT # else bash forgets a signal that what it waits for has survived
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 folder=$1 text=$2 training=()
@@ -31,9 +30,27 @@ newest() {
         sort -n | tail -n 1 | cut -d ' ' -f 2-
 }
 
+# A signal ends the stage that is under way, and then the script. SIGINT reaches both, which are one group. SIGTERM may
+# be for the script alone, so it is passed on, as SIGINT: a trainer that has SIGTERM too would end unsaved at a second.
+stop() {
+    stopped=$1
+    kill -s "$2" "${!-}" 2>/dev/null || exit "$stopped"
+}
+stopped=
+trap 'stop 130 0' INT
+trap 'trap : TERM; stop 143 INT' TERM
+stage() {
+    env --default-signal=INT,QUIT "$PYTHON" -m "$@" & # in the foreground, bash would hear of signals when it has ended
+    while kill -s 0 $! 2>/dev/null; do
+        wait $! || true
+    done
+    wait $! || exit
+    [ -z "$stopped" ] || exit "$stopped"
+}
+
 mkdir -p "$folder"
 resumed=$(newest)
-"$PYTHON" -m training "${training[@]}" ${resumed:+--checkpoint "$resumed"} \
+stage training "${training[@]}" ${resumed:+--checkpoint "$resumed"} \
     "output.checkpoint_dir=$folder" "output.log_dir=$folder/logs"
-"$PYTHON" -m training.release --checkpoint "$(newest)" --output "$folder/release.pt"
-"$PYTHON" -m training.evaluate --checkpoint "$folder/release.pt" --text "$text" --output "$folder/evaluation" "$@"
+stage training.release --checkpoint "$(newest)" --output "$folder/release.pt"
+stage training.evaluate --checkpoint "$folder/release.pt" --text "$text" --output "$folder/evaluation" "$@"

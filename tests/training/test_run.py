@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -62,22 +65,30 @@ def test_a_run_that_is_out_of_time_says_so_and_releases_nothing(
     assert not (tmp_path / "run" / "release.pt").exists()
 
 
-def run_pretending(folder: Path, limit: float, **stages: str) -> subprocess.CompletedProcess[str]:
-    """The script with shell commands in place of `python -m training…`."""
+def start_pretending(folder: Path, limit: float, **stages: str) -> subprocess.Popen[str]:
+    """The script with shell commands in place of `python -m training…`, in a process group of its own."""
     python = folder / "python"
     cases = " ".join(f"*{stage}) {command};;" for stage, command in stages.items())
     python.write_text(f"#!/bin/sh\ncase $2 in {cases} esac\n", encoding="utf-8")
     python.chmod(0o755)
-    return subprocess.run(
+    return subprocess.Popen(
         [ROOT / "training" / "run.sh", folder, "test.txt", "--config=any", "any.setting=1"],
-        env={**os.environ, "PYTHON": str(python), "FOLDER": str(folder), "LIMIT": str(limit)},
-        capture_output=True, text=True, check=False, timeout=60,
+        env={**os.environ, "PYTHON": str(python), "FOLDER": str(folder), "LIMIT": str(limit or "")},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
+
+
+def run_pretending(folder: Path, limit: float, **stages: str) -> subprocess.CompletedProcess[str]:
+    with start_pretending(folder, limit, **stages) as script:
+        out, err = script.communicate(timeout=60)
+    return subprocess.CompletedProcess(script.args, script.returncode, out, err)
 
 
 def test_the_limit_is_one_of_the_whole_run(tmp_path: Path) -> None:
     """An evaluation that began late is ended in time too: the next call has all of the limit for it."""
-    stopped = run_pretending(tmp_path, 1, training="touch $FOLDER/checkpoint_epoch_0_step_1.pt", evaluate="sleep 5")
+    stopped = run_pretending(
+        tmp_path, 1, training="touch $FOLDER/checkpoint_epoch_0_step_1.pt", evaluate="exec sleep 5"
+    )
     assert (tmp_path / "checkpoint_epoch_0_step_1.pt").exists()
     assert stopped.returncode == 124, stopped.stderr
 
@@ -99,6 +110,43 @@ def test_time_that_is_over_is_not_forgotten_by_whoever_missed_the_signal(tmp_pat
     stopped = run_pretending(tmp_path, 0.5, training=deaf, release="touch $FOLDER/release.pt")
     assert (tmp_path / "checkpoint_epoch_0_step_1.pt").exists()
     assert stopped.returncode == 124, stopped.stderr
+    assert not (tmp_path / "release.pt").exists()
+
+
+TRAINER = """
+import os, pathlib, time
+from training.stopping import stop_signal
+folder = pathlib.Path(os.environ["FOLDER"])
+with stop_signal() as signals:
+    (folder / "begun").touch()
+    for _ in range(20000):
+        time.sleep(0.001)
+        if signals:
+            time.sleep(0.5)
+            (folder / "checkpoint_epoch_0_step_1.pt").touch()
+            raise SystemExit(130)
+"""
+
+
+@pytest.mark.parametrize("limit", [0, 100])
+@pytest.mark.parametrize(
+    ("number", "send"), [(signal.SIGTERM, os.kill), (signal.SIGTERM, os.killpg), (signal.SIGINT, os.killpg)]
+)
+def test_a_signal_ends_the_script_once_its_training_has_saved(
+    tmp_path: Path, limit: float, number: int, send: Callable[[int, int], None]
+) -> None:
+    """To the script alone, as `kill` sends it, or to the whole group, as schedulers and Ctrl-C do. The training must
+    not have the same signal twice, which ends it unsaved.
+    """
+    (tmp_path / "trainer.py").write_text(TRAINER, encoding="utf-8")
+    training = f"PYTHONPATH=. exec {sys.executable} $FOLDER/trainer.py"
+    with start_pretending(tmp_path, limit, training=training, release="touch $FOLDER/release.pt") as script:
+        while not (tmp_path / "begun").exists():
+            assert script.poll() is None
+            time.sleep(0.01)
+        send(script.pid, number)
+        assert script.wait(timeout=60) == 130
+        assert (tmp_path / "checkpoint_epoch_0_step_1.pt").exists()
     assert not (tmp_path / "release.pt").exists()
 
 

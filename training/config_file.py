@@ -32,9 +32,23 @@ def parse_config(values: Mapping[str, Any]) -> TrainConfig:
     return config
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML's own loaders drop the first without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.composer.ComposerError(None, None, f"{key.value} is given twice", key.start_mark)
+                seen.add(key.value)
+        return node
+
+
 def _read_yaml(path: str | Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
     except (yaml.YAMLError, ValueError) as error:  # not UTF-8, or what only looks like a date or a number
@@ -51,7 +65,7 @@ def _parse_assignment(assignment: str) -> dict[str, Any]:
     if not equals or not key:
         raise ConfigError(f"{assignment!r}: want section.key=value")
     try:
-        value: Any = yaml.safe_load(text)
+        value: Any = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{assignment!r}: not YAML: {' '.join(str(error).split())}") from error
     for part in reversed(key.split(".")):

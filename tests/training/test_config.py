@@ -173,10 +173,12 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path: Path) -> None:
 
 
 NO_DAY = "name=2026-28-11"  # which YAML takes for a date
+TWICE = "data={num_workers: 1, num_workers: 2}"
 
 
 @pytest.mark.parametrize(
-    "assignment", ["training.batch_size", "=3", "training.batch_size=[", "training=5", "", NO_DAY, f"seed={'9' * 5000}"]
+    "assignment",
+    ["training.batch_size", "=3", "training.batch_size=[", "training=5", "", NO_DAY, TWICE, f"seed={'9' * 5000}"],
 )
 def test_an_assignment_that_makes_no_sense_is_refused(tmp_path: Path, assignment: str) -> None:
     path = tmp_path / "base.yaml"
@@ -195,6 +197,9 @@ def test_an_assignment_that_makes_no_sense_is_refused(tmp_path: Path, assignment
         ("a: [1\nb: }", "not YAML"),
         ("name: 2026-28-11", "not YAML: month must be in 1..12"),
         ("- 1\n- 2", "holds a list, want sections with keys"),
+        ("seed: 1\ndata: {}\nseed: 2", "not YAML: seed is given twice in .*, line 3, column 1"),
+        ("training:\n  num_steps: 1\n  num_steps: 1", "not YAML: num_steps is given twice in .*, line 3, column 3"),
+        ("model: {}\n'model': {}", "not YAML: model is given twice"),
     ],
 )
 def test_a_file_that_is_no_config_is_named(tmp_path: Path, text: str, problem: str) -> None:

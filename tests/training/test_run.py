@@ -84,6 +84,15 @@ def run_pretending(folder: Path, limit: float, **stages: str) -> subprocess.Comp
     return subprocess.CompletedProcess(script.args, script.returncode, out, err)
 
 
+def test_a_folder_may_be_called_as_one_likes(tmp_path: Path) -> None:
+    """What YAML would take for a comment, a mapping or an end of quotes."""
+    folder = tmp_path / "it's run: 'one'  #2"
+    folder.mkdir()
+    *_, checkpoints, logs = run_pretending(folder, 0, training="printf '%s\\n' \"$@\"").stdout.splitlines()
+    output = load_config(CONFIGS / "small.yaml", None, [checkpoints, logs]).output
+    assert (output.checkpoint_dir, output.log_dir) == (str(folder), str(folder / "logs"))
+
+
 def test_the_limit_is_one_of_the_whole_run(tmp_path: Path) -> None:
     """An evaluation that began late is ended in time too: the next call has all of the limit for it."""
     stopped = run_pretending(

@@ -56,10 +56,12 @@ class Stages:
         gate_is_taught = self.section.scheme == "unroll" and self.section.gate_every_n_steps > 0
         return "total" if gate_is_taught else "recon"
 
-    def check(self) -> list[str]:
-        """Notes on what will learn nothing. Raises `ConfigError` for stages that do not fit into the run."""
+    def check(self, fresh: bool) -> list[str]:
+        """Notes on what will learn nothing. Raises `ConfigError` for stages that do not fit into the run, which has
+        its weights from a checkpoint if it is not `fresh`.
+        """
         section, n_learning = self.section, self.n_encoder_steps
-        if n_learning < 0 or (n_learning == 0 and not Path(section.init_from or "").is_file()):
+        if n_learning < 0 or (n_learning == 0 and fresh and not Path(section.init_from or "").is_file()):
             wanted = "want less, or with a checkpoint as training.init_from as many"
             raise ConfigError(
                 f"training.gate_steps is {section.gate_steps}: the run has {self.n_steps} steps, {wanted}"

@@ -82,7 +82,7 @@ class Trainer:
         self.steps_an_epoch = max(1, len(self.batches) // config.training.gradient_accumulation_steps)
         self.n_steps = config.training.num_steps or config.training.num_epochs * self.steps_an_epoch
         self.stages = Stages(config.training, self.n_steps)
-        self.notes += self.stages.check()
+        self.notes += self.stages.check(fresh=resumed is None)
 
         self.model = self._make_model(fresh=resumed is None)
         self.learner = Learner(self.model, config, self.stages, self.processes)

@@ -115,6 +115,20 @@ def test_a_run_cut_short_for_the_gate_goes_on_with_its_average(
     assert warm_start(again.model, again.folder.of_step(0, 8), again.tokenizer).endswith("everything")
 
 
+def test_a_run_for_the_gate_alone_goes_on_without_the_weights_it_started_from(
+    finished: TrainConfig, train_settings: Settings, cpu: torch.device, tmp_path: Path
+) -> None:
+    start = tmp_path / "start.pt"
+    saved_at(finished, 8).rename(start)
+    alone = {"training.num_steps": 4, "training.gate_steps": 4, "training.save_every_n_steps": 2}
+    config = train_settings(**alone, **{"training.init_from": str(start)})
+    Trainer(config, cpu).fit()
+    start.unlink()
+    again = Trainer(config, cpu, resume=saved_at(config, 2))
+    assert again.step == 2
+    assert again.fit()
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("step", None), ("optimizer_state_dict", {"state": {}, "param_groups": []})]
 )

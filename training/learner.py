@@ -49,6 +49,8 @@ class Learner:
         self.scheduler = make_scheduler(self.optimizer, config.training, stages.n_steps)
         decay = config.training.average_decay
         self.average = None if decay is None else Average(trunk_parameters(model), decay)
+        if self.average is not None and stages.n_encoder_steps == 0:
+            self.average.take_over()  # that of no steps, the weights themselves
         self.step = 0
         self.learning_rate = 0.0  # of the last step
         self.stop_asked = False  # some process had been asked to stop by the last step

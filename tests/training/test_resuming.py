@@ -13,6 +13,7 @@ import torch
 from rdt_core import checkpoint
 from tests.training.conftest import Settings, saved_at
 from training.config import ConfigError, TrainConfig
+from training.optimise import average_note
 from training.trainer import Trainer
 from training.warm_start import warm_start
 
@@ -93,7 +94,7 @@ def test_a_checkpoint_can_name_nothing_else_for_removal(
     assert (path.parent / "best_model.pt").exists()
 
 
-@pytest.mark.parametrize("gate_steps", [4, 6])
+@pytest.mark.parametrize("gate_steps", [4, 6, 8])
 def test_a_run_cut_short_for_the_gate_goes_on_with_its_average(
     train_settings: Settings, cpu: torch.device, gate_steps: int
 ) -> None:
@@ -113,6 +114,20 @@ def test_a_run_cut_short_for_the_gate_goes_on_with_its_average(
     said = warm_start(again.model, saved, again.tokenizer)
     assert said.endswith("everything, the weights as they stood and not their running average")
     assert warm_start(again.model, again.folder.of_step(0, 8), again.tokenizer).endswith("everything")
+
+
+def test_weights_that_stay_as_they_are_wait_for_no_average(
+    finished: TrainConfig, train_settings: Settings, cpu: torch.device, tmp_path: Path
+) -> None:
+    alone = {"training.num_steps": 4, "training.gate_steps": 4, "training.save_every_n_steps": 2}
+    start = {"training.init_from": str(saved_at(finished, 8)), "output.checkpoint_dir": str(tmp_path / "gate")}
+    config = train_settings(**alone, **start, **{"training.average_decay": 0.5})
+    Trainer(config, cpu).fit()
+    whole = checkpoint.read(saved_at(config, 4))
+    assert average_note(whole) == average_note(checkpoint.read(saved_at(config, 2))) == ""
+    Trainer(config, cpu, resume=saved_at(config, 2)).fit()
+    resumed = checkpoint.read(saved_at(config, 4))
+    assert (resumed.progress or {})["averaged"] == (whole.progress or {})["averaged"]
 
 
 def test_a_run_for_the_gate_alone_goes_on_without_the_weights_it_started_from(

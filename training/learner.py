@@ -65,8 +65,7 @@ class Learner:
         for number, batch in batches:
             torch.manual_seed(stable_seed(self.config.seed, UNROLL, number))
             losses = self._losses(batch)
-            total = section.loss_weight_recon * losses.recon + section.loss_weight_gate * losses.gate
-            (total / section.gradient_accumulation_steps).backward()
+            self._backward(losses)
             recon, gate = recon + losses.recon.detach(), gate + losses.gate.detach()
         recon, gate = self._add_up(recon, gate, stop_asked)
         apart = trunk_parameters(self.model), gate_parameters(self.model)
@@ -80,6 +79,14 @@ class Learner:
         self.step += 1
         self._update_average()
         return Losses(recon, gate)
+
+    def _backward(self, losses: Losses) -> None:
+        """Add to the gradients. What has a loss of no weight gets none, so that the optimizer leaves it alone."""
+        section = self.config.training
+        weighted = zip((section.loss_weight_recon, section.loss_weight_gate), losses, strict=True)
+        total = torch.stack([weight * loss for weight, loss in weighted if weight > 0]).sum()
+        if total.requires_grad:  # there are steps without a turn of the gate
+            (total / section.gradient_accumulation_steps).backward()
 
     def _losses(self, batch: Batch) -> Losses:
         section = self.config.training

@@ -79,6 +79,21 @@ def test_each_part_learns_by_its_own_loss_and_weight(train_settings: Settings, c
         assert any(gradient is not None and gradient.any() for gradient in alone)
 
 
+@pytest.mark.parametrize("scheme", ["unroll", "chain"])
+@pytest.mark.parametrize(("without", "part"), [("recon", "trunk"), ("gate", "gate")])
+def test_a_part_whose_loss_has_no_weight_stays_as_it_is(
+    train_settings: Settings, cpu: torch.device, scheme: str, without: str, part: str
+) -> None:
+    """To the last bit: weight decay, too, is for what learns."""
+    trainer = Trainer(train_settings(**{f"training.loss_weight_{without}": 0.0, "training.scheme": scheme}), cpu)
+    before = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
+    for losses in trainer._steps():
+        assert losses.recon > 0
+    changed = {name for name, weight in trainer.model.state_dict().items() if not torch.equal(weight, before[name])}
+    assert changed
+    assert not [name for name in changed if name.startswith("gate.") == (part == "gate")]
+
+
 def test_the_losses_of_a_step_are_means_over_its_batches(train_settings: Settings, cpu: torch.device) -> None:
     once, thrice = (Trainer(train_settings(**{"training.gradient_accumulation_steps": n}), cpu).learner for n in (1, 3))
     batch = Trainer(train_settings(), cpu).batches[0]

@@ -91,7 +91,7 @@ def test_a_life_from_start_to_sigterm(tiny_checkpoint: Path, tmp_path: Path) -> 
         assert 'rdt_requests_total{outcome="ok",transport="rest"} 1.0' in httpx.get(f"{running.url}/metrics").text
 
         with ThreadPoolExecutor(1) as thread:
-            slow = thread.submit(client.denoise, "[MASK]", max_steps=1_000_000, threshold=0, timeout_ms=1500)
+            slow = thread.submit(client.denoise, "[MASK]", max_steps=1_000_000, threshold=0, timeout_ms=3000)
             wait_for(running, lambda: "rdt_live_requests 1.0" in httpx.get(f"{running.url}/metrics").text or None)
             running.process.send_signal(signal.SIGTERM)
             wait_for(running, lambda: httpx.get(f"{running.url}/health/ready").json()["status"] == "draining" or None)

@@ -59,6 +59,9 @@ class Bounds(Protocol):
     def token_budget(self) -> int: ...
 
     @property
+    def max_live(self) -> int: ...
+
+    @property
     def max_waiting(self) -> int: ...
 
     @property

@@ -41,7 +41,7 @@ def application(settings: Settings, fleet: Fleet) -> Any:
             downscale_delay_s=fleet.downscale_seconds,
             policy=AutoscalingPolicy(
                 policy_function=WaitingPolicy,
-                policy_kwargs={"target_waiting": fleet.target_waiting, "target_fill": fleet.target_fill},
+                policy_kwargs={"target_waiting": fleet.target_waiting, "target_load": fleet.target_load},
             ),
         ),
     )

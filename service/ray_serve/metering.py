@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import ray
 
+from service.engine.pace import Pace
 from service.engine.types import Outcome, Plan
 from service.metrics import Bounds, Metrics
 
@@ -91,32 +92,61 @@ class RayBoard:
         return kind.remote()
 
 
+class Load:
+    """What was computed, as the seconds that full ticks would have taken for it.
+
+    The time that ticks take would say more than there is: with few texts they are small, and cost more a token. How
+    full they are would say less: they fill up only when there is nearly too much.
+    """
+
+    def __init__(self) -> None:
+        self._token_budget = self._max_live = 1
+        self._pace = Pace()  # of ticks, by how full they are: expects too much of full ones until it has seen some
+        self._seconds = 0.0  # since it was asked last, as is the next
+        self._amount = 0
+
+    def describe_bounds(self, bounds: Bounds) -> None:
+        self._token_budget, self._max_live = bounds.token_budget, bounds.max_live
+
+    def ticked(self, seconds: float, plan: Plan) -> None:
+        amount = max(plan.n_tokens, len(plan.live) * self._token_budget // self._max_live)
+        self._pace.took(amount, seconds)
+        self._seconds += seconds
+        self._amount += amount
+
+    def take(self) -> float:
+        """Seconds of full ticks since the last call; at most what the ticks took."""
+        full = self._pace.expected(self._token_budget)
+        worked = min(self._seconds, self._amount * full / self._token_budget)
+        self._seconds, self._amount = 0.0, 0
+        return worked
+
+
 class ReplicaMetrics(Metrics):
     """A replica's own metrics, shown together with the others'."""
 
-    def __init__(self, clock: Callable[[], float], replica: str, board: BoardClient, token_budget: int = 1) -> None:
+    def __init__(self, clock: Callable[[], float], replica: str, board: BoardClient) -> None:
         super().__init__(clock)
         self._replica = replica
         self._board = board
-        self._token_budget = token_budget
         self._others: dict[str, str] = {}
-        self._filled_seconds = 0.0
-        self._fill_asked = clock()
+        self._load = Load()
+        self._load_asked = clock()
 
     def describe_bounds(self, bounds: Bounds, replicas: int) -> None:
         super().describe_bounds(bounds, replicas)
-        self._token_budget = bounds.token_budget
+        self._load.describe_bounds(bounds)
 
     def ticked(self, seconds: float, plan: Plan, outcome: Outcome) -> None:
         super().ticked(seconds, plan, outcome)
-        self._filled_seconds += seconds * min(1.0, plan.n_tokens / self._token_budget)
+        self._load.ticked(seconds, plan)
 
-    def fill(self, n_batches: int) -> float:
-        """How full the ticks of `n_batches` were since the last call: 0 idle, 1 full all the time."""
+    def load(self, n_batches: int) -> float:
+        """The load of `n_batches` since the last call: 0 idle, 1 all that they can do."""
         now = self._clock()
-        passed, filled = now - self._fill_asked, self._filled_seconds
-        self._fill_asked, self._filled_seconds = now, 0.0
-        return min(1.0, filled / (passed * n_batches)) if passed > 0 else 0.0
+        passed, self._load_asked = now - self._load_asked, now
+        worked = self._load.take()
+        return min(1.0, worked / (passed * n_batches)) if passed > 0 else 0.0
 
     def exposition(self) -> bytes:
         """Of all replicas: this one now, the others as they were `gather`ed."""

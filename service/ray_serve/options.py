@@ -31,7 +31,7 @@ class Fleet(BaseModel):
     num_cpus: Finite = Field(1, ge=0, description="Cores that Ray sets aside for a replica.")
     num_gpus: Finite = Field(0, ge=0, description="GPUs that Ray sets aside for a replica.")
     target_waiting: Finite = Field(8, gt=0, description="Waiting requests for each replica; more want more replicas.")
-    target_fill: Finite = Field(0.7, gt=0, le=1, description="How full ticks may be for fewer replicas to do.")
+    target_load: Finite = Field(0.7, gt=0, le=1, description="Load of each, of 1, up to which fewer replicas will do.")
     window_seconds: Finite = Field(20, gt=0, description="What the two are averaged over.")
     upscale_seconds: Finite = Field(10, ge=0, description="How long more must be wanted.")
     downscale_seconds: Finite = Field(120, ge=0, description="How long fewer must be wanted.")

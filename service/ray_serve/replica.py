@@ -22,7 +22,7 @@ from service.ray_serve.edge import Edge
 from service.ray_serve.metering import RayBoard, ReplicaMetrics
 from service.ray_serve.options import n_batches
 from service.ray_serve.rpc import Encoded, ServeCalls, ServeContext
-from service.ray_serve.scaling import FILL, WAITING
+from service.ray_serve.scaling import LOAD, WAITING
 from service.rest.app import create_app
 from service.settings import Settings
 from service.tracing import open_tracer
@@ -90,7 +90,7 @@ class Replica:
             raise EngineFailed("the engine has failed for good; its log says why")
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        return {WAITING: self._host.waiting, FILL: self._metrics.fill(n_batches(self._settings))}
+        return {WAITING: self._host.waiting, LOAD: self._metrics.load(n_batches(self._settings))}
 
     async def __del__(self) -> None:
         """Requests left after Serve's grace period fail with an error, instead of being cut off."""

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import subprocess
 import sys
 import warnings
 from collections.abc import Mapping
+from itertools import repeat
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from benchmarks.fleet import Replica as SimulatedReplica
+from benchmarks.fleet import saturate
+from benchmarks.tick_cost import TickCost
+from benchmarks.traffic import draw, steady
+from service.engine.scheduler import SchedulerLimits
 from service.engine.types import Outcome, Plan
 from service.errors import FailedPrecondition
 from service.settings import SettingsError
@@ -25,7 +32,7 @@ with warnings.catch_warnings():
     from service import ray_serve
     from service.ray_serve import metering
     from service.ray_serve.application import application, max_ongoing
-    from service.ray_serve.metering import Board, RayBoard, ReplicaMetrics, merge
+    from service.ray_serve.metering import Board, Load, RayBoard, ReplicaMetrics, merge
     from service.ray_serve.options import n_batches, read_arguments
     from service.ray_serve.replica import EngineFailed, Replica
     from service.ray_serve.scaling import WaitingPolicy, wanted
@@ -60,7 +67,7 @@ def test_every_sample_names_its_replica_and_every_family_comes_once() -> None:
 async def test_a_replica_shows_the_others_as_reported_and_itself_as_it_is() -> None:
     clock = FakeClock()
     board = FakeBoard()
-    one, two = (ReplicaMetrics(clock, name, board, token_budget=8) for name in ("one", "two"))
+    one, two = (ReplicaMetrics(clock, name, board) for name in ("one", "two"))
     reporting = asyncio.create_task(two.report_forever())
     one.passes.inc(1)
     two.passes.inc(2)
@@ -78,7 +85,7 @@ async def test_a_replica_shows_the_others_as_reported_and_itself_as_it_is() -> N
 
 
 async def test_without_the_board_a_replica_shows_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    metrics = ReplicaMetrics(FakeClock(), "one", FakeBoard({"two": "# HELP n \n# TYPE n gauge\nn 1\n"}), 8)
+    metrics = ReplicaMetrics(FakeClock(), "one", FakeBoard({"two": "# HELP n \n# TYPE n gauge\nn 1\n"}))
     await metrics.gather()
     assert 'n{replica="two"} 1' in metrics.exposition().decode()
     monkeypatch.setattr(metrics, "_board", FakeBoard(error=ActorDiedError()))
@@ -117,37 +124,78 @@ async def test_a_board_that_died_is_looked_for_again(monkeypatch: pytest.MonkeyP
     assert actors == []
 
 
-def test_fill_is_the_share_of_full_ticks() -> None:
+def test_load_is_the_time_that_full_ticks_would_take() -> None:
     clock = FakeClock()
-    metrics = ReplicaMetrics(clock, "one", FakeBoard(), token_budget=100)
-    plan = Plan((), (), frozenset(), (), live=(), n_tokens=50)
+    metrics = ReplicaMetrics(clock, "one", FakeBoard())
+    metrics.describe_bounds(SchedulerLimits(100, max_live=4, max_waiting=1, max_waiting_tokens=1), replicas=1)
+
+    def ticked(seconds: float, n_tokens: int, n_live: int = 1) -> None:
+        plan = Plan((), (), frozenset(), (), live=tuple(range(n_live)), n_tokens=n_tokens)
+        metrics.ticked(seconds, plan, Outcome({}, n_decoded=0))
+
     clock.now += 10
     for _ in range(4):
-        metrics.ticked(1.0, plan, Outcome({}, n_decoded=0))
-    assert metrics.fill(1) == pytest.approx(0.2)
+        ticked(1.0, n_tokens=50)
+    assert metrics.load(1) == pytest.approx(0.4), "nothing is known of full ones: as long as these took"
+    ticked(1.2, n_tokens=100)
     clock.now += 10
-    assert metrics.fill(1) == 0, "since it was asked last"
-    metrics.ticked(4.0, plan, Outcome({}, n_decoded=0))
+    assert metrics.load(1) == pytest.approx(0.12)
+    for _ in range(4):
+        ticked(1.0, n_tokens=50)
+    clock.now += 10
+    assert metrics.load(1) == pytest.approx(4 * 0.6 / 10), "two of them are the work of one that is full"
+    ticked(1.2, n_tokens=10, n_live=4)
+    clock.now += 10
+    assert metrics.load(1) == pytest.approx(0.12), "as many texts as may be are a full one, too"
+    clock.now += 10
+    assert metrics.load(1) == 0, "since it was asked last"
+    ticked(8.0, n_tokens=100)
     clock.now += 1
-    assert metrics.fill(2) == 1, "two batches at once, over the time that is counted"
-    metrics.ticked(4.0, plan, Outcome({}, n_decoded=0))
-    clock.now += 4
-    assert metrics.fill(2) == pytest.approx(0.25)
+    assert metrics.load(2) == 1, "two batches at once, over the time that is counted"
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9])
+def test_fewer_replicas_are_wanted_only_where_they_can_do_the_work(share: float) -> None:
+    """Of four, by simulation. At 80 % of what they can do, their ticks have a third of the tokens that they could."""
+    cost = TickCost.read("benchmarks/results/simulate-choose-avx512.json")
+    limits = SchedulerLimits(token_budget=512, max_live=64, max_waiting=256, max_waiting_tokens=16_384)
+    largest = saturate(draw("mixed", repeat(0.0, 300)), 64, cost, limits).throughput
+    load = Load()
+    load.describe_bounds(limits)
+
+    class Measured(SimulatedReplica):
+        def _begin_tick(self, now: float) -> None:
+            before = self.books.busy_seconds
+            super()._begin_tick(now)
+            if self._plan is not None:
+                load.ticked(self.books.busy_seconds - before, self._plan)
+
+    replica = Measured(limits, cost)
+    for arrival in draw("mixed", steady(share * largest, 60.0)):
+        replica.offer(arrival)
+    load.take()  # what full ticks take is known by now
+    before = replica.books.seconds
+    for arrival in draw("mixed", steady(share * largest, 60.0), seed=1):
+        replica.offer(arrival._replace(time=before + arrival.time))
+    found = load.take() / (replica.books.seconds - before)
+    assert share - 0.1 < found < share + 0.2
+    left = math.ceil(wanted(4, 0, 4 * found, target_waiting=8, target_load=0.7))
+    assert 4 * share / left < 0.95
 
 
 @pytest.mark.parametrize(
-    ("n_replicas", "waiting", "fill", "expected"),
+    ("n_replicas", "waiting", "load", "expected"),
     [
         (2, 0, 0.0, 0),  # idle: Serve's bounds keep the least
         (2, 16, 2.0, 2),  # as many waiting as is meant
         (2, 32, 2.0, 4),
         (4, 0, 1.4, 2),  # the work of two
         (4, 3, 3.9, 4),  # full, and nobody waits: stay
-        (1, 0, 1.0, 1),  # full ticks alone ask for no more
+        (1, 0, 1.0, 1),  # the load alone asks for no more
     ],
 )
-def test_how_many_are_wanted(n_replicas: int, waiting: float, fill: float, expected: float) -> None:
-    assert wanted(n_replicas, waiting, fill, target_waiting=8, target_fill=0.7) == pytest.approx(expected)
+def test_how_many_are_wanted(n_replicas: int, waiting: float, load: float, expected: float) -> None:
+    assert wanted(n_replicas, waiting, load, target_waiting=8, target_load=0.7) == pytest.approx(expected)
 
 
 def context(n_replicas: int, metrics: Mapping[str, Mapping[str, float]], queued: float = 0) -> Any:
@@ -158,12 +206,12 @@ def context(n_replicas: int, metrics: Mapping[str, Mapping[str, float]], queued:
 
 
 def test_the_policy_adds_up_what_replicas_and_proxies_say() -> None:
-    policy = WaitingPolicy(target_waiting=8, target_fill=0.5)
-    both = {"waiting": {"a": 10.0, "b": 20.0}, "fill": {"a": 1.0, "b": 1.0}}
+    policy = WaitingPolicy(target_waiting=8, target_load=0.5)
+    both = {"waiting": {"a": 10.0, "b": 20.0}, "load": {"a": 1.0, "b": 1.0}}
     assert policy(context(2, both, queued=10)) == (5, {})
-    assert policy(context(2, {"waiting": {"a": 0.0}, "fill": {"a": 0.0}})) == (2, {}), "one is silent: no fewer"
-    relaxed = WaitingPolicy(target_waiting=8, target_fill=1.0)
-    assert relaxed(context(2, {"fill": {"a": 0.25}})) == (1.25, {}), "and no fuller than full"
+    assert policy(context(2, {"waiting": {"a": 0.0}, "load": {"a": 0.0}})) == (2, {}), "one is silent: no fewer"
+    relaxed = WaitingPolicy(target_waiting=8, target_load=1.0)
+    assert relaxed(context(2, {"load": {"a": 0.25}})) == (1.25, {}), "and no more than all"
     assert policy(context(2, {})) == (3, {}), "nobody has reported yet: as decided before"
     assert policy(context(0, {})) == (3, {})
 

@@ -107,7 +107,12 @@ def read(path: str | Path) -> Checkpoint:
     """Read a checkpoint's contents onto the CPU. Raises `CheckpointError`; executes nothing."""
     if not Path(path).is_file():
         raise CheckpointError(path, "no regular file" if Path(path).exists() else "no such file")
-    if not zipfile.is_zipfile(path):
+    try:
+        with open(path, "rb") as file:
+            archived = zipfile.is_zipfile(file)
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be read: {error.strerror}") from error
+    if not archived:
         raise CheckpointError(path, "not a checkpoint, or cut short: a checkpoint is a zip archive")
     try:
         values = torch.load(path, map_location="cpu", weights_only=True)

@@ -58,6 +58,8 @@ def serve(arguments: Sequence[str] | None = None) -> int:
         return _complain("rdt-serve", error, EXIT_BAD_INPUT)
     except OSError as error:
         return _complain("rdt-serve", error, 1)
+    except KeyboardInterrupt:  # before there is a loop that takes it for SIGTERM
+        return EXIT_INTERRUPTED
 
 
 def open_standard_streams() -> None:
@@ -86,9 +88,10 @@ def lift_limit_of_files() -> None:
 
 def _serve(settings: Settings) -> int:
     if settings.api_workers > 0:
-        from service.workers.supervisor import supervise  # noqa: PLC0415 - nobody else needs it
+        from service.workers.supervisor import reserved, supervise  # noqa: PLC0415 - nobody else needs it
 
-        return asyncio.run(supervise(settings))  # uvloop cannot start process groups
+        with reserved(settings) as chosen:  # may wait, for which there must be no event loop: it would hold back Ctrl-C
+            return asyncio.run(supervise(chosen))  # uvloop cannot start process groups
 
     from service.runtime import serve  # noqa: PLC0415 - torch takes seconds; --help and bad settings need not wait
 

@@ -43,10 +43,10 @@ MARGIN_SECONDS = 10.0
 
 
 async def supervise(settings: Settings) -> int:
-    """Run until a signal comes. Returns the exit status; raises `OSError` if the addresses cannot be bound."""
-    with reserved(settings) as chosen, tempfile.TemporaryDirectory(prefix="rdt-") as folder:
-        stopped = asked_to_end()
-        crew = Crew(chosen, Path(folder) / "engine")
+    """Run with ports that are `reserved`, until a signal comes. Returns the exit status."""
+    stopped = asked_to_end()
+    with tempfile.TemporaryDirectory(prefix="rdt-") as folder:
+        crew = Crew(settings, Path(folder) / "engine")
         on_hangup(crew.reload, stopped)
         try:
             return await crew.work(stopped)
@@ -70,7 +70,7 @@ class Crew:
         keepers = [asyncio.create_task(self._keep_engine()), *(asyncio.create_task(self._keep(slot)) for slot in slots)]
         stopping = asyncio.create_task(stopped.wait())
         await asyncio.wait([*keepers, stopping], return_when=asyncio.FIRST_COMPLETED)
-        status = 0 if stopped.is_set() else next(keeper.result() for keeper in keepers if keeper.done())
+        status = 0 if stopped.is_set() else next(_status_of(keeper) for keeper in keepers if keeper.done())
         for task in (*keepers, stopping):
             task.cancel()
         await asyncio.gather(*keepers, stopping, return_exceptions=True)
@@ -149,6 +149,14 @@ class Crew:
                 log.error("%s cannot be started: %s", f"{orders.role} {orders.name}".strip(), error)
                 await asyncio.sleep(PAUSE_SECONDS)
         return await Child.start(orders)
+
+
+def _status_of(keeper: asyncio.Task[int]) -> int:
+    """The exit status, once somebody cannot be kept alive any more."""
+    if (error := keeper.exception()) is None:
+        return keeper.result()
+    log.critical("no process can be started: ending the server: %s", error)
+    return 1
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,17 @@ def test_the_device_chooses_the_number_format_unless_one_is_named(
     for precision in ("auto", "int8"):
         load_model(tiny_checkpoint, "cpu", precision)  # type: ignore[arg-type]
     assert prepared == ["that of cpu", "int8"]
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(CheckpointError, match=r"best_model.pt: cannot be read: Permission denied$"):
+        load_model(tiny_checkpoint, "cpu")
 
 
 @pytest.mark.usefixtures("prepared")

@@ -126,7 +126,9 @@ async def test_a_worker_that_dies_is_replaced_under_another_name(life: Life, cap
     assert ("worker 1.1", signal.SIGTERM) in FakeChild.signals
 
 
-async def test_no_room_for_a_process_is_waited_for(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_room_for_a_process_is_waited_for(
+    life: Life, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     births, start = [0], FakeChild.start
 
     async def refused(orders: Orders) -> FakeChild:
@@ -141,8 +143,11 @@ async def test_no_room_for_a_process_is_waited_for(life: Life, monkeypatch: pyte
     assert births == [4]
     births[0] = -(10**6)  # for good
     life.child("worker 0.0").die(-9)
-    with pytest.raises(BlockingIOError):
-        await life.work
+    assert await life.work == 1
+    told = [name for name, number in FakeChild.signals if number == signal.SIGTERM]
+    assert told[-2:] == ["worker 1.1", "engine"], "what others have accepted is finished first"
+    assert "no process can be started: ending the server: [Errno 11]" in caplog.text
+    assert "engine's process has ended" not in caplog.text
 
 
 async def test_workers_that_die_again_and_again_end_the_server(life: Life) -> None:
@@ -269,6 +274,29 @@ def test_what_a_server_before_has_left_of_its_connections_is_waited_for(caplog: 
         assert chosen.http_port == port
         assert not closing.is_alive()
     assert caplog.text.count("waiting for what a server before") == 1
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+def test_whoever_waits_for_them_can_be_ended(tmp_path: Path, number: signal.Signals, status: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        caller = socket.create_connection(("127.0.0.1", port))
+        served, _ = listener.accept()
+    served.close()
+    command = [sys.executable, "-m", "service", f"--http_port={port}", "--grpc_port=0", "--api_workers=2"]
+    with (tmp_path / "log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
+        try:
+            deadline = time.monotonic() + 60
+            while b"waiting for what a server before" not in (tmp_path / "log").read_bytes():
+                assert server.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            server.send_signal(number)
+            assert server.wait(timeout=10) == status
+        finally:
+            server.kill()
+    caller.close()
+    assert b"Traceback" not in (tmp_path / "log").read_bytes()
 
 
 def test_orders_carry_all_settings_and_keys_only_through_the_pipe() -> None:

@@ -63,6 +63,23 @@ def test_every_outcome_that_is_asked_for_exists() -> None:
             assert outcome in known[metric]
 
 
+def test_every_bucket_that_is_asked_for_exists() -> None:
+    samples = [sample for family in Metrics(time.monotonic).registry.collect() for sample in family.samples]
+    bounds = {(sample.name, sample.labels.get("le")) for sample in samples}
+    asked = {pair for expression in expressions() for pair in re.findall(r'(\w+)\{[^}]*le="([^"]+)"', expression)}
+    assert asked
+    assert asked <= bounds
+
+
+@pytest.mark.parametrize(
+    "alert", [alert for alert in ALERTS if "_rate5m{" in alert["expr"]], ids=lambda alert: alert["alert"]
+)
+def test_no_share_is_an_alarm_before_three_cases(alert: dict[str, Any]) -> None:
+    _share, counted, cases = alert["expr"].rstrip().partition("and sum by (namespace, job) (increase(")
+    assert counted
+    assert cases.endswith("[5m])) > 2.5")
+
+
 @pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
 def test_every_alert_says_what_it_is_and_what_to_do(alert: dict[str, Any]) -> None:
     notes = alert["annotations"]

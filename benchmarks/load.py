@@ -245,18 +245,21 @@ def milliseconds(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds * 1e3, 2)
 
 
-def summary(samples: Sequence[Sample], bound_seconds: float) -> dict[str, Any]:
+def summary(samples: Sequence[Sample], bound_seconds: float, *, while_arriving: bool = False) -> dict[str, Any]:
     """Rates a second until the last answer, latencies of what was answered, and errors by status.
 
-    Goodput counts the answers that came within the bound.
+    Goodput counts the answers that came within the bound. `while_arriving` ends rates with the last arrival, and does
+    not count what was answered later.
     """
     answered = [sample.latency for sample in samples if sample.ok]
-    elapsed = max(sample.arrival + sample.latency for sample in samples)
+    last = max(sample.arrival for sample in samples)
+    elapsed = last if while_arriving else max(sample.arrival + sample.latency for sample in samples)
+    counted = [sample.latency for sample in samples if sample.ok and sample.arrival + sample.latency <= elapsed]
     return {
         "requests": len(samples),
-        "offered_per_second": round(len(samples) / max(sample.arrival for sample in samples), 2),
-        "answered_per_second": round(len(answered) / elapsed, 2),
-        "goodput_per_second": round(sum(latency <= bound_seconds for latency in answered) / elapsed, 2),
+        "offered_per_second": round(len(samples) / last, 2),
+        "answered_per_second": round(len(counted) / elapsed, 2),
+        "goodput_per_second": round(sum(latency <= bound_seconds for latency in counted) / elapsed, 2),
         **{f"p{percent}_ms": milliseconds(percentile(answered, percent)) for percent in (50, 90, 99)},
         "errors": dict(Counter(sample.status for sample in samples if not sample.ok)),
     }

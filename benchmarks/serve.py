@@ -182,7 +182,7 @@ async def overload(bench: Bench, send: Send[Request], rate: float, bound: float)
     samples, seen = answers.result(), {path: probed.result() for path, probed in probes.items()}
     refusals = [sample.latency for sample in samples if sample.status in REFUSALS]
     figures = {
-        **summary(samples, bound),
+        **summary(samples, bound, while_arriving=True),
         "refused": len(refusals),
         "refused_p99_ms": milliseconds(percentile(refusals, 99)),
         "probe_max_ms": {path: milliseconds(max(probe.latency for probe in probed)) for path, probed in seen.items()},

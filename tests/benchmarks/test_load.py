@@ -159,6 +159,16 @@ def test_summary_of_a_list_made_by_hand() -> None:
     assert figures["errors"] == {"429": 1}
 
 
+def test_rates_while_requests_arrive_leave_out_what_is_answered_later() -> None:
+    samples = [Sample(1.0, 0.5, True, "ok"), Sample(2.0, 2.0, True, "ok"), Sample(3.0, 9.0, True, "ok"),
+               Sample(4.0, 0.0, False, "429")]  # fmt: skip
+    figures = summary(samples, bound_seconds=1.0, while_arriving=True)
+    assert figures["answered_per_second"] == 2 / 4
+    assert figures["goodput_per_second"] == 1 / 4
+    assert figures["p99_ms"] == 9000.0  # latencies are of all
+    assert summary(samples, bound_seconds=1.0)["answered_per_second"] == 3 / 12
+
+
 def test_nothing_answered_has_no_percentiles() -> None:
     figures = summary([Sample(1.0, 0.1, ok=False, status="503")], bound_seconds=1.0)
     assert figures["p99_ms"] is None

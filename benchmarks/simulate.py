@@ -5,7 +5,7 @@ ticks of the real engine on this machine (`--model`) or given (`--cost`, which n
 
 (no mode)             traffic at a rate, or over a day, on any number of servers (of one replica each)
 --choose              the token budget and the queue's bounds that suit a machine
---plan R --p99 S      how many servers answer R requests a second, 99 of 100 within S seconds
+--plan R --p99 S      how many servers of one replica (one core) answer R requests a second, 99 of 100 within S seconds
 --check RESULT        a saved result of benchmarks.serve, measured beside simulated
 
 Flags that are not listed here are the server's (`--token-budget 1024`, `--max-waiting 256`, `--shed depth`).
@@ -113,7 +113,11 @@ def plan(cost: TickCost, settings: Settings, options: argparse.Namespace) -> Fig
         return draw(options.workload, times, options.seed)
 
     replicas, report = sizing.plan_fleet(arrivals, options.p99, cost, settings.limits_on("cpu"), options.routing)
-    print(f"{replicas} servers answer {options.plan:g} requests/s, 99 of 100 within {options.p99:g} s")
+    cores = "one core" if settings.threads == 1 else f"{settings.threads} cores"
+    print(
+        f"{replicas} servers of one replica ({cores}) answer {options.plan:g} requests/s,"
+        f" 99 of 100 within {options.p99:g} s"
+    )
     show(report.figures())
     return {"servers": replicas, "report": report.figures()}
 
@@ -134,6 +138,16 @@ def check(cost: TickCost, settings: Settings, options: argparse.Namespace) -> Fi
 def show(figures: Figures) -> None:
     for name, value in figures.items():
         print(f"  {name:20} {value}")
+
+
+def refuse_what_changes_nothing(settings: Settings, options: argparse.Namespace) -> None:
+    """Raises `ValueError` for settings that a simulation would take and not follow."""
+    if options.check:  # of what was served
+        return
+    if settings.replicas > 1:
+        raise ValueError("servers of one replica are simulated: want no --replicas (RDT_REPLICAS)")
+    if options.cost and settings.threads > 1:
+        raise ValueError("--cost already says how fast a tick is: want no --threads (RDT_THREADS) with it")
 
 
 def mode_of(options: argparse.Namespace) -> Mode:
@@ -187,6 +201,7 @@ def main() -> None:
         if options.check:
             adopt(options)
         settings = read_settings(options.server_flags)
+        refuse_what_changes_nothing(settings, options)
         cost, quality = cost_of(options, settings)
         figures = mode_of(options)(cost, settings, options)
     except (ValueError, OSError) as error:

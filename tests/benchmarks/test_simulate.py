@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import simulate as command
 from benchmarks import sizing
 from benchmarks.fleet import ROUTINGS, Routing, saturate, simulate
 from benchmarks.fleet_report import Report
@@ -183,6 +184,25 @@ def test_the_fewest_replicas_are_found() -> None:
         assert fewest(wanted.__le__) == wanted
     with pytest.raises(ValueError, match="not enough"):
         fewest(lambda _: False)
+
+
+def test_a_plan_says_how_large_a_server_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--plan", "4", "--p99", "20", "--seconds", "20", "--cost", "0.01,0.001,0.002,0.1"]
+    monkeypatch.setattr(sys, "argv", ["simulate", *flags, "--replicas=1"])
+    command.main()
+    assert "servers of one replica (one core) answer 4 requests/s, 99 of 100 within 20 s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"), [("--replicas=2", "servers of one replica are"), ("--threads=2", "want no --threads")]
+)
+@pytest.mark.parametrize("mode", [["--plan=4"], ["--choose"], ["--rate=4"]])
+def test_a_flag_that_would_change_nothing_is_refused(
+    monkeypatch: pytest.MonkeyPatch, mode: list[str], flag: str, message: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["simulate", *mode, "--cost", "0.01,0.001,0.002,0.1", flag])
+    with pytest.raises(SystemExit, match=message):
+        command.main()
 
 
 def test_a_result_that_was_simulated_is_met_again() -> None:

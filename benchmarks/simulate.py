@@ -1,7 +1,7 @@
 """`python -m benchmarks.simulate`: the server's own scheduler under a simulated clock.
 
-A day of traffic takes seconds: time jumps from tick to tick, and what a tick costs is a formula, fitted to
-ticks of the real engine on this machine (`--model`) or given (`--cost`, which needs no torch).
+A second is enough for thousands of requests: time jumps from tick to tick, and what a tick costs is a formula,
+fitted to ticks of the real engine on this machine (`--model`) or given (`--cost`, which needs no torch).
 
 (no mode)             traffic at a rate, or over a day, on any number of servers (of one replica each)
 --choose              the token budget and the queue's bounds that suit a machine

@@ -76,8 +76,11 @@ RUN python -m pip --python /opt/rdt/bin/python install -c /lists/constraints.txt
     && /opt/rdt/bin/python -c "from torch.version import cuda; assert bool(cuda) == ('$TORCH' == 'cuda'), cuda"
 
 
+# The wheel is built in an environment of its own, which takes constraints from variables alone: older pips from the
+# first, newer ones from the second.
 FROM python AS package
-COPY pyproject.toml README.md LICENSE /project/
+ENV PIP_CONSTRAINT=/project/constraints.txt PIP_BUILD_CONSTRAINT=/project/constraints.txt
+COPY pyproject.toml constraints.txt README.md LICENSE /project/
 COPY rdt_core /project/rdt_core
 COPY service /project/service
 COPY training /project/training

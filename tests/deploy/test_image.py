@@ -68,6 +68,16 @@ def test_dependencies_come_before_sources() -> None:
     assert copied == ["models/rdt-small"]
 
 
+def test_what_builds_the_wheel_is_pinned() -> None:
+    requires = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]["requires"]
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    assert all(any(pin.startswith(re.split(r"[>=]", need)[0] + "==") for pin in pins) for need in requires)
+    (copied,) = re.findall(r"^COPY (.*constraints.*) (\S+/)$", STAGES["package"], flags=re.MULTILINE)
+    assert "constraints.txt" in copied[0].split()
+    for name in ("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT"):
+        assert f"{name}={copied[1]}constraints.txt" in STAGES["package"]
+
+
 def test_the_context_holds_what_is_copied_and_no_more() -> None:
     first, *lines = [
         line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")

@@ -51,7 +51,7 @@ def test_the_gpu_overlay(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pod(manifests)["nodeSelector"] == {"nvidia.com/gpu.present": "true"}
     assert pod(manifests)["tolerations"][0]["key"] == "nvidia.com/gpu"
     targets = pods_metrics(manifests)
-    assert targets["rdt_live_requests"] == settings.max_live * 3 // 4
+    assert targets["rdt_live_requests"] == settings.max_live // 3
     assert targets["rdt_waiting_requests"] * 10 < settings.max_waiting
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import copy
 import random
+import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -157,6 +159,32 @@ def test_a_crowd_with_ceilings_costs_no_pass_too_many(tiny_model: RDT, seed: int
     for job, result in zip(jobs, results, strict=True):
         assert_same(result, run_reference(tiny_model, job))
     assert sum(passes.live) == sum(job.max_steps for job in jobs)
+
+
+def test_decoding_is_timed_without_the_pass_before_it(tiny_model: RDT, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, until, to_host, decode = 0.0, 0.0, lookahead.to_host, RDT.decode  # the card is busy until `until`
+
+    def busy(seconds: float) -> None:
+        nonlocal until
+        until = max(until, now) + seconds
+
+    def wait(for_what: float) -> None:
+        nonlocal now
+        now = max(now, for_what)
+
+    class SlowPasses(PlainPasses):
+        def __call__(self, buffers: Buffers, bucket: Bucket) -> None:
+            busy(4.0)
+            super().__call__(buffers, bucket)
+
+    monkeypatch.setattr(lookahead, "to_host", lambda *some: (to_host(*some)[0], partial(wait, until)))
+    monkeypatch.setattr(RDT, "decode", lambda *some: busy(0.25) or decode(*some))
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    backend = LookaheadBackend(tiny_model, LIMITS.token_budget, LIMITS.max_live, SlowPasses(tiny_model))
+    admitted = Admission(0, plain_job(depth=1), 1), Admission(1, plain_job(depth=9), 9)
+    outcomes = [backend.run(Plan(admitted, (), frozenset(), (), (0, 1), 10))]
+    outcomes += [backend.run(Plan((), (), frozenset(), (), live, 10)) for live in ((0, 1), (1,))]
+    assert [(outcome.n_decoded, outcome.decode_seconds) for outcome in outcomes] == [(0, 0.0), (2, 0.25), (0, 0.0)]
 
 
 @pytest.mark.parametrize("deadline", [20.0, 20.25, 20.75])

@@ -220,6 +220,8 @@ class RDT(nn.Module):
         state = self.begin(tokens, masked, packing)
         states = []
         for step in range(n_passes):
+            if step == n_passes - n_grad_passes:
+                torch.clear_autocast_cache()  # in torch 2.10 it keeps weights that were cast without gradients
             with torch.set_grad_enabled(torch.is_grad_enabled() and step >= n_passes - n_grad_passes):
                 state = self(state, packing, rows if step == n_passes - 1 else None)
             states.append(state)

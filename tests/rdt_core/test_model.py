@@ -298,6 +298,15 @@ def test_gradients_flow_through_the_last_passes_only(build: Build) -> None:
     assert [state.hidden.requires_grad for state in states] == [False, False, False, True, True]
 
 
+def test_every_matrix_of_the_encoder_gets_a_gradient_in_bfloat16(build: Build) -> None:
+    """With torch 2.10 none did that the first passes had used."""
+    model = build()
+    with torch.autocast("cpu", torch.bfloat16):
+        state = model.recursive_forward(*random_sequences([6]), n_passes=4, n_grad_passes=2)[-1]
+    state.hidden.float().square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.encoder.parameters())
+
+
 def test_recursive_forward_is_forward_again_and_again(build: Build) -> None:
     model = build().eval()
     tokens, masked, packing = random_sequences([6, 3])

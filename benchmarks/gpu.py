@@ -35,7 +35,7 @@ from rdt_core.precision import Precision, prepare
 from service import garbage
 from service.engine.backend import Backend
 from service.engine.backends import make_backend
-from service.engine.cuda_graph import CapturedPasses
+from service.engine.cuda_graph import CapturedPasses, can_capture
 from service.engine.eager import EagerBackend
 from service.engine.lookahead import LookaheadBackend
 from service.engine.static_batch import Bucket, Buffers, PlainPasses
@@ -93,7 +93,7 @@ class Engines:
 
     def __init__(self, model: RDT, options: argparse.Namespace) -> None:
         bounds = (options.token_budget, options.max_live)
-        self.captured = CapturedPasses(model) if model.device.type == "cuda" else None
+        self.captured = CapturedPasses(model) if can_capture(model) else None
         self.steps: dict[str, Backend] = {
             "refill": EagerBackend(model),
             "+ lookahead": LookaheadBackend(model, *bounds, AsCaptured(model)),

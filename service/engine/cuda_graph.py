@@ -12,7 +12,9 @@ from collections.abc import Collection, Sequence
 
 import torch
 
+from rdt_core.layers import has_varlen_attention
 from rdt_core.model import RDT
+from rdt_core.precision import DTYPES
 from service import garbage
 from service.engine.memory import shortage
 from service.engine.static_batch import Bucket, Buffers, Size, one_pass
@@ -29,13 +31,23 @@ WARM_PASSES = 2
 """Before a capture: libraries choose their kernels and take their workspaces the first time, outside of a graph."""
 
 
+def can_capture(model: RDT) -> bool:
+    """Whether there is variable-length attention, which needs no lengths on the host: on CUDA from Ampere on, in half
+    precision, with most head widths.
+    """
+    head_width = model.config.d_model // model.config.n_heads
+    return has_varlen_attention(model.device, DTYPES.get(model.precision, torch.float32), head_width)
+
+
 class CapturedPasses:
     """`Passes` by CUDA graphs; once a capture fails, by plain launches. One for each backend, since it holds addresses.
 
-    Wants variable-length attention: elsewhere it looks at the lengths on the host.
+    Raises `ValueError` for a model that it cannot capture: other attention would keep the lengths of one batch.
     """
 
     def __init__(self, model: RDT) -> None:
+        if not can_capture(model):
+            raise ValueError(f"no variable-length attention on {model.device} in {model.precision}: want eager passes")
         self._model = model
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()

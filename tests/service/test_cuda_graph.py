@@ -83,6 +83,7 @@ def graphs_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         return contextlib.nullcontext()
 
     monkeypatch.setattr(layers, "has_varlen_attention", lambda *_: Recording.current is not None)
+    monkeypatch.setattr(cuda_graph, "can_capture", lambda _: True)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     serving = Stream()
@@ -118,6 +119,12 @@ def test_replays_answer_as_the_reference_does(tiny_config: ModelConfig, changes:
         assert (result.tokens, result.steps, result.reason) == (alone.tokens, alone.steps, alone.reason)
         assert result.levels == pytest.approx(alone.levels, abs=1e-5)
     assert Recording.made == 2, "sizes of 64 and 80 rows, once each"
+
+
+def test_without_attention_for_any_lengths_nothing_is_captured(tiny_model: RDT) -> None:
+    """A graph would keep the lengths of the batch that it was captured with."""
+    with pytest.raises(ValueError, match="no variable-length attention on cpu in fp32"):
+        CapturedPasses(tiny_model)
 
 
 def peek_at_the_level(buffers: Buffers) -> object:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import random
+import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +15,10 @@ from torch import Tensor
 
 from rdt_core import RDT, Packing, State, restore
 from rdt_core.precision import Precision, prepare
-from service.engine.eager import EagerBackend
+from service.engine.eager import Decoded, EagerBackend
 from service.engine.reference import run_reference
 from service.engine.scheduler import Scheduler, SchedulerLimits
-from service.engine.types import Admission, Job, Plan, Result, Ticket
+from service.engine.types import Admission, Choice, Job, Plan, Result, Ticket
 
 LIMITS = SchedulerLimits(token_budget=80, max_live=8, max_waiting=1000, max_waiting_tokens=10**6)
 
@@ -111,6 +113,23 @@ def test_after_a_pass_that_nobody_ends_with_nothing_is_decoded(
         outcome = backend.run(Plan(newcomers, (), frozenset(), (), (0, 1), 8))
         assert outcome.n_decoded == 0
         assert [reading.reason for reading in outcome.readings.values()] == [None, None]
+
+
+def test_reading_what_was_decoded_is_part_of_the_time_it_takes(
+    tiny_model: RDT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a card the host waits there for all that it launched."""
+    now, choices = 0.0, Decoded.choices
+
+    def slow_choices(*arguments: Any) -> list[Choice]:
+        nonlocal now
+        now += 0.25
+        return choices(*arguments)
+
+    monkeypatch.setattr(Decoded, "choices", slow_choices)
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    outcome = EagerBackend(tiny_model).run(plan_of(masked_job(3, max_steps=1)))
+    assert (outcome.n_decoded, outcome.decode_seconds) == (3, 0.25)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8"])

@@ -9,10 +9,11 @@ import subprocess
 import sys
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from rdt_core import RDT, ModelConfig, Packing, State
@@ -282,11 +283,19 @@ def test_products_of_a_card_are_as_exact_as_the_format_says(
     assert flags.allow_fp16_reduced_precision_reduction is False
 
 
-def test_logits_on_a_card_are_not_rounded_to_half_precision() -> None:
+def test_logits_on_a_card_are_not_rounded_to_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    mm, products = torch.mm, []
+
+    def kept(*arguments: Any, **options: Any) -> Tensor:
+        products.append(mm(*arguments, **options))
+        return products[-1]
+
+    monkeypatch.setattr(torch, "mm", kept)
     with FakeTensorMode():
         linear = _linear(torch.empty(7, 16, device="cuda"), torch.empty(7, device="cuda"))
         logits = SummedLinear(linear, torch.bfloat16)(torch.empty(5, 16, device="cuda"))
     assert (logits.shape, logits.dtype, logits.device.type) == ((5, 7), torch.float32, "cuda")
+    assert logits is products[0], "there is no room for two of them"
 
 
 def test_what_is_left_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,8 +97,12 @@ def padded_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing
 
 @cache
 def has_varlen_attention(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
-    """Whether `torch.nn.attention.varlen` computes this: half precision, from Ampere on (8.0), heads of 8 n <= 256."""
+    """Whether `torch.nn.attention.varlen` computes this: half precision, from Ampere on (8.0), heads of 8 n <= 256, and
+    a torch that was built for CUDA with flash attention.
+    """
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    if torch.version.hip is not None or not torch.backends.cuda.is_flash_attention_available():
         return False
     return head_width % 8 == 0 and head_width <= 256 and torch.cuda.get_device_capability(device) >= (8, 0)
 

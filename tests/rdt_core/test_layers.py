@@ -53,8 +53,19 @@ def test_the_kernel_for_any_lengths_has_its_conditions(
     capability: tuple[int, int], dtype: torch.dtype, head_width: int, has: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", {torch.device("cuda:1"): capability}.get)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     assert has_varlen_attention.__wrapped__(torch.device("cuda:1"), dtype, head_width) == has
     assert not has_varlen_attention(torch.device("cpu"), dtype, head_width)
+
+
+@pytest.mark.parametrize(("has_flash", "hip"), [(False, None), (True, "7.0")])
+def test_a_torch_without_the_kernel_has_it_on_no_card(
+    has_flash: bool, hip: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: has_flash)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert not has_varlen_attention.__wrapped__(torch.device("cuda:1"), torch.bfloat16, 64)
 
 
 def test_attention_by_products_is_the_fused_one() -> None:

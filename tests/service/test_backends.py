@@ -33,6 +33,7 @@ def test_passes_are_captured_where_attention_needs_no_host(
     monkeypatch.setattr(backends, "CapturedPasses", lambda of: ("captured", of))
     monkeypatch.setattr(backends, "LookaheadBackend", lambda *arguments: made.append(arguments))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     has_varlen_attention.cache_clear()
     try:
         backend = backends.make_backend(model, 512, 64)

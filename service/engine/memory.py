@@ -11,7 +11,13 @@ from service.engine.backend import OutOfMemory
 
 Value = TypeVar("Value")
 
-SHORTAGES = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory", "not enough memory")
+SHORTAGES = (
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate",  # which a full card has no room for
+    "can't allocate memory",
+    "not enough memory",
+)
 """Messages of the driver, of libraries under torch, and of the CPU allocator, which raise other types of error."""
 
 

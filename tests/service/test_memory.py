@@ -183,6 +183,7 @@ async def test_the_real_backend_answers_as_if_nothing_had_happened(
         RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried to"),
         MemoryError("no room"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
     ],
 )
 def test_whatever_says_so_and_nothing_of_the_tick_stays_in_memory(
@@ -205,14 +206,21 @@ def test_whatever_says_so_and_nothing_of_the_tick_stays_in_memory(
     assert tensors[0]() is None
 
 
-def test_other_errors_are_defects(tiny_model: RDT, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: an illegal memory access was encountered",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasGemmEx(...)`",
+    ],
+)
+def test_other_errors_are_defects(tiny_model: RDT, monkeypatch: pytest.MonkeyPatch, said: str) -> None:
     def broken(*_: object) -> None:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        raise RuntimeError(said)
 
     monkeypatch.setattr(RDT, "forward", broken)
     job = Job([2, 4, 3], [False, True, False], 3, 0.0, "gate")
     for backend in (EagerBackend(tiny_model), LookaheadBackend(tiny_model, 64, 8)):
-        with pytest.raises(RuntimeError, match="illegal memory access"):
+        with pytest.raises(RuntimeError, match=re.escape(said)):
             backend.run(Plan((Admission(1, job, 3),), (), frozenset(), (), (1,), 3))
 
 

@@ -139,7 +139,7 @@ class TrainConfig:
     name: str = "rdt"
     seed: int = 0
     mixed_precision: bool = True
-    """bfloat16 where the device computes it natively (CUDA, CPUs with AMX or AVX-512 BF16); elsewhere float32."""
+    """bfloat16 where the device has it (CUDA from Ampere on, CPUs with AMX or AVX-512 BF16); elsewhere float32."""
     model: ModelSection = field(default_factory=ModelSection)
     training: TrainingSection = field(default_factory=TrainingSection)
     data: DataSection = field(default_factory=DataSection)

@@ -10,9 +10,15 @@ import torch
 
 def autocast(device: torch.device, wanted: bool = True) -> AbstractContextManager[object]:
     """bfloat16 if wanted and native; emulated, it would only be slower."""
-    if wanted and (device.type == "cuda" or (device.type == "cpu" and cpu_has_bfloat16())):
+    if wanted and has_bfloat16(device):
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)  # before Ampere it is emulated
+    return device.type == "cpu" and cpu_has_bfloat16()
 
 
 def cpu_has_bfloat16() -> bool:

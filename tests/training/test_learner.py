@@ -12,7 +12,7 @@ from tests.training.conftest import Settings
 from training.config import TrainConfig
 from training.data import Batch
 from training.losses import gate_losses, unroll_losses
-from training.mixed_precision import cpu_has_bfloat16
+from training.mixed_precision import cpu_has_bfloat16, has_bfloat16
 from training.optimise import gate_parameters, trunk_parameters
 from training.trainer import Trainer
 
@@ -25,6 +25,14 @@ def test_mixed_precision_is_near_and_not_the_same(train_settings: Settings, cpu:
     )
     assert mixed == pytest.approx(exact, rel=0.02)
     assert mixed != exact
+
+
+def test_cards_before_ampere_only_emulate_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capability, native in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", {torch.device("cuda:1"): capability}.get)
+        assert has_bfloat16(torch.device("cuda:1")) == native
+    assert has_bfloat16(torch.device("cpu")) == cpu_has_bfloat16()
+    assert not has_bfloat16(torch.device("meta"))
 
 
 def gradient_of(config: TrainConfig, batches: list[Batch]) -> dict[str, torch.Tensor]:

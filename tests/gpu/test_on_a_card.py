@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from rdt_core import RDT
 from rdt_core.precision import SummedLinear, _linear, prepare
@@ -20,6 +21,10 @@ from service.engine.eager import EagerBackend
 from service.engine.lookahead import LookaheadBackend
 from service.engine.reference import run_reference
 from tests.service.test_eager import LIMITS, random_job, run_all
+from training.config import TrainingSection
+from training.data import Batch
+from training.losses import unroll_losses
+from training.mixed_precision import autocast
 
 pytestmark = pytest.mark.gpu
 
@@ -64,6 +69,25 @@ def test_logits_are_sums_of_float32() -> None:
     logits = SummedLinear(_linear(weight, bias), torch.bfloat16)(x)
     exact = x.bfloat16().double() @ weight.bfloat16().double().t() + bias.double()
     assert (logits.double() - exact).abs().max() < 1e-4  # a bfloat16 is off by up to 0.06 here
+
+
+def test_gradients_are_those_of_the_cpu(tiny_model: RDT) -> None:
+    """In bfloat16 against float32, and through the last passes alone: what autocast keeps of the first has none."""
+    targets = torch.randint(5, tiny_model.config.vocab_size, (32,), generator=torch.Generator().manual_seed(0))
+    masked = torch.arange(32) % 3 == 0
+    batch = Batch(targets, targets.masked_fill(masked, 4), masked, masked.long(), torch.ones(2), 16)
+    exact, found = (gradients(tiny_model, batch, torch.device(name)) for name in ("cpu", "cuda"))
+    assert found.keys() == exact.keys()
+    for name, gradient in exact.items():
+        assert torch.cosine_similarity(found[name], gradient, dim=0) > 0.99, name
+
+
+def gradients(model: RDT, batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """Of a step of training, flat and on the CPU."""
+    model = copy.deepcopy(model).to(device).requires_grad_()
+    with autocast(device, device.type == "cuda"):
+        unroll_losses(model, batch.to(device), batch.packing(device), 4, TrainingSection(grad_passes=2)).backward()
+    return {name: p.grad.flatten().cpu() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def test_a_tick_waits_for_nothing_but_what_it_reads_back(tiny_model: RDT, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,8 @@ part agreement 65 -m benchmarks.gpu --models models/rdt-small/best_model.pt --wo
 part ladder-rdt-small 60 -m benchmarks.gpu --models models/rdt-small/best_model.pt --agreement 0 "$@"
 part ladder-base 90 -m benchmarks.gpu --models base --agreement 0 "$@"
 part ladder-large 95 -m benchmarks.gpu --models large --agreement 0 --requests 2048 "$@"
+workers=$(nproc) # a step takes less time than one process needs to draw its batches
 part training 50 -m benchmarks.training --steps 20 training.batch_size=64 data.pin_memory=true \
-    "data.num_workers=$(nproc)" # a step takes less time than one process needs to draw its batches
+    "data.num_workers=$((workers < 32 ? workers : 32))" # hundreds take long to start
 echo "failed or not finished: ${failed[*]:-none}"
 [ ${#failed[@]} = 0 ]

@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 import ray
 
-from service.engine.pace import Pace
 from service.engine.types import Outcome, Plan
 from service.metrics import Bounds, Metrics
 
@@ -28,6 +27,8 @@ STALE_SECONDS = 5 * REPORT_SECONDS
 ASK_SECONDS = 1.0
 """How long a scrape waits for the board; without an answer, the replica shows only its own metrics."""
 NAMESPACE = "rdt"
+MEMORY = 0.99
+"""What a tick counts for after the next one of its size, when it comes to how long they take."""
 
 
 class Board:
@@ -101,7 +102,9 @@ class Load:
 
     def __init__(self) -> None:
         self._token_budget = self._max_live = 1
-        self._pace = Pace()  # of ticks, by how full they are: expects too much of full ones until it has seen some
+        self._seen: dict[
+            int, tuple[float, float]
+        ] = {}  # order of magnitude of amounts -> seconds, amount of such ticks
         self._seconds = 0.0  # since it was asked last, as is the next
         self._amount = 0
 
@@ -109,15 +112,21 @@ class Load:
         self._token_budget, self._max_live = bounds.token_budget, bounds.max_live
 
     def ticked(self, seconds: float, plan: Plan) -> None:
+        if not plan.live:
+            return
         amount = max(plan.n_tokens, len(plan.live) * self._token_budget // self._max_live)
-        self._pace.took(amount, seconds)
+        order = amount.bit_length()
+        before, so_far = self._seen.get(order, (0.0, 0.0))
+        self._seen[order] = MEMORY * before + seconds, MEMORY * so_far + amount
         self._seconds += seconds
         self._amount += amount
 
     def take(self) -> float:
-        """Seconds of full ticks since the last call; at most what the ticks took."""
-        full = self._pace.expected(self._token_budget)
-        worked = min(self._seconds, self._amount * full / self._token_budget)
+        """Seconds of full ticks since the last call, at most what the ticks took. Until full ones have been seen, the
+        fullest stand for them, which is too much.
+        """
+        seconds, amount = self._seen[max(self._seen)] if self._seen else (0.0, 1.0)
+        worked = min(self._seconds, self._amount * seconds / amount)
         self._seconds, self._amount = 0.0, 0
         return worked
 

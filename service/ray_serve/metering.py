@@ -27,8 +27,8 @@ STALE_SECONDS = 5 * REPORT_SECONDS
 ASK_SECONDS = 1.0
 """How long a scrape waits for the board; without an answer, the replica shows only its own metrics."""
 NAMESPACE = "rdt"
-MEMORY = 0.99
-"""What a tick counts for after the next one of its size, when it comes to how long they take."""
+DECAY = 0.99
+"""How much less each tick counts than the next of its size, for how long they take."""
 
 
 class Board:
@@ -117,7 +117,7 @@ class Load:
         amount = max(plan.n_tokens, len(plan.live) * self._token_budget // self._max_live)
         order = amount.bit_length()
         before, so_far = self._seen.get(order, (0.0, 0.0))
-        self._seen[order] = MEMORY * before + seconds, MEMORY * so_far + amount
+        self._seen[order] = DECAY * before + seconds, DECAY * so_far + amount
         self._seconds += seconds
         self._amount += amount
 

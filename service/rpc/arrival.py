@@ -18,8 +18,7 @@ from google.protobuf.message import DecodeError
 from service.errors import Malformed, ResourceExhausted
 from service.limits import ARRIVAL_SECONDS
 from service.metrics import Metrics
-from service.rpc.calls import Details, Handler
-from service.rpc.convert import SERVICE
+from service.rpc.calls import Details, Handler, is_of_service
 from service.rpc.errors import Context, mapped_errors
 
 SLOW_SECONDS = 2.0
@@ -46,7 +45,7 @@ class Arrivals(grpc.aio.ServerInterceptor):
         answer: Any = handler.unary_stream if handler.response_streaming else handler.unary_unary
         streams = handler.response_streaming
         kind = grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler
-        counted = handler_call_details.method.startswith(f"/{SERVICE}/")
+        counted = is_of_service(handler_call_details)
         return kind(self._with_message(answer, counted), handler.request_deserializer, handler.response_serializer)
 
     def _with_message(self, answer: Callable[..., Any], counted: bool) -> Callable[..., Any]:

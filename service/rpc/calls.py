@@ -30,6 +30,12 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"  # quoted: it is g
 NUMBERS: Mapping[str, int] = {code: status.value[0] for code, status in STATUS.items()}
 
 
+def is_of_service(details: Details) -> bool:
+    """Whether the call is of ours, and not of health or reflection."""
+    method: str = details.method
+    return method.startswith(f"/{SERVICE}/")
+
+
 class Calls(grpc.aio.ServerInterceptor):
     """Around all interceptors but `Arrivals`. The id is sent with the status at the end: that costs no message."""
 
@@ -40,7 +46,7 @@ class Calls(grpc.aio.ServerInterceptor):
         self, continuation: Callable[[Details], Awaitable[Handler]], handler_call_details: Details
     ) -> Handler:
         handler = await continuation(handler_call_details)
-        if handler is None or not handler_call_details.method.startswith(f"/{SERVICE}/"):
+        if handler is None or not is_of_service(handler_call_details):
             return handler
         for name, kind in KINDS.items():
             if (answer := getattr(handler, name)) is not None:

@@ -210,7 +210,8 @@ async def test_a_worker_that_does_not_move_on_is_cut_off_and_comes_back(
     change = await quick.reload()
     monkeypatch.setattr(models, "ADOPTION_SECONDS", 10)  # from now on, on a busy machine too
     stuck.link._hear = hear
-    await until(lambda: stuck.link.wire is not wire and stuck.lifecycle.denoiser.card.name == "other")
+    await until(lambda: stuck.link.wire is not wire and stuck.lifecycle.state == "ready")
+    await until(lambda: stuck.lifecycle.denoiser.card.name == "other")
     assert (await ask(stuck, BRIEF)).model == change.model
 
 

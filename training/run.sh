@@ -31,7 +31,7 @@ newest() {
 }
 
 # A signal ends the stage that is under way, and then the script. SIGINT reaches both, which are one group. SIGTERM may
-# be for the script alone, so it is passed on, as SIGINT: a trainer that has SIGTERM too would end unsaved at a second.
+# be for the script alone, so it is passed on, as SIGINT, at which every stage ends in order. A second one is not.
 stop() {
     stopped=$1
     kill -s "$2" "${!-}" 2>/dev/null || exit "$stopped"

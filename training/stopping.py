@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -11,18 +12,26 @@ from typing import ParamSpec
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 INTERRUPTED = 130  # exit status, as shells have it
+SAME_REQUEST_SECONDS = 2.0
+"""Signals so close to the first are the same request: a scheduler signals every process, and launchers pass it on."""
 
 Arguments = ParamSpec("Arguments")
 
 
 @contextmanager
-def stop_signal() -> Iterator[list[int]]:
-    """A list that becomes non-empty on SIGINT or SIGTERM; a second signal acts as it always does."""
+def stop_signal(clock: Callable[[], float] = time.monotonic) -> Iterator[list[int]]:
+    """A list that becomes non-empty on SIGINT or SIGTERM; one that comes again later acts as it always does."""
     received: list[int] = []
+    first_at = 0.0
 
     def note(number: int, _frame: FrameType | None) -> None:
+        nonlocal first_at
+        if not received:
+            first_at = clock()
+        elif clock() - first_at > SAME_REQUEST_SECONDS:
+            signal.signal(number, before[signal.Signals(number)])
+            signal.raise_signal(number)
         received.append(number)
-        signal.signal(number, before[signal.Signals(number)])
 
     before = {number: signal.getsignal(number) for number in SIGNALS}
     for number in SIGNALS:

@@ -144,9 +144,7 @@ with stop_signal() as signals:
 def test_a_signal_ends_the_script_once_its_training_has_saved(
     tmp_path: Path, limit: float, number: int, send: Callable[[int, int], None]
 ) -> None:
-    """To the script alone, as `kill` sends it, or to the whole group, as schedulers and Ctrl-C do. The training must
-    not have the same signal twice, which ends it unsaved.
-    """
+    """To the script alone, as `kill` sends it, or to the whole group, as schedulers and Ctrl-C do."""
     (tmp_path / "trainer.py").write_text(TRAINER, encoding="utf-8")
     training = f"PYTHONPATH=. exec {sys.executable} $FOLDER/trainer.py"
     with start_pretending(tmp_path, limit, training=training, release="touch $FOLDER/release.pt") as script:

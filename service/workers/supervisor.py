@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import os
 import signal
 import socket
 import tempfile
@@ -40,13 +41,18 @@ POLL_SECONDS = 0.2
 """How often it is tried whether the port is free again."""
 MARGIN_SECONDS = 10.0
 """How long a child may take to end, beyond the grace period of its requests."""
+MAX_SOCKET_PATH = 103
+"""Bytes in the path of a Unix socket, as the strictest system has it (macOS; Linux allows 107)."""
 
 
 async def supervise(settings: Settings) -> int:
-    """Run with ports that are `reserved`, until a signal comes. Returns the exit status."""
+    """Run with ports that are `reserved`, until a signal comes. Returns the exit status.
+
+    Raises `OSError` if the folder for temporary files is of no use.
+    """
     stopped = asked_to_end()
     with tempfile.TemporaryDirectory(prefix="rdt-") as folder:
-        crew = Crew(settings, Path(folder) / "engine")
+        crew = Crew(settings, _socket_in(folder))
         on_hangup(crew.reload, stopped)
         try:
             return await crew.work(stopped)
@@ -157,6 +163,13 @@ def _status_of(keeper: asyncio.Task[int]) -> int:
         return keeper.result()
     log.critical("no process can be started: ending the server: %s", error)
     return 1
+
+
+def _socket_in(folder: str) -> Path:
+    path = Path(folder) / "engine"
+    if (length := len(os.fsencode(path))) > MAX_SOCKET_PATH:
+        raise OSError(f"TMPDIR: {path} has {length} bytes: the path of a socket may have {MAX_SOCKET_PATH}")
+    return path
 
 
 @contextmanager

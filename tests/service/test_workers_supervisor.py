@@ -9,6 +9,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -20,7 +21,7 @@ from pydantic import SecretStr
 from service.settings import Settings
 from service.workers import supervisor
 from service.workers.children import CANNOT_START, CRASHED, ENGINE_FAILED, Child, Orders, end_with_parent
-from service.workers.supervisor import MAX_WORKER_DEATHS, Crew, reserved
+from service.workers.supervisor import MAX_WORKER_DEATHS, Crew, reserved, supervise
 from tests.service.fleet import until
 
 
@@ -326,3 +327,13 @@ def test_the_supervisor_is_light() -> None:
     script = "import sys, service.cli, service.workers.supervisor; print(*{n.partition('.')[0] for n in sys.modules})"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert not set(run.stdout.split()) & {"torch", "fastapi", "grpc", "tokenizers", "uvicorn"}
+
+
+async def test_a_folder_for_temporary_files_too_deep_for_a_socket_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    deep = tmp_path / ("deep" * 30)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    with pytest.raises(OSError, match=r"TMPDIR: .*/engine has \d+ bytes: the path of a socket may have 103"):
+        await supervise(Settings(api_workers=2))

@@ -18,7 +18,7 @@ import reprlib
 import shutil
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ class Checkpoint:
     loss: float | None = None
     optimizer_state_dict: dict[str, Any] | None = None
     scheduler_state_dict: dict[str, Any] | None = None
-    progress: dict[str, Any] | None = field(default=None)
+    progress: dict[str, Any] | None = None
 
     def to_mapping(self) -> dict[str, Any]:
         return dict(vars(self))

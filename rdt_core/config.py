@@ -77,7 +77,7 @@ class ModelConfig:
             self._check_number(name)
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout!r}: want 0 <= dropout < 1")
-        if not (is_finite(self.threshold) and self.threshold >= 0.0):
+        if not (_is_finite(self.threshold) and self.threshold >= 0.0):
             raise ValueError(f"threshold is {self.threshold!r}: want a finite number >= 0")
         if not isinstance(self.level_conditioning, bool):
             raise ValueError(f"level_conditioning is {self.level_conditioning!r}: want true or false")
@@ -143,7 +143,7 @@ class ModelConfig:
         return self.from_mapping({**vars(self), **changes})
 
 
-def is_finite(number: float) -> bool:
+def _is_finite(number: float) -> bool:
     """As `math.isfinite`; false for a whole number that is too large for a float."""
     try:
         return math.isfinite(number)
@@ -156,3 +156,4 @@ PRESETS: dict[str, ModelConfig] = {
     "base": ModelConfig(d_model=512, n_heads=8, n_encoder_layers=6, d_ff=2048),
     "large": ModelConfig(d_model=768, n_heads=12, n_encoder_layers=12, d_ff=3072),
 }
+"""Shapes by size, which random weights are made in. The bundled `rdt-small` has a shape of its own."""

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rdt_core.config import HALTINGS, Halting, is_finite
+from rdt_core.config import Halting
 from rdt_core.decoding import read_logits
 from rdt_core.halting import HaltReason, due, halt_reason, settled_level, which_settle
 from rdt_core.model import RDT, State
@@ -68,12 +68,12 @@ def restore(
     sequence stops and is decoded as it stands. Raises `ValueError` for tokens or masks of another shape or type, a
     sequence longer than `max_seq_len`, an option out of range, or a model in training mode that drops out.
     """
-    config = model.config
-    max_steps = config.max_steps if max_steps is None else max_steps
-    threshold = config.threshold if threshold is None else threshold
-    halting = config.halting if halting is None else halting
+    asked = {"max_steps": max_steps, "threshold": threshold, "halting": halting}
+    config = model.config.with_changes(**{name: value for name, value in asked.items() if value is not None})
+    max_steps, threshold, halting = config.max_steps, config.threshold, config.halting
     _check_text(model, tokens, masked)
-    _check_options(model, max_steps, threshold, halting, top_k=top_k)
+    if type(top_k) is not int or not 0 <= top_k <= config.vocab_size:
+        raise ValueError(f"top_k is {top_k!r}: want a whole number, 0 to vocab_size = {config.vocab_size}")
 
     packing = Packing.of([len(tokens)], model.device)
     state = model.begin(tokens.to(model.device), masked.to(model.device), packing)
@@ -161,16 +161,3 @@ def _check_text(model: RDT, tokens: Tensor, masked: Tensor) -> None:
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= config.vocab_size:
         raise ValueError(f"tokens has {low if low < 0 else high}: want 0 <= token < vocab_size = {config.vocab_size}")
-
-
-def _check_options(model: RDT, max_steps: int, threshold: float, halting: str, *, top_k: int) -> None:
-    if type(max_steps) is not int or max_steps < 1:
-        raise ValueError(f"max_steps is {max_steps!r}: want a whole number >= 1")
-    if isinstance(threshold, bool) or not isinstance(threshold, int | float):
-        raise ValueError(f"threshold is {threshold!r}: want a number")
-    if not (is_finite(threshold) and threshold >= 0):
-        raise ValueError(f"threshold is {threshold}: want a finite number >= 0")
-    if type(top_k) is not int or not 0 <= top_k <= model.config.vocab_size:
-        raise ValueError(f"top_k is {top_k!r}: want a whole number, 0 to vocab_size = {model.config.vocab_size}")
-    if halting not in HALTINGS:
-        raise ValueError(f"halting is {halting!r}: want one of {', '.join(HALTINGS)}")

@@ -9,12 +9,13 @@ for Speed: Dilated Scheduling for Masked Diffusion Language Models").
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 HaltReason = Literal["gate", "max_steps", "deadline"]
+Count = TypeVar("Count", int, Tensor)
 
 
 def halt_reason(
@@ -33,8 +34,11 @@ def halt_reason(
     return "deadline" if out_of_time else None
 
 
-def due(n_masked: int, step: int, max_steps: int) -> int:
-    """How many of `n_masked` rows must be settled after `step` of `max_steps` passes: `ceil(n x step / max)`."""
+def due(n_masked: Count, step: Count, max_steps: Count) -> Count:
+    """How many of `n_masked` rows must be settled after `step` of `max_steps` passes: `ceil(n x step / max)`.
+
+    Of one sequence, or as tensors of many.
+    """
     return -(-n_masked * step // max_steps)
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rdt_core.halting import settling_order
+from rdt_core.halting import due, settling_order
 from rdt_core.packing import Packing, sequence_sum
 from service.engine.types import HaltReason
 
@@ -41,8 +41,7 @@ def settling_rows(candidates: Tensor, token_level: Tensor, waits: Tensor, packin
     """
     ids = packing.sequence_ids
     n_open = count(candidates, packing)  # (N,)
-    due = -(-terms.n_masked * terms.step // terms.ceiling)
-    n_due = due - (terms.n_masked - n_open)
+    n_due = due(terms.n_masked, terms.step, terms.ceiling) - (terms.n_masked - n_open)
     n_sure = count(candidates & ~waits & (token_level < terms.threshold[ids]), packing)
     n_taken = torch.maximum(n_due, n_sure)  # (N,)
     in_order = torch.argsort(settling_order(token_level, waits), stable=True)

@@ -58,6 +58,11 @@ def ending(call: Call) -> Iterator[None]:
         raise
 
 
+def milliseconds(seconds: float) -> float:
+    """A duration as answers, log lines and spans say it."""
+    return round(seconds * 1e3, 3)
+
+
 def outcome_of(error: BaseException) -> str:
     """The neutral code of whatever ended a request."""
     if isinstance(error, ServiceError):

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from rdt_core import Encoding, ModelConfig, Tokenizer
 from rdt_core.tokenizer import LONG_TEXT
+from service.calls import milliseconds
 from service.engine.protocol import Engine
 from service.engine.queue import Place
 from service.engine.types import Job, Reading, Result
@@ -63,30 +64,22 @@ class Denoiser:
         tracer: Tracer = NO_TRACER,
     ) -> None:
         self.card = card
+        self.tokenizer = tokenizer
         self.engine = engine
+        self.limits = limits
         self._config = config
-        self._tokenizer = tokenizer
-        self._limits = limits
         self._metrics = metrics
         self._clock = clock
         self._tracer = tracer
         self._preparing = 0  # batches and long texts that have not reached the engine yet
 
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self._tokenizer
-
-    @property
-    def limits(self) -> Limits:
-        return self._limits
-
     def read(self, fields: object) -> DenoiseRequest:
         """Raises `InvalidArgument` naming every bad field."""
-        return read_request(fields, self._limits)
+        return read_request(fields, self.limits)
 
     def read_batch(self, fields: object, options_at: str = "") -> list[BatchItem]:
         """Raises `InvalidArgument` for what is wrong with the batch as a whole; a bad item is returned as its error."""
-        return read_batch(fields, self._limits, options_at)
+        return read_batch(fields, self.limits, options_at)
 
     async def denoise(
         self,
@@ -172,7 +165,7 @@ class Denoiser:
         """Every pass as it is made, and the answer last. Raises as `denoise` does; closing it frees the engine."""
         with self._metrics.request(transport), self.engine.reserve() as place:
             work = await self._prepare(request, seconds_left, stream=True)
-            draft = Draft(work.encoding, self._tokenizer, rewrite=work.job.decode_all)
+            draft = Draft(work.encoding, self.tokenizer, rewrite=work.job.decode_all)
             async with aclosing(follow(self.engine, work.job, place, work.timeline, cut_at)) as readings:
                 step = 0
                 async for reading in readings:
@@ -196,24 +189,24 @@ class Denoiser:
             request,
             encoding,
             self._config,
-            self._limits,
+            self.limits,
             deadline=None if wait is None else arrived + wait,
             stream=stream,
         )
         return _Work(request, arrived, encoding, job, self._tracer.timeline())
 
     def _encode(self, request: DenoiseRequest) -> Encoding:
-        check_characters(request.text, self._limits)
-        encoding = encode(request.text, self._tokenizer, self._limits)
+        check_characters(request.text, self.limits)
+        encoding = encode(request.text, self.tokenizer, self.limits)
         if request.mask_ratio is None:
             return encoding
-        return hide(encoding, self._tokenizer, request.mask_ratio, request.seed or 0)
+        return hide(encoding, self.tokenizer, request.mask_ratio, request.seed or 0)
 
     def _answer(self, work: _Work, result: Result) -> DenoiseAnswer:
         self._metrics.answered(result, n_masked=sum(work.encoding.masked))
         if work.timeline is not None:
             work.timeline.answered(work.job, result, self.card.label)
-        written = write_back(work.encoding, result, self._tokenizer, rewrite=work.job.decode_all)
+        written = write_back(work.encoding, result, self.tokenizer, rewrite=work.job.decode_all)
         trace = [TracePoint(step=step, level=level) for step, level in enumerate(result.levels, start=1)]
         return DenoiseAnswer(
             text=written.text,
@@ -225,9 +218,9 @@ class Denoiser:
             restored=written.restored,
             trace=trace if work.request.trace else None,
             timing_ms=TimingMs(
-                queue=_milliseconds(result.queue_seconds),
-                compute=_milliseconds(result.compute_seconds),
-                total=_milliseconds(self._clock() - work.arrived),
+                queue=milliseconds(result.queue_seconds),
+                compute=milliseconds(result.compute_seconds),
+                total=milliseconds(self._clock() - work.arrived),
             ),
             model=self.card.label,
         )
@@ -294,10 +287,6 @@ def build_job(
         deadline=deadline,
         stream=stream,
     )
-
-
-def _milliseconds(seconds: float) -> float:
-    return round(seconds * 1e3, 3)
 
 
 async def _turns() -> None:

@@ -23,7 +23,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from service.calls import Call, outcome_of
+from service.calls import Call, milliseconds, outcome_of
 from service.engine.types import Job, Reading, Result
 from service.tracing import CONTEXT_HEADERS, Timeline
 from service.version import release
@@ -117,9 +117,9 @@ class _SpanTimeline:
         span, halted = self._span, self._last or self._now_ns()
         span.set_attributes(
             {
-                "rdt.queue_ms": _milliseconds(result.queue_seconds),
-                "rdt.compute_ms": _milliseconds(result.compute_seconds),
-                "rdt.decode_ms": _milliseconds(result.decode_seconds),
+                "rdt.queue_ms": milliseconds(result.queue_seconds),
+                "rdt.compute_ms": milliseconds(result.compute_seconds),
+                "rdt.decode_ms": milliseconds(result.decode_seconds),
                 "rdt.steps": result.steps,
                 "rdt.max_steps": result.max_steps,
                 "rdt.level": result.levels[-1],
@@ -158,10 +158,6 @@ def _conclude(span: trace.Span, outcome: str) -> None:
     if outcome in OUR_FAULTS:
         span.set_attribute("error.type", outcome)
         span.set_status(trace.Status(trace.StatusCode.ERROR))
-
-
-def _milliseconds(seconds: float) -> float:
-    return round(seconds * 1e3, 3)
 
 
 def _nanoseconds(seconds: float) -> int:

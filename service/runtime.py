@@ -15,10 +15,9 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 
 import uvicorn
-from pydantic import SecretStr
 
 from service import logs
-from service.addresses import address
+from service.addresses import address, cannot_listen, family
 from service.errors import ServiceError
 from service.hosting import Host
 from service.lifecycle import Lifecycle
@@ -27,7 +26,7 @@ from service.rest.app import create_app
 from service.rest.protocol import Http
 from service.rest.reload import Change
 from service.rpc.server import RpcServer
-from service.settings import Settings
+from service.settings import Settings, secret
 from service.signals import asked_to_end, on_hangup
 from service.tracing import Tracer, open_tracer
 
@@ -52,7 +51,7 @@ class FrontEnd:
     ) -> None:
         self._settings = settings
         n_bytes = settings.max_body_bytes
-        api_key, admin_key = _secret(settings.api_key), _secret(settings.admin_key)
+        api_key, admin_key = secret(settings.api_key), secret(settings.admin_key)
         self.app = create_app(
             lifecycle, metrics, max_body_bytes=n_bytes, api_key=api_key, admin_key=admin_key, reload=reload,
             tracer=tracer,
@@ -115,13 +114,12 @@ def listen(host: str, port: int, *, share: bool = False) -> socket.socket:
     Accepted connections send at once (they inherit the option): an answer is a head and a body, and with
     Nagle's algorithm the body of every second one would wait 40 ms for the caller's acknowledgement.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server(
-            (host, port), family=family, backlog=2048, reuse_port=share, dualstack_ipv6=host == "::"
+            (host, port), family=family(host), backlog=2048, reuse_port=share, dualstack_ipv6=host == "::"
         )
     except OSError as error:
-        raise OSError(f"cannot listen on {address(host, port)}: {error}") from error
+        raise cannot_listen(host, port, error) from error
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
@@ -179,10 +177,6 @@ async def _reload(host: Host) -> None:
         log.warning("no reload: %s", error.message)
     else:
         log.info("reload: %s", change.outcome)
-
-
-def _secret(key: SecretStr | None) -> str | None:
-    return None if key is None else key.get_secret_value()
 
 
 class _Server(uvicorn.Server):

@@ -219,6 +219,11 @@ class Settings(BaseSettings):
         )
 
 
+def secret(key: SecretStr | None) -> str | None:
+    """The key itself, if one is set."""
+    return None if key is None else key.get_secret_value()
+
+
 class SettingsError(ValueError):
     """Settings that cannot be used; the message names each, its value and what was wanted."""
 

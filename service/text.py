@@ -8,13 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from rdt_core.masking import mask_ranks, maskable_rows, masked_at
-from rdt_core.tokenizer import CONTINUATION, Encoding, Fill, Tokenizer, fill
+from rdt_core.tokenizer import CONTINUATION, MASK_TOKEN, Encoding, Fill, Tokenizer, fill
 from service.engine.types import Reading, Result
 from service.errors import FieldProblem, InvalidArgument, TooLarge
 from service.limits import Limits
 from service.schema import Candidate, Restored
 
-MASK_TEXT = "[MASK]"
 N_FRAME_TOKENS = 2  # [CLS] and [SEP]
 
 
@@ -53,7 +52,7 @@ def hide(encoding: Encoding, tokenizer: Tokenizer, ratio: float, seed: int) -> E
         if start >= read:  # else it is another token on the same character
             text += encoding.text[read:start]
             begins, read = len(text), end
-            text += MASK_TEXT if row in hiding else encoding.text[start:end]
+            text += MASK_TOKEN if row in hiding else encoding.text[start:end]
         ids.append(tokenizer.mask_id if row in hiding else encoding.ids[row])
         spans.append((begins, len(text)))
         masked.append(encoding.masked[row] or row in hiding)

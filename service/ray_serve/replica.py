@@ -24,7 +24,7 @@ from service.ray_serve.options import n_batches
 from service.ray_serve.rpc import Encoded, ServeCalls, ServeContext
 from service.ray_serve.scaling import LOAD, WAITING
 from service.rest.app import create_app
-from service.settings import Settings
+from service.settings import Settings, secret
 from service.tracing import open_tracer
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class Replica:
         self._metrics = ReplicaMetrics(time.monotonic, context.replica_tag, board)
         self._tracer = open_tracer(settings.otel_endpoint)
         self._host = Host(settings, self._lifecycle, self._metrics, self._tracer)
-        self._api_key = None if settings.api_key is None else settings.api_key.get_secret_value()
+        self._api_key = secret(settings.api_key)
         self._calls = ServeCalls(
             self._lifecycle,
             self._metrics,

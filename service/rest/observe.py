@@ -60,6 +60,6 @@ class Observer:
 
 
 def _log(method: str, route: str, status: int, outcome: str, seconds: float) -> None:
-    ms = round(seconds * 1e3, 3)
+    ms = calls.milliseconds(seconds)
     named = fields(method=method, route=route, status=status, outcome=outcome, duration_ms=ms)
     log.debug("%s %s: %d %s after %.1f ms", method, route or "?", status, outcome, ms, extra=named)

@@ -76,6 +76,6 @@ class Calls(grpc.aio.ServerInterceptor):
 
 
 def _log(method: str, outcome: str, seconds: float) -> None:
-    duration_ms = round(seconds * 1e3, 3)
+    duration_ms = calls.milliseconds(seconds)
     named = fields(method=method, outcome=outcome, duration_ms=duration_ms)
     log.debug("%s: %s after %.1f ms", method, outcome, duration_ms, extra=named)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 from contextlib import suppress
 
 import grpc
@@ -13,7 +12,7 @@ from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 from grpc_reflection.v1alpha import reflection
 
 from service.access import ApiKey
-from service.addresses import address
+from service.addresses import address, bound, cannot_listen
 from service.lifecycle import Lifecycle
 from service.metrics import Metrics
 from service.rpc.access import Door
@@ -94,10 +93,10 @@ class RpcServer:
     async def _listen(self, host: str, port: int) -> None:
         try:
             if not self._shares_port:
-                _try_out(host, port)
+                bound(host, port).close()  # tried before gRPC, which would write its own message to standard error
             self.port = self._server.add_insecure_port(address(host, port))
         except (OSError, RuntimeError) as error:
-            raise OSError(f"cannot listen on {address(host, port)}: {error}") from None
+            raise cannot_listen(host, port, error) from None
         await self._server.start()
 
     async def _keep(self, host: str) -> None:
@@ -132,10 +131,3 @@ class RpcServer:
             log.error("%s", error)
             return False
         return True
-
-
-def _try_out(host: str, port: int) -> None:
-    """Raises `OSError`. Tried before gRPC, which would write its own message to standard error."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as trial:
-        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        trial.bind((host, port))

@@ -49,6 +49,11 @@ class Orders:
     def of(cls, role: Role, name: str, socket: Path, settings: Settings) -> Orders:
         return cls(role, name, str(socket), {key: _plain(value) for key, value in settings})
 
+    @property
+    def child(self) -> str:
+        """What the log calls it."""
+        return f"{self.role} {self.name}".strip()
+
     def line(self) -> bytes:
         return json.dumps(asdict(self)).encode() + b"\n"
 
@@ -79,7 +84,7 @@ class Child:
     command: ClassVar[tuple[str, ...]] = (sys.executable, "-P", "-m", "service.workers")
 
     def __init__(self, orders: Orders, process: asyncio.subprocess.Process) -> None:
-        self.name = f"{orders.role} {orders.name}".strip()
+        self.name = orders.child
         self._process = process
 
     @classmethod

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from service.addresses import address
+from service.addresses import address, bound, cannot_listen
 from service.engine.engine import FATAL_WINDOW_SECONDS
 from service.settings import Settings
 from service.signals import asked_to_end, on_hangup
@@ -152,7 +152,7 @@ class Crew:
             try:
                 return await Child.start(orders)
             except OSError as error:
-                log.error("%s cannot be started: %s", f"{orders.role} {orders.name}".strip(), error)
+                log.error("%s cannot be started: %s", orders.child, error)
                 await asyncio.sleep(PAUSE_SECONDS)
         return await Child.start(orders)
 
@@ -188,11 +188,11 @@ def _holder(host: str, port: int) -> socket.socket:
     connections.
     """
     try:
-        with _bound(host, port, share=False) as alone:
+        with bound(host, port) as alone:
             port = alone.getsockname()[1]
         return _bound_once_free(host, port)
     except OSError as error:
-        raise OSError(f"cannot listen on {address(host, port)}: {error}") from error
+        raise cannot_listen(host, port, error) from error
 
 
 def _bound_once_free(host: str, port: int) -> socket.socket:
@@ -200,7 +200,7 @@ def _bound_once_free(host: str, port: int) -> socket.socket:
     ends_at = None
     while True:
         try:
-            return _bound(host, port, share=True)
+            return bound(host, port, share=True)
         except OSError as error:
             if error.errno != errno.EADDRINUSE or (ends_at is not None and time.monotonic() > ends_at):
                 raise
@@ -209,17 +209,6 @@ def _bound_once_free(host: str, port: int) -> socket.socket:
             where = address(host, port)
             log.warning("waiting for what a server before this one has left of its connections at %s", where)
         time.sleep(POLL_SECONDS)
-
-
-def _bound(host: str, port: int, *, share: bool) -> socket.socket:
-    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT if share else socket.SO_REUSEADDR, 1)
-        bound.bind((host, port))
-    except OSError:
-        bound.close()
-        raise
-    return bound
 
 
 def _fate(status: int) -> str:

@@ -56,8 +56,8 @@ defects of ours."""
 
 
 @dataclass(frozen=True)
-class Reload:
-    """The outcome of a reload: whether the file held another model, and which one is served now."""
+class Change:
+    """What a reload came to: whether the file held another model, and which one is served now."""
 
     outcome: Literal["swapped", "unchanged"]
     previous: str
@@ -116,7 +116,7 @@ class Host:
         while not self._at_rest.is_set():  # it may have been set and cleared before we ran
             await self._at_rest.wait()
 
-    async def reload(self) -> Reload:
+    async def reload(self) -> Change:
         """Take in the checkpoint file again. Requests accepted before the swap finish on the old weights.
 
         Raises `FailedPrecondition` when the file cannot be served, or the last reload is not over (the old
@@ -174,11 +174,11 @@ class Host:
             raise
         return engine
 
-    async def _replace(self, serving: ModelCard) -> Reload | str:
+    async def _replace(self, serving: ModelCard) -> Change | str:
         """The outcome, or why the file cannot be served."""
         try:
             if await _beside(has_digest, self._settings.checkpoint, serving.digest):
-                return Reload("unchanged", serving.label, serving.label)
+                return Change("unchanged", serving.label, serving.label)
             loaded, *more = await _beside(read_models, self._settings)
             engine = await self._warm_engine(loaded, *more)
         except Exception as error:
@@ -194,7 +194,7 @@ class Host:
         card = self._open(loaded, engine)
         self._finishing = asyncio.create_task(self._retire())
         log.info("%s takes the place of %s", card.label, serving.label)
-        return Reload("swapped", serving.label, card.label)
+        return Change("swapped", serving.label, card.label)
 
     def _open(self, loaded: LoadedModel, engine: BatchingEngine) -> ModelCard:
         self._engine = engine

@@ -71,6 +71,7 @@ class BatchingEngine:
 
     @property
     def waiting(self) -> int:
+        """Requests queued, or being prepared in a reserved place."""
         return len(self._queue)
 
     @property
@@ -79,6 +80,7 @@ class BatchingEngine:
 
     @property
     def live(self) -> int:
+        """Jobs being computed."""
         return sum(replica.scheduler.n_live for replica in self._replicas)
 
     @property
@@ -136,7 +138,7 @@ class BatchingEngine:
                 raise _no_memory(self.largest_tick)
         ticket = self._queue.join(job, place, self._clock())
         answer = self._callers.join(ticket, on_reading)
-        timer = None if job.deadline is None else self._at(job.deadline, self._expire, ticket)
+        timer = None if job.deadline is None else self._expire_at(job.deadline, ticket)
         self._idle.clear()
         self._wake()
         try:
@@ -285,8 +287,8 @@ class BatchingEngine:
         if self._queue.withdraw(ticket):
             self._callers.fail([ticket], _too_late)
 
-    def _at(self, deadline: float, call: Callable[[Ticket], None], ticket: Ticket) -> asyncio.TimerHandle:
-        return asyncio.get_running_loop().call_later(max(0.0, deadline - self._clock()), call, ticket)
+    def _expire_at(self, deadline: float, ticket: Ticket) -> asyncio.TimerHandle:
+        return asyncio.get_running_loop().call_later(max(0.0, deadline - self._clock()), self._expire, ticket)
 
     def _check_ready(self) -> None:
         if self._broken:

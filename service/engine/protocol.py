@@ -47,14 +47,6 @@ class Engine(Protocol):
     def ready(self) -> bool:
         """Takes new work."""
 
-    @property
-    def waiting(self) -> int:
-        """Requests queued, or being prepared in a reserved place."""
-
-    @property
-    def live(self) -> int:
-        """Jobs being computed."""
-
     def reserve(self) -> AbstractContextManager[Place]:
         """A place in the queue, to be taken before tokenising; freed on leaving the block unless used.
 

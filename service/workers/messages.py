@@ -129,7 +129,6 @@ class Status(Message):
     state: State
     waiting: int
     waiting_tokens: int
-    live: int
 
     @classmethod
     def of(cls, row: Row) -> Self:
@@ -153,8 +152,7 @@ class Pass(Message):
 
     def row(self) -> list[Any]:
         reading = self.reading
-        chosen, guesses = ([_choice_row(choice) for choice in some] for some in (reading.chosen, reading.guesses))
-        return [self.id, reading.level, reading.reason, chosen, guesses]
+        return [self.id, reading.level, reading.reason, reading.chosen, reading.guesses]
 
     @classmethod
     def of(cls, row: Row) -> Self:
@@ -238,10 +236,6 @@ def read(array: object) -> Message:
     if not isinstance(array, list) or not array or array[0] not in KINDS:
         raise ValueError("not a message")
     return KINDS[array[0]].of(array[1:])
-
-
-def _choice_row(choice: Choice) -> list[Any]:
-    return [choice.row, choice.token, choice.probability, choice.candidates]
 
 
 def _choice(row: Row) -> Choice:

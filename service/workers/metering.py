@@ -60,10 +60,9 @@ class WorkerMetrics(Metrics):
     async def scrape(self) -> bytes:
         """Raises `Unavailable` without an engine: a failed scrape is better than one of half the server."""
         try:
-            answer = await asyncio.wait_for(self._link().ask(Scrape), SCRAPE_SECONDS)
+            answer = await asyncio.wait_for(self._link().ask(Scrape, Scraped), SCRAPE_SECONDS)
         except TimeoutError:
             raise Unavailable("the engine's process does not answer", "failed") from None
-        assert isinstance(answer, Scraped)
         return answer.exposition
 
 

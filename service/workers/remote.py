@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from itertools import count
 from pathlib import Path
+from typing import TypeVar
 
 from service.engine.protocol import Clock, OnReading, show
 from service.engine.queue import BoundedQueue, Place, Sized
@@ -36,11 +37,13 @@ from service.workers.wire import Wire
 
 log = logging.getLogger(__name__)
 
+Reply = TypeVar("Reply", bound=Message)
+
 RECONNECT_SECONDS = 0.05
 """How often it is tried to connect while there is no engine."""
 POLL_SECONDS, SILENT_POLLS = 5.0, 3
 """The engine says something every second. One that was silent through so many polls does not compute either."""
-NO_ENGINE = Status("failed", 0, 0, 0)
+NO_ENGINE = Status("failed", 0, 0)
 
 
 class Asked:
@@ -110,8 +113,10 @@ class Link:
                 log.error("the engine has said nothing for %g s", POLL_SECONDS * SILENT_POLLS)
                 wire.abort()
 
-    async def ask(self, question: Callable[[int], Message], on_reading: OnReading | None = None) -> Message:
-        """The answer. Raises the error that came instead, and `Unavailable` when the engine is lost.
+    async def ask(
+        self, question: Callable[[int], Message], kind: type[Reply], on_reading: OnReading | None = None
+    ) -> Reply:
+        """The answer, of this kind. Raises the error that came instead, and `Unavailable` when the engine is lost.
 
         Cancelling the wait cancels the work in the engine.
         """
@@ -122,11 +127,14 @@ class Link:
         self._idle.clear()
         wire.send(question(number))
         try:
-            return await asked.answer
+            answer = await asked.answer
         finally:
             if self._asked.pop(number, None) is not None:
                 wire.send(Cancel(number))
                 self._note_idle()
+        if not isinstance(answer, kind):
+            raise Internal("the engine answered something else")
+        return answer
 
     async def drain(self, grace_seconds: float) -> None:
         self.draining = True
@@ -220,14 +228,6 @@ class RemoteEngine:
         link = self._link
         return self._wire is link.wire and link.status.state == "ready" and not link.draining
 
-    @property
-    def waiting(self) -> int:
-        return len(self._queue)
-
-    @property
-    def live(self) -> int:
-        return self._link.status.live
-
     def reserve(self) -> AbstractContextManager[Place]:
         self._check_ready()
         if self._wire.crowded:
@@ -240,10 +240,8 @@ class RemoteEngine:
         seconds_left = None if job.deadline is None else job.deadline - self._clock()
         watched = on_reading is not None
         answer = await self._link.ask(
-            lambda number: Submit(number, self._digest, job, seconds_left, watched), on_reading
+            lambda number: Submit(number, self._digest, job, seconds_left, watched), Answered, on_reading
         )
-        if not isinstance(answer, Answered):
-            raise Internal("the engine answered something else")
         return answer.result
 
     def _check_ready(self) -> None:

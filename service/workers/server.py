@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from service.engine.protocol import Clock
 from service.engine.types import Reading
 from service.errors import Internal, ServiceError
-from service.hosting import Reload as Change
+from service.hosting import Change
 from service.metrics import Occupancy
 from service.workers.messages import (
     Adopted,
@@ -180,8 +180,7 @@ class EngineServer:
         peer.wire.send(Scraped(asked.id, exposition))
 
     def _status(self) -> Status:
-        host = self._host
-        return Status(self.models.state, host.waiting, host.waiting_tokens, host.live)
+        return Status(self.models.state, self._host.waiting, self._host.waiting_tokens)
 
     async def _tell_status(self) -> None:
         while True:

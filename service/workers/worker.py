@@ -13,7 +13,6 @@ from typing import Any
 from rdt_core import ModelConfig, Tokenizer
 from service import garbage
 from service.denoiser import Denoiser
-from service.errors import Internal
 from service.lifecycle import Lifecycle
 from service.limits import Limits
 from service.metrics import Metrics
@@ -61,10 +60,7 @@ class Worker:
     async def reload(self) -> Reloaded:
         """Ask the engine to reload. Afterwards every worker serves the new model. Raises as `Host.reload` does."""
         self.lifecycle.check()
-        answer = await self.link.ask(Reload)
-        if not isinstance(answer, Reloaded):
-            raise Internal("the engine answered something else")
-        return answer
+        return await self.link.ask(Reload, Reloaded)
 
     async def drain(self, grace_seconds: float) -> None:
         await self.lifecycle.drain(grace_seconds, self.link)

@@ -14,7 +14,7 @@ from service.engine.backend import Backend
 from service.engine.engine import BatchingEngine
 from service.engine.scheduler import SchedulerLimits
 from service.errors import FailedPrecondition
-from service.hosting import Reload
+from service.hosting import Change
 from service.limits import Limits
 from service.metrics import Metrics
 from service.schema import ModelCard
@@ -62,7 +62,7 @@ class OneEngine:
     def live(self) -> int:
         return self.engine.live
 
-    async def reload(self) -> Reload:
+    async def reload(self) -> Change:
         raise FailedPrecondition("this one stays")
 
 

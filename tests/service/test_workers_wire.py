@@ -36,7 +36,7 @@ MESSAGES: list[Message] = [
     messages.Report(6, SAMPLES, {}),
     messages.Leave(),
     messages.Serving("{}", {"digest": "c", "configuration": {"suppress_tokens": [1]}}, {"max_seq_len": 32}),
-    messages.Status("ready", 1, 2, 3),
+    messages.Status("ready", 1, 2),
     messages.Base("an engine", SAMPLES),
     messages.Pass(7, READING),
     messages.Answered(8, RESULT),

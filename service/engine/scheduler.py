@@ -99,14 +99,10 @@ class Scheduler:
     def __init__(self, limits: SchedulerLimits, queue: JobQueue | None = None) -> None:
         self._limits = limits
         self.budget = TickBudget(limits.token_budget)
-        self._queue = JobQueue(limits) if queue is None else queue
+        self.queue = JobQueue(limits) if queue is None else queue
         self._live: dict[Ticket, Entry] = {}  # in order of admission, which is the backend's order
         self._left: set[Ticket] = set()  # live sequences whose caller is gone
         self._passing, self._decoding = Pace(), Pace()  # seconds by packed tokens, and by decoded rows
-
-    @property
-    def queue(self) -> JobQueue:
-        return self._queue
 
     @property
     def n_live(self) -> int:
@@ -127,14 +123,14 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        return not self._live and self._queue.n_queued == 0
+        return not self._live and self.queue.n_queued == 0
 
     def cancel(self, ticket: Ticket) -> None:
         """The caller left: out of the queue at once, out of the live batch with the next plan."""
         if ticket in self._live:
             self._left.add(ticket)
         else:
-            self._queue.withdraw(ticket)
+            self.queue.withdraw(ticket)
 
     def plan(self, now: float, share: float = math.inf, ticks_late: int = 0) -> Plan:
         """What the next tick does. Everything in it is decided here; the backend only executes.
@@ -148,9 +144,9 @@ class Scheduler:
         for ticket in dropped:
             del self._live[ticket]
         self._left.clear()
-        expired = [entry for entry in self._queue if entry.is_overdue(now)]
+        expired = [entry for entry in self.queue if entry.is_overdue(now)]
         for entry in expired:
-            self._queue.remove(entry)
+            self.queue.remove(entry)
         admitted = self._admit(now, share)
         return Plan(
             admitted=tuple(Admission(entry.ticket, entry.job, entry.ceiling) for entry in admitted),
@@ -198,7 +194,7 @@ class Scheduler:
         for entry in again:
             entry.levels, entry.chosen, entry.decode_seconds = [], {}, 0.0
             entry.begun_anew = True
-        self._queue.put_back(again)
+        self.queue.put_back(again)
         self._live.clear()
         self._left.clear()
 
@@ -206,7 +202,7 @@ class Scheduler:
         """Empty the queue now and the live batch with the next plan."""
         dropped = list(self._live)
         self._left.update(self._live)
-        while (entry := self._queue.pop()) is not None:
+        while (entry := self.queue.pop()) is not None:
             dropped.append(entry.ticket)
         return tuple(dropped)
 
@@ -235,7 +231,7 @@ class Scheduler:
         admitted: list[Entry] = []
         used = self.live_tokens
         head: Entry | None = None  # the first that did not fit
-        for entry in self._queue:
+        for entry in self.queue:
             if len(self._live) >= self._limits.max_live or used >= share:
                 break
             if entry.n_tokens > self.budget.tokens:
@@ -252,7 +248,7 @@ class Scheduler:
             else:
                 break
         for entry in admitted:
-            self._queue.remove(entry)
+            self.queue.remove(entry)
         for entry in admitted:
             entry.ceiling = entry.ceiling or self._ceiling(entry.job)
         return admitted
@@ -261,7 +257,7 @@ class Scheduler:
         """Under load, fewer passes: the fuller the queue, the nearer to the floor."""
         if self._limits.shed_min_steps is None:
             return job.max_steps
-        fill = min(1.0, len(self._queue) / self._limits.max_waiting)
+        fill = min(1.0, len(self.queue) / self._limits.max_waiting)
         floor = min(job.max_steps, self._limits.shed_min_steps)
         return max(floor, round(job.max_steps - fill * (job.max_steps - floor)))
 

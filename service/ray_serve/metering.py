@@ -102,9 +102,7 @@ class Load:
 
     def __init__(self) -> None:
         self._token_budget = self._max_live = 1
-        self._seen: dict[
-            int, tuple[float, float]
-        ] = {}  # order of magnitude of amounts -> seconds, amount of such ticks
+        self._seen: dict[int, tuple[float, float]] = {}  # order of magnitude -> seconds and amount of its ticks
         self._seconds = 0.0  # since it was asked last, as is the next
         self._amount = 0
 

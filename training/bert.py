@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from rdt_core.config import ModelConfig
 from rdt_core.layers import EncoderLayer
 from rdt_core.model import RDT
-from training.config import ConfigError
+from training.config import ConfigError, one_line
 
 LAYER_NORM_EPS = 1e-5
 """Epsilon of every norm here. BERT's own is 1e-12, which makes no difference at the sizes that occur."""
@@ -74,7 +74,7 @@ def _loaded(folder: Path, where: str) -> tuple[Any, set[str]]:
     except ConfigError:
         raise
     except Exception as error:  # of many kinds: no weights, truncated ones
-        raise ConfigError(f"{where}: {' '.join(str(error).split())[:300]}") from error
+        raise ConfigError(f"{where}: {one_line(error)[:300]}") from error
     source, report = loaded
     missing = set(report["missing_keys"])
     if lost := sorted(name for name in missing if not name.startswith("cls.")):

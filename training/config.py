@@ -18,6 +18,11 @@ class ConfigError(ValueError):
     """A setting that does not exist or has a value out of its range."""
 
 
+def one_line(error: Exception) -> str:
+    """What a library says is wrong, for the end of a message of ours."""
+    return " ".join(str(error).split())
+
+
 @dataclass(frozen=True)
 class ModelSection:
     """The shape of the model, and what requests are answered with by default; `vocab_size` is the tokenizer's.

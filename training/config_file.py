@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from training.config import ConfigError, TrainConfig
+from training.config import ConfigError, TrainConfig, one_line
 
 
 def load_config(path: str | Path, override: str | Path | None = None, assignments: Sequence[str] = ()) -> TrainConfig:
@@ -52,7 +52,7 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
     except (yaml.YAMLError, ValueError) as error:  # not UTF-8, or what only looks like a date or a number
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{path}: not YAML: {one_line(error)}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -67,7 +67,7 @@ def _parse_assignment(assignment: str) -> dict[str, Any]:
     try:
         value: Any = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{assignment!r}: not YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{assignment!r}: not YAML: {one_line(error)}") from error
     for part in reversed(key.split(".")):
         value = {part: value}
     assert isinstance(value, dict)

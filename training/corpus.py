@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from rdt_core import checkpoint
 from rdt_core.tokenizer import Tokenizer
-from training.config import ConfigError, TrainConfig
+from training.config import ConfigError, TrainConfig, one_line
 from training.files import make_folder, write_whole
 
 HUB_NAMES = {
@@ -156,7 +156,7 @@ def hub_corpus(name: str, split: str, tokenizer: Tokenizer, named: str = "data.d
     try:
         rows = load_dataset(path, configuration, split=split)
     except Exception as error:  # of many kinds: no network, no such dataset, no such split, files it cannot read
-        raise ConfigError(f"{named} is {name!r}: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{named} is {name!r}: {one_line(error)}") from error
     if "text" not in rows.column_names:
         raise ConfigError(f"{named} is {name!r}: its columns are {rows.column_names}, want 'text'")
     lines = chain.from_iterable(text.splitlines() for text in rows["text"] if text is not None)
@@ -202,4 +202,4 @@ def load_tokenizer(name: str, named: str = "data.tokenizer_name") -> Tokenizer:
     try:
         return Tokenizer(AutoTokenizer.from_pretrained(name, use_fast=True).backend_tokenizer.to_str())
     except (OSError, ValueError) as error:  # no network, no such tokenizer, none of BERT's kind
-        raise ConfigError(f"{named} is {name!r}: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{named} is {name!r}: {one_line(error)}") from error

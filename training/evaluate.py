@@ -41,15 +41,12 @@ from training.config import LARGEST_COUNT, ConfigError
 from training.corpus import TEXTS, local_corpus, named_files, shared_files, shown_files
 from training.evaluation import tallies
 from training.evaluation.causal import Scorer, load_scorer
-from training.evaluation.lookups import halting_depths
-from training.evaluation.restoring import Evaluation, Measured, cut_segments
+from training.evaluation.restoring import Evaluation, cut_segments
 from training.evaluation.table import Evaluated, Plan, evaluate
 from training.files import make_folder, write_whole
 from training.options import check_at_least, check_batch_size, device_named
 from training.report import format_comparisons, format_levels, format_table, plot, print_text
 from training.stopping import ends_quietly
-
-__all__ = ["Evaluation", "Measured", "cut_segments", "halting_depths", "main"]  # the benchmarks measure with these
 
 PLAN = Plan()
 LENGTH = 128
@@ -182,10 +179,10 @@ def _scorer(options: argparse.Namespace, loaded: LoadedModel) -> Scorer:
 def _learned_from(loaded: LoadedModel) -> set[str]:
     """Names of the files that the model has learned from, as far as the checkpoint says."""
     try:
-        names = str(loaded.checkpoint.config["training"]["data"]["dataset_name"]).split(",")
+        names = str(loaded.checkpoint.config["training"]["data"]["dataset_name"])
     except (KeyError, TypeError):
         return set()
-    return {Path(name.strip()).name for name in names} - {""}
+    return {path.name for path in named_files(names)} - {""}
 
 
 def _plan(options: argparse.Namespace) -> Plan:

@@ -112,7 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(options: argparse.Namespace) -> float:
+def _check(options: argparse.Namespace) -> None:
+    """Raise `ConfigError` for an option out of range."""
     lowest = {"steps": 1, "batch_size": 1, "length": 3, "d_model": 1, "heads": 1, "layers": 1, "seed": 0}
     check_at_least(options, lowest)
     if options.layers > LARGEST_COUNT:
@@ -122,6 +123,11 @@ def _run(options: argparse.Namespace) -> float:
         raise ConfigError(f"--learning-rate is {options.learning_rate}: want a number > 0")
     if options.d_model % (unit := 2 * options.heads) != 0:
         raise ConfigError(f"--d-model is {options.d_model}: want a multiple of 2 x --heads = {unit}")
+
+
+def _run(options: argparse.Namespace) -> float:
+    """Train a scorer and write it. Returns its bits a token of held-out text. Raises `ConfigError` and `OSError`."""
+    _check(options)
     device = device_named(options.device)
     make_folder(options.output.parent, "the folder of --output")
     if options.output.exists() and not options.output.is_file():

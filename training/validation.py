@@ -39,12 +39,12 @@ def validate(
     processes = processes or OneProcess()
     model.eval()
     section = config.training
+    depth = n_passes or section.max_chain_length
     sums = torch.zeros(4, dtype=torch.float64)
     for index in share(range(1), config.output.eval_batches, processes):
         batch = batches[index].to(device)
         packing = batch.packing(device)
         rows = batch.masked.nonzero().squeeze(1)
-        depth = n_passes or section.max_chain_length
         states = model.recursive_forward(batch.tokens, batch.masked, packing, depth, rows=rows)
         some = batch.first(section.gate_sequences)
         sums += torch.tensor(

@@ -22,7 +22,7 @@ from rdt_core import checkpoint
 from rdt_core.model import RDT
 from rdt_core.tokenizer import Tokenizer
 from training.bert import copy_bert, has_its_shape
-from training.config import ConfigError
+from training.config import ConfigError, one_line
 from training.optimise import average_note
 
 
@@ -117,5 +117,5 @@ def _word_embeddings(folder: Path, tokenizer: Tokenizer, named: str) -> Tensor:
     try:
         source = AutoModel.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # of many kinds: no weights, truncated ones, a model that nobody knows
-        raise ConfigError(f"{named} is {str(folder)!r}: {' '.join(str(error).split())[:300]}") from error
+        raise ConfigError(f"{named} is {str(folder)!r}: {one_line(error)[:300]}") from error
     return source.get_input_embeddings().weight.detach().float()

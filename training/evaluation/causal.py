@@ -21,6 +21,7 @@ from rdt_core import checkpoint
 from rdt_core.checkpoint import Checkpoint, CheckpointError
 from rdt_core.layers import FeedForward, products_attention, rotary_angles, rotate, slow_backward
 from rdt_core.tokenizer import Tokenizer
+from training.config import one_line
 from training.mixed_precision import autocast
 
 TEXTS_AT_ONCE = 8
@@ -133,7 +134,7 @@ def load_scorer(path: Path, device: torch.device | str = "cpu", bfloat16: bool =
             model = CausalLM(CausalConfig(**shape))
         model.load_state_dict(saved.model_state_dict, assign=True)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(path, " ".join(str(error).split())) from error
+        raise CheckpointError(path, one_line(error)) from error
     training = saved.config.get("training")
     text = str(training.get("text", "")) if isinstance(training, dict) else ""
     name = str(saved.config.get("name", path.stem))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rdt_core.config import ModelConfig
-from training.evaluation.measures import paired_difference, per_segment
+from training.evaluation.measures import central, paired_difference, per_segment
 from training.evaluation.restoring import Measured, Outcome, at_depth
 from training.evaluation.results import Comparison
 
@@ -215,8 +215,7 @@ def _saved(own: Rules, lookup: Rules, masks: Tensor, weights: Tensor) -> tuple[T
 def _saved_interval(own: Rules, lookup: Rules, masks: Tensor, weights: Tensor) -> tuple[float, float, float]:
     """Both ends of the 95 % interval, and the share of resamples in which no lookup is as good."""
     saved, reached = _saved(own, lookup, masks, weights)
-    low, high = torch.quantile(saved, torch.tensor([0.025, 0.975], dtype=saved.dtype)).tolist()
-    return low, high, 1 - reached.double().mean().item()
+    return *central(saved), 1 - reached.double().mean().item()
 
 
 def with_ends(outcomes: list[Outcome], scores: Measured, n_segments: int) -> list[Outcome]:

@@ -81,9 +81,15 @@ def resamples(n_segments: int, seed: int, n: int = N_RESAMPLES) -> Tensor:
     return torch.from_numpy(draws).double()
 
 
+def central(samples: Tensor) -> tuple[float, float]:
+    """Both ends of the central 95 % of `(B,)`."""
+    low, high = torch.quantile(samples, torch.tensor([0.025, 0.975], dtype=samples.dtype)).tolist()
+    return low, high
+
+
 def half_width(samples: Tensor) -> float:
     """Half of the central 95 % of `(B,)`."""
-    low, high = torch.quantile(samples, torch.tensor([0.025, 0.975], dtype=samples.dtype)).tolist()
+    low, high = central(samples)
     return (high - low) / 2
 
 

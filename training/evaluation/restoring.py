@@ -8,7 +8,7 @@ Every method answers for the same `M` tokens in the same order, so that any two 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,9 @@ class Effort(NamedTuple):
         encoder = layers + self.passes * flops.pass_flops(config, length)
         vocabulary = self.rows * flops.decode_flops(config) + self.shortlisted * flops.shortlist_flops(config)
         return (length * encoder + vocabulary).double()
+
+
+Part = TypeVar("Part", Measured, Effort)
 
 
 class Outcome(NamedTuple):
@@ -109,7 +112,7 @@ class Evaluation:
     ) -> None:
         self.model, self.tokenizer, self.seed, self.batch_size = model, tokenizer, seed, batch_size
         self.targets = torch.stack(segments).to(model.device)  # (S, L)
-        self.ranks = torch.stack([self._order(segment, seed, i) for i, segment in enumerate(segments)]).to(model.device)
+        self.ranks = torch.stack([self._order(segment, i) for i, segment in enumerate(segments)]).to(model.device)
 
     def masked(self, mask_ratio: float) -> Tensor:
         """`(S, L)` bool, on the CPU."""
@@ -173,8 +176,8 @@ class Evaluation:
             efforts.append(torch.tensor([[1, len(s.levels), s.decodes, s.n_masked, s.shortlisted] for s in sequences]))
         return Outcome(joined(parts), Effort(*torch.cat(efforts).unbind(1)))
 
-    def _order(self, segment: Tensor, seed: int, index: int) -> Tensor:
-        generator = torch.Generator().manual_seed(stable_seed(seed, index))
+    def _order(self, segment: Tensor, index: int) -> Tensor:
+        generator = torch.Generator().manual_seed(stable_seed(self.seed, index))
         return masking.mask_ranks(masking.maskable_rows(segment, self.tokenizer.special_ids), generator)
 
 
@@ -211,9 +214,9 @@ class _Settling:
         return settles
 
 
-def joined(parts: list[Measured]) -> Measured:
-    """The scores of slices as those of all segments."""
-    return Measured(*(torch.cat(values, -1) for values in zip(*parts, strict=True)))
+def joined(parts: list[Part]) -> Part:
+    """The scores or efforts of slices as those of all segments."""
+    return type(parts[0])(*(torch.cat(values, -1) for values in zip(*parts, strict=True)))
 
 
 def at_depth(scores: Measured, steps: Tensor) -> Outcome:

@@ -51,7 +51,7 @@ def mask_predict(evaluation: Evaluation, mask_ratio: float, n_rounds: int, depth
             rounds.count(again)
         parts.append(batch.measured(tokens[batch.rows], nats[batch.rows]))
         efforts.append(rounds.effort())
-    return Outcome(joined(parts), _of_all_batches(efforts))
+    return Outcome(joined(parts), joined(efforts))
 
 
 def least(values: Tensor, counts: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def ancestral(evaluation: Evaluation, mask_ratio: float, n_steps: int, depth: in
             rounds.count(revealed)
         parts.append(batch.measured(tokens[batch.rows], nats[batch.rows]))
         efforts.append(rounds.effort())
-    return Outcome(joined(parts), _of_all_batches(efforts))
+    return Outcome(joined(parts), joined(efforts))
 
 
 def reveal_probability(step: int, n_steps: int) -> float:
@@ -129,7 +129,3 @@ class _Rounds:
 
     def effort(self) -> Effort:
         return Effort(self.rounds, self.rounds * self.depth, self.rounds, self.rows, torch.zeros_like(self.rows))
-
-
-def _of_all_batches(efforts: list[Effort]) -> Effort:
-    return Effort(*(torch.cat(counts) for counts in zip(*efforts, strict=True)))

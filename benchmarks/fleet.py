@@ -117,7 +117,7 @@ def simulate(
         if len(choice) > 1:
             for replica in choice:
                 replica.run(until=arrival.time)
-        min(choice, key=_n_inside).offer(arrival)
+        min(choice, key=lambda replica: replica.n_inside).offer(arrival)
     for replica in fleet:
         replica.run()
     return report([replica.books for replica in fleet])
@@ -133,7 +133,3 @@ def saturate(arrivals: Iterable[Arrival], concurrency: int, cost: TickCost, limi
         for arrival in islice(left, concurrency - replica.n_inside):
             replica.offer(arrival._replace(time=now))
     return report([replica.books])
-
-
-def _n_inside(replica: Replica) -> int:
-    return replica.n_inside

@@ -31,9 +31,9 @@ from typing import Any
 
 import grpc
 
-from benchmarks import record
+from benchmarks import BUNDLED, record
 from benchmarks.load import Http, Request, Send, Unsuccessful, check_steps, freeze, rest_sender, saturate, texts
-from benchmarks.server import BUNDLED, unwind_on_sigterm, wait_until_ready
+from benchmarks.server import unwind_on_sigterm, wait_until_ready
 from rdt_core import Tokenizer, checkpoint
 from service import hosting, loop
 from service.engine.types import Choice, Outcome, Plan, Reading

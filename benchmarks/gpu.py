@@ -26,7 +26,7 @@ import torch
 from torch.autograd import DeviceType  # type: ignore[attr-defined]  # it is there, and nowhere else
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import contenders, record
+from benchmarks import BUNDLED, contenders, record
 from benchmarks.engine import finalists, load
 from benchmarks.timing import seconds
 from benchmarks.workloads import WORKLOADS, make_jobs
@@ -39,7 +39,6 @@ from service.engine.cuda_graph import CapturedPasses, can_capture
 from service.engine.eager import EagerBackend
 from service.engine.lookahead import LookaheadBackend
 from service.engine.static_batch import Bucket, Buffers, PlainPasses
-from service.engine.types import Job
 
 LOOP_REQUESTS = 48
 """The loop needs no more to be measured."""
@@ -54,9 +53,8 @@ def agreement(model: RDT, options: argparse.Namespace) -> list[dict[str, Any]]:
     The threshold lies in the middle of the levels, so that the gate decides on passes.
     """
     jobs = make_jobs("mixed", options.agreement, model.config.vocab_size, seed=1)
-    levels = sorted(contenders.restored(model, job).levels[-1] for job in jobs[:32])
-    threshold = statistics.median(levels)
-    jobs = [Job(j.tokens, j.masked, j.max_steps, threshold, "gate") for j in jobs]
+    threshold = statistics.median(contenders.restored(model, job).levels[-1] for job in jobs[:32])
+    jobs = [replace(job, threshold=threshold) for job in jobs]
     alone = [contenders.restored(model, job) for job in jobs]
     rows, bounds = [], (options.token_budget, options.max_live)
     for precision in (*FORMATS[options.device], "fp32"):
@@ -177,7 +175,7 @@ def main() -> None:
     has_cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=tuple(FORMATS), default="cuda" if has_cuda else "cpu")
-    parser.add_argument("--models", nargs="+", default=["models/rdt-small/best_model.pt", "base", "large"])
+    parser.add_argument("--models", nargs="+", default=[str(BUNDLED), "base", "large"])
     parser.add_argument("--workloads", nargs="*", choices=tuple(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--requests", type=int, default=4096 if has_cuda else 32)
     parser.add_argument("--agreement", type=int, default=2000 if has_cuda else 32, help="requests; 0: none")

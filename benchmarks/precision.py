@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import record
+from benchmarks import BUNDLED, record
 from rdt_core import LoadedModel, checkpoint
 from rdt_core.precision import PRECISIONS, prepare
 from training.corpus import local_corpus
-from training.evaluate import Evaluation, Measured, cut_segments, halting_depths
+from training.evaluation.lookups import halting_depths
+from training.evaluation.measures import paired_difference, per_segment
+from training.evaluation.restoring import Evaluation, Measured, cut_segments
 
 ALLOWED_POINTS = 0.5
 
@@ -35,26 +37,22 @@ def compare(ratio: float, fp32: tuple[Measured, Tensor], other: tuple[Measured, 
     (wanted, levels), (got, other_levels) = fp32, other
     n_segments = levels.shape[1]
     masks = torch.bincount(wanted.segments, minlength=n_segments)
-    points, intervals = [], []
-    for gained in got.correct - wanted.correct:  # (M,) at each depth
-        of_segment = torch.bincount(wanted.segments, weights=gained, minlength=n_segments)
-        mean = of_segment.sum() / masks.sum()
-        points.append(100 * mean.item())
-        intervals.append(196 * ((of_segment - mean * masks) ** 2).sum().sqrt().item() / masks.sum().item())
+    before, now = (per_segment(scores.correct, scores.segments, n_segments) for scores in (wanted, got))  # (P, S) each
+    gains = [paired_difference(ours, theirs, masks) for ours, theirs in zip(now, before, strict=True)]
     same = halting_depths(levels, threshold) == halting_depths(other_levels, threshold)
     return {
         "mask_ratio": ratio,
         "exact_match_fp32": [round(100 * depth.mean().item(), 2) for depth in wanted.correct],
-        "points_over_fp32": [round(value, 3) for value in points],
-        "interval": [round(value, 3) for value in intervals],
-        "worst": round(min(points), 3),
+        "points_over_fp32": [round(100 * gain.value, 3) for gain in gains],
+        "interval": [round(100 * gain.interval, 3) for gain in gains],
+        "worst": round(100 * min(gain.value for gain in gains), 3),
         "same_steps": round(same.double().mean().item(), 4),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("models/rdt-small/best_model.pt"))
+    parser.add_argument("--model", type=Path, default=BUNDLED)
     parser.add_argument("--text", required=True, help="local .txt or .txt.xz file")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["bf16", "int8"])
     parser.add_argument("--segments", type=int, default=200, help="how many, evenly spread")

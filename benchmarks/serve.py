@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import record
+from benchmarks import BUNDLED, record
 from benchmarks.load import (
     Http,
     Request,
@@ -45,7 +45,7 @@ from benchmarks.load import (
     summary,
     texts,
 )
-from benchmarks.server import BUNDLED, Server, serving, unwind_on_sigterm, weights_of
+from benchmarks.server import Server, serving, unwind_on_sigterm, weights_of
 from benchmarks.workloads import WORKLOADS
 from rdt_core import PRESETS, RDT, Tokenizer, checkpoint
 from rdt_core.precision import prepare

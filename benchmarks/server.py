@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import BUNDLED
 from benchmarks.engine import load
 from rdt_core import PRESETS, Checkpoint, checkpoint
 
-BUNDLED = Path("models/rdt-small/best_model.pt")
 START_SECONDS = 60.0
 
 

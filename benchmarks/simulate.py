@@ -22,7 +22,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import record, sizing
+from benchmarks import BUNDLED, record, sizing
 from benchmarks.fleet import ROUTINGS, simulate
 from benchmarks.replay import TOLERANCE, Replay
 from benchmarks.tick_cost import TickCost, fit, measure
@@ -33,7 +33,6 @@ from service.settings import Settings, read_settings
 if TYPE_CHECKING:
     from rdt_core import LoadedModel
 
-BUNDLED = "models/rdt-small/best_model.pt"
 HOUR_SECONDS = 3600.0
 PLAN_SECONDS = 300.0
 
@@ -166,7 +165,7 @@ def parse() -> argparse.Namespace:
     modes.add_argument("--check", type=Path, metavar="RESULT")
     cost = parser.add_argument_group("what a tick costs")
     cost.add_argument("--cost", help="seconds: tick,token,row[,coda]; or a JSON file, such as a saved result")
-    cost.add_argument("--model", default=BUNDLED, help="otherwise fitted to this checkpoint or preset, on this machine")
+    cost.add_argument("--model", default=str(BUNDLED), help="otherwise fitted here, to this checkpoint or preset")
     cost.add_argument("--front-end-ms", type=float, help="one request's reading, tokenising and answering")
     cost.add_argument("--shared-core", action="store_true", help="the front end works on the engine's core")
     cost.add_argument("--fit-requests", type=int, default=48)

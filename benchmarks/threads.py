@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from itertools import cycle
 from typing import Any
 
-from benchmarks import record
+from benchmarks import BUNDLED, record
 from benchmarks.load import Request, Send, drive, freeze, poisson, rest_sender, saturate, summary, texts
-from benchmarks.server import BUNDLED, serving, unwind_on_sigterm, weights_of
+from benchmarks.server import serving, unwind_on_sigterm, weights_of
 from benchmarks.workloads import WORKLOADS
 from rdt_core import checkpoint
 

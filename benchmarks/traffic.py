@@ -30,8 +30,8 @@ def draw(workload: str, times: Iterable[float], seed: int = 0) -> Iterator[Arriv
     """A request of the workload at each of these times: lengths, masks and depths as `make_jobs` draws them."""
     rng = random.Random(seed)
     for time in times:
-        n_tokens, ratio, depth = WORKLOADS[workload](rng)
-        yield Arrival.of(time, n_tokens, max(1, round(ratio * (n_tokens - 2))), depth)
+        shape = WORKLOADS[workload](rng)
+        yield Arrival.of(time, shape.length, shape.n_masked, shape.depth)
 
 
 def steady(rate: float, seconds: float, seed: int = 0) -> Iterator[float]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from benchmarks import record
+from benchmarks import BUNDLED, record
 from benchmarks.timing import seconds
 from rdt_core import checkpoint, flops
 from training.config import TrainConfig
@@ -110,7 +110,7 @@ def write_words(path: Path, tokenizer_of: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("training/configs/rdt-small.yaml"))
-    parser.add_argument("--tokenizer", type=Path, default=Path("models/rdt-small/best_model.pt"))
+    parser.add_argument("--tokenizer", type=Path, default=BUNDLED)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="of the CPU (default: all cores)")
     parser.add_argument("--compile", action="store_true", help="measure with the layers compiled, too")

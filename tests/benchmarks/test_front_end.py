@@ -7,7 +7,8 @@ import asyncio
 import httpx
 import pytest
 
-from benchmarks.front_end import BUNDLED, bare_server, measure, serving, until_all_ready
+from benchmarks import BUNDLED
+from benchmarks.front_end import bare_server, measure, serving, until_all_ready
 from benchmarks.load import Request
 
 

@@ -53,8 +53,8 @@ proto: $(VENV)/all  ## generate the gRPC code from proto/
 docs: $(VENV)/all  ## generate the tables of docs/operations.md
 	PYTHONPATH=. $(BIN)/python docs/generate.py
 
-train: $(VENV)/all  ## train a small model: make train DATA=text.txt
-	$(BIN)/python -m training --config training/configs/small.yaml "data.dataset_name=$(DATA)" $(ARGS)
+train: $(VENV)/all  ## train a tiny model: make train DATA=text.txt
+	$(BIN)/python -m training --config training/configs/tiny.yaml "data.dataset_name=$(DATA)" $(ARGS)
 
 evaluate: with-text $(VENV)/all  ## evaluate a checkpoint: make evaluate TEXT=text.txt
 	$(BIN)/python -m training.evaluate --checkpoint "$(CHECKPOINT)" --text "$(TEXT)" $(ARGS)

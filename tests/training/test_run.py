@@ -89,7 +89,7 @@ def test_a_folder_may_be_called_as_one_likes(tmp_path: Path) -> None:
     folder = tmp_path / "it's run: 'one'  #2"
     folder.mkdir()
     *_, checkpoints, logs = run_pretending(folder, 0, training="printf '%s\\n' \"$@\"").stdout.splitlines()
-    output = load_config(CONFIGS / "small.yaml", None, [checkpoints, logs]).output
+    output = load_config(CONFIGS / "tiny.yaml", None, [checkpoints, logs]).output
     assert (output.checkpoint_dir, output.log_dir) == (str(folder), str(folder / "logs"))
 
 

@@ -42,6 +42,12 @@ class Stages:
             return None
         return unrolled // every
 
+    def taught(self, step: int) -> list[str]:
+        """Which of the `Losses` this step has."""
+        recon = [] if self.is_gate_alone(step) else ["recon"]
+        gate = self.section.scheme == "chain" or self.gate_turn(step) is not None
+        return [*recon, "gate"] if gate else recon
+
     def only_one_pass_taught(self, step: int) -> bool:
         """Whether the first `step` steps all had a single pass."""
         return step <= self.section.one_pass_steps

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from rdt_core import checkpoint as checkpoints
@@ -87,6 +88,7 @@ class Trainer:
         self.model = self._make_model(fresh=resumed is None)
         self.learner = Learner(self.model, config, self.stages, self.processes)
         self._signals: list[int] = []  # those that came to this process
+        self._unlogged: dict[str, Tensor] = {}  # losses taught since they were last logged
         self.best_loss, self.best_of = math.inf, ""
         self.last_saved = resume
         if resumed is not None:
@@ -199,14 +201,19 @@ class Trainer:
         return self.step % (every_n_steps or every_n_epochs * self.steps_an_epoch) == 0 or self.step == self.n_steps
 
     def _log(self, progress: Progress, losses: Losses) -> None:
+        """Draws each loss as it was when last taught; one that has not been taught since the last point has none."""
+        for name in self.stages.taught(self.step - 1):
+            self._unlogged[name] = getattr(losses, name)
         if self.step % self.config.output.log_every_n_steps != 0:
             return
         section = self.config.training
-        recon, gate = losses.recon.item(), losses.gate.item()
-        total = section.loss_weight_recon * recon + section.loss_weight_gate * gate
-        values = {"total_loss": total, "recon_loss": recon, "gate_loss": gate, "lr": self.learner.learning_rate}
+        found = {name: loss.item() for name, loss in self._unlogged.items()}
+        self._unlogged.clear()
+        weights = {"recon": section.loss_weight_recon, "gate": section.loss_weight_gate}
+        values: dict[str, float] = {"total_loss": sum(weights[name] * loss for name, loss in found.items())}
+        values |= {f"{name}_loss": loss for name, loss in found.items()} | {"lr": self.learner.learning_rate}
         progress.draw({f"train/{name}": value for name, value in values.items()}, self.step)
-        progress.show(recon=f"{recon:.3f}", gate=f"{gate:.3f}")
+        progress.show(**{name: f"{loss:.3f}" for name, loss in found.items()})
 
     def _validate(self, progress: Progress) -> None:
         with autocast(self.device, self.config.mixed_precision):

@@ -13,6 +13,8 @@ from rdt_core import checkpoint, restore
 from rdt_core.checkpoint import Checkpoint, export_release
 from tests.training.conftest import Settings, saved_at
 from training.config import ConfigError, TrainConfig
+from training.learner import Learner
+from training.losses import Losses
 from training.optimise import trunk_parameters
 from training.progress import Progress
 from training.trainer import Trainer
@@ -165,6 +167,45 @@ def test_the_total_that_is_logged_is_what_was_minimised(
         total = 2.0 * values["train/recon_loss"] + 0.25 * values["train/gate_loss"]
         assert values["train/total_loss"] == pytest.approx(total)
         assert min(values["train/recon_loss"], values["train/gate_loss"]) > 0
+
+
+def test_a_loss_is_logged_as_it_was_when_last_taught(
+    train_settings: Settings, cpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gate has turns at steps 1 and 5 and in the last three, where the encoder learns nothing any more."""
+    drawn: dict[int, dict[str, float]] = {}
+    shown: list[dict[str, str]] = []
+    learned: dict[int, Losses] = {}
+    learn = Learner.learn
+
+    def note(learner: Learner, *arguments: Any, **more: Any) -> Losses:
+        losses = learn(learner, *arguments, **more)
+        learned[learner.step] = losses
+        return losses
+
+    def draw(_: Progress, values: dict[str, float], step: int) -> None:
+        drawn.setdefault(step, {}).update(values)
+
+    monkeypatch.setattr(Learner, "learn", note)
+    monkeypatch.setattr(Progress, "draw", draw)
+    monkeypatch.setattr(Progress, "show", lambda _, **values: shown.append(values))
+    changes = {"training.num_steps": 12, "training.gate_every_n_steps": 4, "training.gate_steps": 3}
+    Trainer(train_settings(**changes, **{"output.log_every_n_steps": 2}), cpu).fit()
+    logged = {step: values for step, values in drawn.items() if "train/lr" in values}
+    taught = {step: (values.get("train/recon_loss"), values.get("train/gate_loss")) for step, values in logged.items()}
+    recon = {step: losses.recon.item() for step, losses in learned.items()}
+    gate = {step: losses.gate.item() for step, losses in learned.items()}
+    assert taught == {
+        2: (recon[2], gate[1]),
+        4: (recon[4], None),
+        6: (recon[6], gate[5]),
+        8: (recon[8], None),
+        10: (recon[9], gate[10]),
+        12: (None, gate[12]),
+    }
+    for step, losses in taught.items():
+        assert logged[step]["train/total_loss"] == pytest.approx(sum(loss for loss in losses if loss is not None))
+    assert [list(values) for values in shown] == [["recon", "gate"], ["recon"]] * 2 + [["recon", "gate"], ["gate"]]
 
 
 def test_what_tensorboard_sees(finished: TrainConfig) -> None:

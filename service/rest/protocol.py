@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 HEAD_BYTES = 65_536
 """Longest request line with headers, and longest trailers of a chunked body. uvicorn does not bound them."""
+MOST_HEADERS = 100
+"""Headers of a request, and trailers. Each takes over 100 bytes of memory, however short it is."""
 READING_SECONDS = 30.0
 """How long a caller may read nothing of what is sent to it."""
 PARTING_SECONDS = 1.0
@@ -37,6 +39,12 @@ NOT_ONE_HOST = "the request does not say for whom it is: want one header Host"
 
 class BadHead(ValueError):
     """Why we refuse a head that the parser accepts."""
+
+    status = 400
+
+
+class ManyHeaders(BadHead):
+    status = 431
 
 
 class Http(HttpToolsProtocol):
@@ -141,12 +149,18 @@ class Http(HttpToolsProtocol):
         except httptools.HttpParserError as error:
             if not self._ignores_input:
                 log.debug("not HTTP", exc_info=error)
-                self._refuse(400, str(error.__context__) if isinstance(error.__context__, BadHead) else NO_HTTP)
+                bad = error.__context__
+                self._refuse(*((bad.status, str(bad)) if isinstance(bad, BadHead) else (400, NO_HTTP)))
 
     def on_message_begin(self) -> None:
         if self._ignores_input:
             raise ValueError("a request behind a chunked body")  # stops the parser
         super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if len(self.headers) == MOST_HEADERS:
+            raise ManyHeaders(f"there are more than {MOST_HEADERS} headers")
+        super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         n_hosts = [name for name, _ in self.headers].count(b"host")

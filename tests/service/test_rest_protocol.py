@@ -165,6 +165,9 @@ async def test_a_head_without_end_is_refused(port: int) -> None:
     assert (status, detail) == (431, "the headers are longer than 65536 bytes")
     long = b"x: " + b"y" * 65_000 + b"\r\n"
     assert [status for status, _ in await answers(port, request(long), request(long), n=2)] == [b"HTTP/1.1 200 OK"] * 2
+    short = b"x:\r\n" * 97  # and three of its own
+    assert [status for status, _ in await answers(port, request(short), n=1)] == [b"HTTP/1.1 200 OK"]
+    assert await last_words(port, request(short + b"x:\r\n")) == (431, "there are more than 100 headers")
 
 
 @pytest.mark.parametrize(
@@ -258,8 +261,7 @@ async def test_trailers_are_no_headers_and_have_their_limit(port: int) -> None:
     said = await everything(port, CHUNKED + CHUNKS + b"X-Request-Id: from-the-trailer\r\n\r\n")
     assert statuses(said) == [200]
     assert b"from-the-trailer" not in said
-    lines = b"a: b\r\n" * 2000
-    assert statuses(await everything(port, CHUNKED, CHUNKS, *[lines] * 10)) == [431]
+    assert statuses(await everything(port, CHUNKED, CHUNKS, b"a: b\r\n" * 101, b"\r\n")) == [431]
     one = b"a: " + b"b" * 10_000
     assert statuses(await everything(port, CHUNKED, CHUNKS, one, *[b"b" * 10_000] * 8)) == [431]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections import Counter
 from collections.abc import AsyncIterator
 
@@ -99,6 +100,21 @@ async def test_the_items_of_a_batch_meet_the_same_bounds(
     assert ends == {"answer": MAX_WAITING, "problem": 3}
     refused = [result["problem"] for results in answers for result in results if "problem" in result]
     assert {problem["status"] for problem in refused} == {429}
+
+
+async def test_what_is_wrong_with_an_item_is_not_kept_while_others_wait(service: Service) -> None:
+    """A body's values take many times its bytes."""
+    service.engine.held = asyncio.Event()
+    body = b'{"items": [{"text": "a [MASK]"}, {"text": "a", "unheard-of": [[], {}]}]}'
+    async with service.client() as client:
+        headers = {"Content-Type": "application/json"}
+        asked = asyncio.create_task(client.post("/denoise/batch", content=body, headers=headers))
+        async with asyncio.timeout(10):
+            while service.engine.live == 0:
+                await asyncio.sleep(0.005)
+        assert [kept for kept in gc.get_objects() if type(kept) is dict and "unheard-of" in kept] == []
+        service.engine.held.set()
+        assert [*map(len, (await asked).json()["results"])] == [1, 1]
 
 
 async def test_the_bodies_of_all_requests_have_a_bound_together(

@@ -115,9 +115,12 @@ def read(path: str | Path) -> Checkpoint:
     if not archived:
         raise CheckpointError(path, "not a checkpoint, or cut short: a checkpoint is a zip archive")
     try:
-        values = torch.load(path, map_location="cpu", weights_only=True)
-        with zipfile.ZipFile(path) as archive:  # torch does not check the checksums of tensors
-            broken = archive.testzip()
+        with zipfile.ZipFile(path) as archive:
+            _check_size(path, archive)
+            values = torch.load(path, map_location="cpu", weights_only=True)
+            broken = archive.testzip()  # torch does not check the checksums of tensors
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(path, f"refused: it holds more than tensors and plain values{_refused(error)}") from error
     except Exception as error:  # a damaged archive surfaces as RuntimeError, EOFError, KeyError, ...
@@ -262,12 +265,27 @@ def check_weights(path: str | Path, model: RDT, weights: Any, how: str = "") -> 
         if expected[name].shape != weights[name].shape:
             shapes = f"{tuple(weights[name].shape)}, want {tuple(expected[name].shape)}"
             raise CheckpointError(path, f"{name} has shape {shapes}")
-        if weights[name].layout is not torch.strided or weights[name].is_meta:
+        if not _is_dense(weights[name]):
             raise CheckpointError(path, f"{name} is no dense tensor")
         if not weights[name].is_floating_point():
             raise CheckpointError(path, f"{name} holds {weights[name].dtype}: want a floating point format")
         if not torch.isfinite(weights[name].to(torch.float32)).all():
             raise CheckpointError(path, f"{name} holds values that are not finite numbers {how}".rstrip())
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether it has a value of its own at each place: a file of a few bytes may hold an expanded one of any size."""
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        return False
+    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
+
+
+def _check_size(path: str | Path, archive: zipfile.ZipFile) -> None:
+    """Raise `CheckpointError` for an archive that unpacks to more bytes than it has, as a small one may to any number.
+    torch compresses nothing.
+    """
+    if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path):
+        raise CheckpointError(path, "refused: it unpacks to more than the file has: a checkpoint is not compressed")
 
 
 def _version(path: str | Path) -> tuple[int, ...]:

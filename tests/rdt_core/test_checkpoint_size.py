@@ -1,0 +1,50 @@
+"""A checkpoint takes no more memory than its file has: a small one cannot fill a server's."""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from rdt_core import CheckpointError, checkpoint
+
+
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("torch reads it")
+
+    monkeypatch.setattr(torch, "load", load)
+
+
+@pytest.mark.usefixtures("unread")
+def test_a_compressed_archive_is_refused_unread(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    bomb = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(tiny_checkpoint) as good, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as small:
+        for entry in good.namelist():
+            small.writestr(entry, bytes(100_000) if "/data/" in entry else good.read(entry))
+    with pytest.raises(CheckpointError, match="refused: it unpacks to more than the file has"):
+        checkpoint.read(bomb)
+
+
+@pytest.mark.usefixtures("unread")
+def test_parts_that_share_their_bytes_are_refused_unread(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    bomb = tmp_path / "bomb.pt"
+    bomb.write_bytes(tiny_checkpoint.read_bytes())
+    with zipfile.ZipFile(bomb, "a") as archive:
+        archive.filelist += [entry for entry in archive.filelist if "/data/" in entry.filename] * 10
+        archive.writestr("one-more", b"")  # so that the list is written
+    with pytest.raises(CheckpointError, match="refused: it unpacks to more than the file has"):
+        checkpoint.read(bomb)
+
+
+def test_an_expanded_weight_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    held, path = checkpoint.read(tiny_checkpoint), tmp_path / "best_model.pt"
+    weights = held.model_state_dict
+    expanded = torch.zeros(1).expand(weights["inject.weight"].shape)
+    checkpoint.save(path, replace(held, model_state_dict={**weights, "inject.weight": expanded}))
+    with pytest.raises(CheckpointError, match=r"inject\.weight is no dense tensor"):
+        checkpoint.load(path)

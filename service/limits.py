@@ -19,6 +19,12 @@ ARRIVAL_SECONDS = 30.0
 """How long a request may take to arrive, on every transport, from its first byte to its last. A new connection to REST
 may be silent for as long."""
 
+MOST_BODIES = 64
+"""So many bodies of the largest size may each transport hold at once, on their way in or of requests that wait for
+their answer."""
+FEW_BYTES = 65_536
+"""A body that is no larger is taken all the same, so that a few callers who send much do not keep out all others."""
+
 
 @dataclass(frozen=True)
 class Limits:

@@ -11,13 +11,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service import calls
 from service.access import ApiKey
 from service.errors import ResourceExhausted, TooLarge, Unauthenticated
+from service.limits import FEW_BYTES, MOST_BODIES
 from service.metrics import Metrics
 from service.rest.errors import problem_response
-
-MOST_BODIES = 64
-"""So many bodies of the largest size may be held at once, on their way in or of requests that wait for their answer."""
-FEW_BYTES = 65_536
-"""A body that is no larger is taken all the same, so that a few callers who send much do not keep out all others."""
 
 
 class RequestId:

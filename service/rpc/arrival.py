@@ -16,7 +16,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from service.errors import Malformed, ResourceExhausted
-from service.limits import ARRIVAL_SECONDS
+from service.limits import ARRIVAL_SECONDS, FEW_BYTES, MOST_BODIES
 from service.metrics import Metrics
 from service.rpc.calls import Details, Handler, is_of_service
 from service.rpc.errors import Context, mapped_errors
@@ -30,10 +30,15 @@ LEAVING_SECONDS = 0.1
 
 
 class Arrivals(grpc.aio.ServerInterceptor):
-    """The outermost interceptor: all others see a call with its message. Calls that stream their requests it leaves."""
+    """The outermost interceptor: all others see a call with its message. Calls that stream their requests it leaves.
 
-    def __init__(self, metrics: Metrics) -> None:
+    As over REST, the messages of all calls under way have a bound together.
+    """
+
+    def __init__(self, metrics: Metrics, max_bytes: int) -> None:
         self._metrics = metrics
+        self._most_bytes = MOST_BODIES * max_bytes
+        self._under_way = 0  # bytes of the messages of calls that are not answered yet
         self._slow: dict[asyncio.Timeout, None] = {}  # the slowest first
 
     async def intercept_service(
@@ -53,9 +58,20 @@ class Arrivals(grpc.aio.ServerInterceptor):
             async with mapped_errors(context):
                 with self._metrics.failure("grpc") if counted else nullcontext():
                     message = await self._first_of(context)
-            return await answer(message, context)
+                    n_bytes = len(message) if counted else 0
+                    self._check_room(n_bytes)
+            self._under_way += n_bytes
+            try:
+                return await answer(message, context)
+            finally:
+                self._under_way -= n_bytes
 
         return received
+
+    def _check_room(self, n_bytes: int) -> None:
+        if n_bytes > FEW_BYTES and self._under_way + n_bytes > self._most_bytes:
+            together = f"the messages of all calls under way have over {self._most_bytes} bytes"
+            raise ResourceExhausted(f"{together}: try again later", "bodies")
 
     async def _first_of(self, context: Context) -> Any:
         """Raises `ResourceExhausted` when it takes too long, `Malformed` if there is none or it cannot be read."""

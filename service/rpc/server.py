@@ -76,7 +76,7 @@ class RpcServer:
     def _made(self) -> grpc.aio.Server:
         door = [] if self._api_key is None else [Door(ApiKey(self._api_key), self._metrics)]
         made = grpc.aio.server(
-            interceptors=[Arrivals(self._metrics), Calls(self._tracer), *door],
+            interceptors=[Arrivals(self._metrics, self._max_message_bytes), Calls(self._tracer), *door],
             options=[
                 ("grpc.max_receive_message_length", min(TOLERATED * self._max_message_bytes, INT32_MAX)),
                 ("grpc.max_connection_age_ms", round(CONNECTION_MINUTES * 60_000)),

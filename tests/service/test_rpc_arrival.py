@@ -13,7 +13,7 @@ from service.rpc import arrival
 from service.rpc.convert import SERVICE
 from service.rpc.pb import denoiser_pb2 as pb
 from service.rpc.pb.denoiser_pb2_grpc import DenoiserStub
-from tests.fakes import Service
+from tests.fakes import MAX_BODY_BYTES, Service
 
 KEY = "s3cret"
 TEXT = pb.DenoiseRequest(text="a")
@@ -52,6 +52,34 @@ async def test_of_too_many_slow_messages_the_slowest_is_given_up(
             grpc.StatusCode.OK: 3, grpc.StatusCode.RESOURCE_EXHAUSTED: 2
         }  # fmt: skip
     assert service.sample("rdt_refused_total", reason="bodies") == 2
+
+
+async def test_the_messages_of_all_calls_have_a_bound_together(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch keeps all of its message while one of its items waits. A message of a few bytes is taken all the same."""
+    monkeypatch.setattr(arrival, "MOST_BODIES", 3)
+    monkeypatch.setattr(arrival, "FEW_BYTES", 100)
+    service.engine.held = asyncio.Event()
+    batch = pb.DenoiseBatchRequest(items=[TEXT, pb.DenoiseRequest(text="a" * (MAX_BODY_BYTES - 100))])
+    async with service.channel() as channel, asyncio.timeout(10):
+        stub = DenoiserStub(channel)
+        taken = [stub.DenoiseBatch(batch) for _ in range(3)]
+        while service.engine.live < 3:
+            await asyncio.sleep(0.005)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stub.DenoiseBatch(batch)
+        small = stub.Denoise(TEXT)
+        while service.engine.live < 4:
+            await asyncio.sleep(0.005)
+        service.engine.held.set()
+        assert (await small).steps == 2
+        for call in (*taken, stub.DenoiseBatch(batch)):  # there is room again
+            assert len((await call).results) == 2
+    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    together = f"the messages of all calls under way have over {3 * MAX_BODY_BYTES} bytes: try again later"
+    assert refused.value.details() == together
+    assert service.sample("rdt_refused_total", reason="bodies") == 1
 
 
 @pytest.mark.parametrize("timeout", [None, 0.1])

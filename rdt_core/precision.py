@@ -91,7 +91,7 @@ def prepare(model: RDT, precision: Precision = "fp32") -> RDT:
     _replace(model, inject=_ready(model.inject, precision, inner=True), projection=projection)
     if model.decoder_dense is not None:
         _replace(model, decoder_dense=_ready(model.decoder_dense, precision))
-    return model
+    return model.requires_grad_(False).eval()
 
 
 def _set_products(precision: Precision) -> None:

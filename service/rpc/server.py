@@ -14,6 +14,7 @@ from grpc_reflection.v1alpha import reflection
 from service.access import ApiKey
 from service.addresses import address, bound, cannot_listen
 from service.lifecycle import Lifecycle
+from service.limits import MAX_TIMEOUT_MS
 from service.metrics import Metrics
 from service.rpc.access import Door
 from service.rpc.arrival import Arrivals
@@ -29,8 +30,10 @@ log = logging.getLogger(__name__)
 TOLERATED = 4
 """Messages up to so many times the limit are refused by us; for larger ones gRPC's status reads as a full queue."""
 CONNECTION_MINUTES = 5
-"""A channel is asked to connect anew after this long; its calls go on. So a load balancer sees it again, and it learns
-of servers that have been added meanwhile."""
+"""A channel is asked to connect anew after this long, and its calls go on. So a load balancer sees it again, and it
+learns of servers that have been added meanwhile."""
+PARTING_MINUTES = MAX_TIMEOUT_MS / 60_000
+"""Then it has as long as a caller may give a request, and is closed: answers that nobody reads would stay for ever."""
 
 MOST_STREAMS = 1000
 """Calls of one connection at a time. gRPC holds what it receives of each: unbounded, one caller could fill memory."""
@@ -80,6 +83,7 @@ class RpcServer:
             options=[
                 ("grpc.max_receive_message_length", min(TOLERATED * self._max_message_bytes, INT32_MAX)),
                 ("grpc.max_connection_age_ms", round(CONNECTION_MINUTES * 60_000)),
+                ("grpc.max_connection_age_grace_ms", round(PARTING_MINUTES * 60_000)),
                 ("grpc.max_concurrent_streams", MOST_STREAMS),
                 ("grpc.so_reuseport", int(self._shares_port)),  # else another server could share the port unnoticed
             ],

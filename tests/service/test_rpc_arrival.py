@@ -1,18 +1,20 @@
-"""How the message of a gRPC call arrives: slowly, not at all, or as no message."""
+"""How the message of a gRPC call arrives: slowly, not at all, or as no message; and answers that nobody reads."""
 
 from __future__ import annotations
 
 import asyncio
+import struct
 from collections import Counter
 
 import grpc
 import pytest
 
 from rdt_core import ModelConfig, Tokenizer
-from service.rpc import arrival
+from service.rpc import arrival, server
 from service.rpc.convert import SERVICE
 from service.rpc.pb import denoiser_pb2 as pb
 from service.rpc.pb.denoiser_pb2_grpc import DenoiserStub
+from service.rpc.server import RpcServer
 from tests.fakes import MAX_BODY_BYTES, Service
 
 KEY = "s3cret"
@@ -127,3 +129,45 @@ async def test_bytes_that_are_no_message_to_health_are_no_fault_of_ours(
     for outcome in ("internal", "malformed"):
         assert service.sample("rdt_requests_total", transport="grpc", outcome=outcome) == 0
     assert caplog.messages == []
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    """Of HTTP/2, RFC 9113, 4.1."""
+    return struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload
+
+
+def opened_without_a_window() -> bytes:
+    """The start of a connection whose client takes no data."""
+    initial_window_size = struct.pack(">HI", 4, 0)
+    return b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, initial_window_size)
+
+
+def called(stream: int, message: bytes) -> bytes:
+    headers = {
+        ":method": "POST", ":scheme": "http", ":path": f"/{SERVICE}/Denoise", ":authority": "x",
+        "content-type": "application/grpc", "te": "trailers",
+    }  # fmt: skip
+    head = b"".join(b"\0" + bytes([len(k)]) + k.encode() + bytes([len(v)]) + v.encode() for k, v in headers.items())
+    body = b"\0" + struct.pack(">I", len(message)) + message
+    return frame(1, 4, stream, head) + frame(0, 1, stream, body)
+
+
+async def test_answers_that_nobody_reads_do_not_stay_for_ever(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "CONNECTION_MINUTES", 0.2 / 60)
+    monkeypatch.setattr(server, "PARTING_MINUTES", 0.2 / 60)
+    own = RpcServer(service.lifecycle, service.metrics, max_message_bytes=MAX_BODY_BYTES)
+    await own.start("127.0.0.1", 0)
+    others = asyncio.all_tasks()
+    reader, writer = await asyncio.open_connection("127.0.0.1", own.port)
+    writer.write(opened_without_a_window() + called(1, TEXT.SerializeToString()))
+    async with asyncio.timeout(10):
+        while service.sample("rdt_requests_total", transport="grpc", outcome="ok") < 1:
+            await asyncio.sleep(0.01)
+        while await reader.read(65_536):
+            pass
+        while len(asyncio.all_tasks() - others) > 1:  # one is gRPC's own, which waits for the next call
+            await asyncio.sleep(0.01)
+    writer.close()
+    await own.stop(0)

@@ -68,9 +68,11 @@ def test_a_torch_without_the_kernel_has_it_on_no_card(
     assert not has_varlen_attention.__wrapped__(torch.device("cuda:1"), torch.bfloat16, 64)
 
 
-def test_attention_by_products_is_the_fused_one() -> None:
-    heads = [torch.randn(2, 3, 5, 4) for _ in range(3)]
-    torch.testing.assert_close(products_attention(*heads), F.scaled_dot_product_attention(*heads))
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_attention_by_products_is_the_fused_one(is_causal: bool) -> None:
+    q, k, v = torch.randn(3, 2, 3, 5, 4)
+    fused = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+    torch.testing.assert_close(products_attention(q, k, v, is_causal), fused)
 
 
 def test_training_in_bfloat16_on_a_cpu_attends_by_products(monkeypatch: pytest.MonkeyPatch) -> None:

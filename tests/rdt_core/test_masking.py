@@ -98,14 +98,18 @@ def test_corrupt_writes_masks_and_nothing_else() -> None:
     assert corrupt(torch.tensor([7, 8, 9, 4]), masked, 4).tolist() == [4, 8, 4, 4]
 
 
-def test_berts_corruption_is_80_10_10() -> None:
+@pytest.mark.parametrize(("random_share", "keep_share"), [(0.1, 0.1), (0.3, 0.05)], ids=["as BERT", "others"])
+def test_of_masked_rows_a_share_is_random_and_a_share_is_kept(random_share: float, keep_share: float) -> None:
     tokens = torch.full((20_000,), 7)
     masked = torch.arange(20_000) % 2 == 0
-    corrupted = corrupt(tokens, masked, 4, vocab_size=1000, random_share=0.1, keep_share=0.1, generator=seeded(0))
+    corrupted = corrupt(
+        tokens, masked, 4, vocab_size=1000, random_share=random_share, keep_share=keep_share, generator=seeded(0)
+    )
     assert torch.equal(corrupted[~masked], tokens[~masked])
     seen = corrupted[masked]
     shares = torch.stack([(seen == 4), (seen == 7), (seen != 4) & (seen != 7)]).double().mean(1)
-    torch.testing.assert_close(shares, torch.tensor([0.8, 0.1, 0.1]).double(), atol=0.015, rtol=0)
+    wanted = torch.tensor([1 - random_share - keep_share, keep_share, random_share]).double()
+    torch.testing.assert_close(shares, wanted, atol=0.015, rtol=0)
     assert len(seen.unique()) > 500
     assert seen.max() < 1000
 

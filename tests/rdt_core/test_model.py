@@ -374,6 +374,18 @@ def test_a_model_is_made_from_a_config_or_from_names_but_not_both(tiny_config: M
         RDT(n_layers=3)
 
 
+def test_fresh_weights_keep_the_scale_of_what_they_are_given(build: Build) -> None:
+    """And residual branches halve it."""
+    model = build(d_model=64, d_ff=128, gate_hidden_dim=64, positions="learned")
+    scales = {"embedding": 1 / 8, "position_embedding": 0.1, "gate.mix": 129**-0.5}
+    scales |= {f"encoder.0.{name}": 1 / 8 for name in ("attention.qkv", "feed_forward.up")}
+    scales |= {"encoder.0.attention.out": 1 / 16, "encoder.0.feed_forward.down": 128**-0.5 / 2}
+    for name, scale in scales.items():
+        assert model.get_submodule(name).weight.std().item() == pytest.approx(scale, rel=0.1), name  # type: ignore[union-attr, operator]
+    assert torch.equal(model.inject.weight, torch.eye(64))
+    assert not any(tensor.any() for name, tensor in model.named_parameters() if name.endswith("bias"))
+
+
 def test_a_model_on_the_meta_device_takes_weights_by_assignment(build: Build) -> None:
     real = build(level_conditioning=True, n_prelude_layers=1).eval()
     with torch.device("meta"):

@@ -147,6 +147,14 @@ def test_int8_weights_have_a_bit_less_where_sums_are_cut_off(monkeypatch: pytest
     assert 2 * least * (127 + 128) < 2**15
 
 
+def test_int8_weights_have_all_bits_where_sums_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exact(x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        return ((x.float() - 128).sum(1, keepdim=True) * 127).expand(-1, len(x))
+
+    monkeypatch.setattr(precision_module, "_int8_product", exact)
+    assert _int8_weight_max.__wrapped__() == 127
+
+
 def test_int8_rounds_to_a_hundredth() -> None:
     torch.manual_seed(0)
     linear = nn.Linear(256, 128)

@@ -80,6 +80,11 @@ def test_of_neighbours_the_surer_settles_first(n_due: int, threshold: float, row
     assert places[which_settle(token_level, places, n_due, threshold)].tolist() == rows
 
 
+def test_of_rows_that_wait_the_surest_settles_first_however_sure_all_are() -> None:
+    token_level, places = torch.tensor([0.0, 2e-9, 0.0, 1e-9]), torch.tensor([1, 2, 5, 6])
+    assert which_settle(token_level, places, 3, 0.0).tolist() == [True, False, True, True]
+
+
 def test_of_neighbours_as_sure_as_each_other_the_left_one_settles_first() -> None:
     places = torch.arange(4)
     assert which_settle(torch.full((4,), 0.5), places, 0, 1.0).tolist() == [True, False, True, False]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 import weakref
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from rdt_core import RDT, Packing
 from rdt_core.model import State
 from service.engine.backend import Backend, OutOfMemory
 from service.engine.eager import EagerBackend
-from service.engine.engine import BatchingEngine
+from service.engine.engine import SHORTAGE_SECONDS, BatchingEngine
 from service.engine.lookahead import LookaheadBackend
 from service.engine.reference import run_reference
 from service.engine.scheduler import SchedulerLimits
@@ -250,6 +252,27 @@ async def test_a_shortage_that_stays_costs_half_again_and_again_and_passes() -> 
         await submit(engine, scripted_job(2, 1))
         assert engine.largest_tick == largest
     await engine.stop()
+
+
+async def test_a_shortage_that_stays_is_given_time_to_pass() -> None:
+    """Tried without a pause, budgets would be halved to nothing before others could give memory back."""
+    tried: list[float] = []
+
+    class Timed(ScriptedBackend):
+        def run(self, plan: Plan) -> Outcome:
+            tried.append(time.monotonic())
+            return super().run(plan)
+
+    backend = Timed()
+    engine = BatchingEngine([backend], LIMITS)
+    await engine.warm([[scripted_job(8, 1)] * 4])
+    await engine.start()
+    tried.clear()
+    backend.errors += [OutOfMemory("somebody has it")] * 3
+    await submit(engine, scripted_job(4, 1))
+    await engine.stop()
+    pauses = [later - earlier for earlier, later in pairwise(tried)]
+    assert min(pauses[1:]) > 0.9 * SHORTAGE_SECONDS, "from the second shortage on"
 
 
 async def test_a_shortage_passes_for_who_alone_asks_for_much() -> None:

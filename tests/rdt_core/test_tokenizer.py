@@ -237,6 +237,7 @@ def test_some_masks_may_stay_open(tiny_tokenizer: Tokenizer) -> None:
 def test_only_masks_are_separated(tiny_tokenizer: Tokenizer) -> None:
     assert fill(tiny_tokenizer.encode("[MASK]."), {1: "fox", 2: "!"})[0] == "fox!"
     assert fill(tiny_tokenizer.encode("jumps"), {1: "dog", 2: "s"})[0] == "dogs"
+    assert fill(tiny_tokenizer.encode("[MASK]."), {2: "!", 1: "fox"})[0] == "fox!", "whatever order they come in"
 
 
 def test_a_corpus_may_say_unknown(tiny_tokenizer: Tokenizer) -> None:
@@ -328,6 +329,8 @@ def test_a_tokenizer_file_is_read_and_named_when_it_is_none(tiny_tokenizer: Toke
 def test_padding_and_truncation_of_the_json_are_switched_off(tiny_tokenizer: Tokenizer) -> None:
     values = json.loads(tiny_tokenizer.json)
     values["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    pad = {"pad_to_multiple_of": None, "pad_id": tiny_tokenizer.pad_id, "pad_type_id": 0, "pad_token": "[PAD]"}
+    values["padding"] = {"strategy": {"Fixed": 12}, "direction": "Right", **pad}
     tokenizer = Tokenizer(json.dumps(values))
     assert tokenizer.encode("the quick brown fox") == tiny_tokenizer.encode("the quick brown fox")
     assert len(tokenizer.encode_training(["the quick brown fox"])[0]) == 4

@@ -214,8 +214,7 @@ class LookaheadBackend:
         halted: set[Ticket] = set()
         if self._launched is None:
             return told, halted
-        sequences, level, reason, done = self._launched
-        done()
+        sequences, level, reason, _ = self._launched  # which is done by now
         present = {one.ticket for one in self._sequences}  # the others were dropped
         for one, at, code in zip(sequences, level.tolist(), reason.tolist(), strict=True):
             if one.ticket in chosen or (one.ticket in present and code == GO_ON):

@@ -381,7 +381,7 @@ def test_fresh_weights_keep_the_scale_of_what_they_are_given(build: Build) -> No
     scales |= {f"encoder.0.{name}": 1 / 8 for name in ("attention.qkv", "feed_forward.up")}
     scales |= {"encoder.0.attention.out": 1 / 16, "encoder.0.feed_forward.down": 128**-0.5 / 2}
     for name, scale in scales.items():
-        assert model.get_submodule(name).weight.std().item() == pytest.approx(scale, rel=0.1), name  # type: ignore[union-attr, operator]
+        assert model.get_submodule(name).weight.std().item() == pytest.approx(scale, rel=0.1), name
     assert torch.equal(model.inject.weight, torch.eye(64))
     assert not any(tensor.any() for name, tensor in model.named_parameters() if name.endswith("bias"))
 

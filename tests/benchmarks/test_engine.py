@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from types import SimpleNamespace
 
-from benchmarks import contenders, engine
+import pytest
+import torch
+
+from benchmarks import contenders, engine, gpu
 from benchmarks.workloads import make_jobs, settle_jobs
 from rdt_core import RDT
+from rdt_core.flops import sequence_flops, unread_flops
+from service.engine.types import Job
 
 
 def test_requests_that_settle_are_measured_against_the_loop_alone() -> None:
@@ -42,3 +48,49 @@ def test_not_to_batch_is_among_what_static_batches_are_tried_with() -> None:
     row = engine.figures(model, "easy", jobs, taken, [1e9])
     assert row["ours_over"]["static 1"] == 0.5
     assert row["theoretical_over_static"] is None, "one alone wastes nothing"
+
+
+def test_a_row_is_what_counting_by_hand_gives() -> None:
+    """Two requests in one batch: what is padded is as long and as deep as the larger of them."""
+    model = RDT(vocab_size=1200, d_model=16, n_heads=2, n_encoder_layers=1, d_ff=16, max_seq_len=512).eval()
+    large, small = (Job([5] * n, [row < n // 4 for row in range(n)], n // 2, 0.0, "gate") for n in (8, 4))
+
+    def needed(length: int, n_masked: int, steps: int) -> int:
+        unread = (length - n_masked) * unread_flops(model.config)
+        return sequence_flops(model.config, length, n_masked, steps) - unread
+
+    useful = needed(8, 2, 4) + needed(4, 1, 2)
+    padded = needed(8, 2, 4) + needed(8, 1, 4)
+    times = {"loop": 10.0, "static 1": 5.0, "static 2": 4.0, "sorted 2": 3.0, "ours": 2.0, "ours bf16": 1.0}
+    taken = {name: [time, 2 * time, 4 * time] for name, time in times.items()}
+    row = engine.figures(model, "some", [small, large], taken, [useful * 2.0, useful * 1.0, useful * 0.5])
+    assert row["mean_depth"] == 3
+    assert row["requests_per_second"] == {"loop": 0.1, "static 2": 0.25, "sorted 2": 0.33, "ours": 0.5, "ours bf16": 1}
+    assert row["first_round"]["static 1"] == 0.4
+    assert row["ours_over"] == {"loop": 5, "static 2": 2, "sorted 2": 1.5, "ours bf16": 0.5}
+    assert row["useful_share_of_peak"] == 0.25, "twice the first time, at the middle one of the peaks"
+    assert row["theoretical_over_static"] == pytest.approx(padded / useful, abs=1e-3)
+    assert row["realised_over_theoretical"] == pytest.approx(2 * useful / padded, abs=1e-3)
+    cells = [cell.strip() for cell in engine.table([row]).splitlines()[-1].strip("|").split("|")]
+    assert cells == [
+        "some",
+        "0.5",
+        "5.00",
+        "2.00 (of 2)",
+        "1.50 (of 2)",
+        "25%",
+        f"{2 * useful / padded:.2f}",
+        "2.00x",
+        "",
+    ]
+    assert contenders.by_cost([large, small]) == [small, large]
+
+
+def test_a_product_of_matrices_is_two_operations_an_element(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock by which all of them take two seconds."""
+    model = RDT(vocab_size=1200, d_model=16, n_heads=2, n_encoder_layers=1, d_ff=24, max_seq_len=512)
+    monkeypatch.setattr(engine, "time", SimpleNamespace(perf_counter=iter([3.0, 5.0]).__next__))
+    assert engine.matrix_peak(model) == 20 * 2 * 512 * 16 * 24 / 2.0
+    monkeypatch.setattr(gpu, "PEAK_SIZE", 64)
+    monkeypatch.setattr(gpu, "seconds", lambda *_: 2.0)
+    assert gpu.matrix_peak(torch.device("cpu")) == 20 * 2 * 8**3 / 2.0

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from benchmarks import serve
-from benchmarks.load import Request
-from benchmarks.serve import Bench, overload
+from benchmarks.load import Request, Sample
+from benchmarks.serve import Bench, overload, settled
 
 RATE, SECONDS = 60.0, 0.5
 N = round(RATE * SECONDS)
@@ -43,3 +43,8 @@ async def test_overload_counts_no_answer_that_came_when_the_flood_was_over(monke
     assert figures["requests"] == N
     assert figures["answered_per_second"] == pytest.approx(figures["offered_per_second"] / N, abs=0.01)
     assert figures["refused"] == figures["probe_errors"] == 0
+
+
+def test_what_arrives_before_the_steady_state_is_left_out_and_so_is_its_time() -> None:
+    samples = [Sample(arrival, 0.25, ok=True, status="ok") for arrival in (0.5, 1.0, 4.0)]
+    assert settled(samples, 1.0) == [Sample(arrival, 0.25, ok=True, status="ok") for arrival in (0.0, 3.0)]

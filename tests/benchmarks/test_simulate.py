@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+from array import array
 from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from benchmarks import simulate as command
 from benchmarks import sizing
 from benchmarks.fleet import ROUTINGS, Routing, saturate, simulate
-from benchmarks.fleet_report import Report
+from benchmarks.fleet_report import Books, Report, report
 from benchmarks.replay import Comparison, Replay
 from benchmarks.sizing import choose_bounds, choose_budget, fewest, try_budgets
 from benchmarks.tick_cost import Tick, TickCost, fit
@@ -55,6 +56,20 @@ def test_the_front_end_costs_the_engine_only_on_a_shared_core() -> None:
     assert shared.seconds == pytest.approx(plain.seconds + 2 * 0.5)
     assert beside.seconds == pytest.approx(plain.seconds)
     assert beside.latencies == pytest.approx(plain.latencies + 0.5)
+
+
+def test_the_figures_of_a_fleet_are_those_of_its_replicas() -> None:
+    busy = Books(8.0, n_refused=2, n_ticks=2, n_tokens=30, steps_shed=3, busy_seconds=6.0,
+                 latencies=array("d", [4.0, 1.0, 3.0, 2.0]), queueing=array("d", [0.5, 0.0, 0.0, 1.0]))  # fmt: skip
+    idle = Books(10.0, 0, 3, 20, 1, 2.0, array("d", [0.5]), array("d", [0.0]))
+    found = report([busy, idle])
+    assert (found.seconds, found.arrived, found.answered, found.refused) == (10.0, 7, 5, 2)
+    assert (found.throughput, found.utilisation) == (0.5, pytest.approx(8 / 20))
+    assert (found.mean_tick_tokens, found.mean_tick_ms, found.steps_shed) == (10.0, 1600.0, 4)
+    assert found.latency_ms == {"p50": 2000.0, "p90": 4000.0, "p99": 4000.0, "max": 4000.0}
+    assert found.queue_ms["p50"] == 0.0
+    assert (found.utilisation_spread, found.p99_ms_spread) == ((0.2, 0.6), (500.0, 4000.0))
+    assert (found.share_within(2.0), found.refused_share) == (3 / 7, 2 / 7), "a refused one is not answered"
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)

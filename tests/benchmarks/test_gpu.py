@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import gpu
+from benchmarks import contenders, gpu
 from rdt_core import RDT
 from service import garbage
 from service.engine import static_batch
@@ -69,6 +70,38 @@ def test_after_the_first_turn_batches_are_of_the_size_that_was_best(
     row = gpu.ladder(tiny_model, gpu.Engines(tiny_model, options()), "any", options(sizes=[4, 16]))
     kinds = [name.split()[0] for name in row["requests_per_second"]]
     assert kinds.count("static") == kinds.count("sorted") == 1
+
+
+JOBS = [Job([2, 5 + i, 4, 4, 3], [False, False, True, True, False], 1 + i, 0.0, "gate") for i in range(4)]
+
+
+def test_the_engine_answers_in_the_order_of_the_requests(tiny_model: RDT) -> None:
+    """The first ends last, and only two fit into a tick."""
+    jobs = JOBS[::-1]
+    results = contenders.serve(gpu.EagerBackend(tiny_model), jobs, token_budget=10, max_live=2)
+    assert [(one.tokens, one.steps) for one in results] == [
+        (one.tokens, one.steps) for one in (contenders.restored(tiny_model, job) for job in jobs)
+    ]
+
+
+def test_agreement_counts_requests_passes_and_masked_tokens(tiny_model: RDT, monkeypatch: pytest.MonkeyPatch) -> None:
+    def serve(_backend: Any, jobs: list[Job], *_: int) -> list[Any]:
+        """One request has another token, and one a pass more."""
+        one, other, *same = (contenders.restored(tiny_model, job) for job in jobs)
+        changed = [token + (row == 2) for row, token in enumerate(one.tokens)]
+        return [replace(one, tokens=changed), replace(other, steps=other.steps + 1), *same]
+
+    monkeypatch.setattr(gpu, "make_jobs", lambda *_, **__: JOBS)
+    monkeypatch.setattr(gpu, "FORMATS", {"cpu": ()})
+    monkeypatch.setattr(contenders, "serve", serve)
+    (row,) = gpu.agreement(tiny_model, options(device="cpu", agreement=4))
+    assert row == {
+        "precision": "fp32",
+        "requests": 4,
+        "same_tokens_and_steps": 0.5,
+        "same_steps": 0.75,
+        "masked_tokens_changed": 1 / 8,
+    }
 
 
 def test_passes_that_are_not_captured_are_launched_as_captured_ones(

@@ -10,11 +10,13 @@ import string
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 from tokenizers import Tokenizer as WordPieceTokenizer
 from tokenizers.models import WordPiece
 
+from benchmarks import load
 from benchmarks.load import (
     Request,
     Sample,
@@ -91,6 +93,18 @@ async def test_latency_counts_from_the_time_of_arrival() -> None:
     for place, sample in enumerate(samples, start=1):  # each has waited for all before it
         assert sample.ok
         assert sample.arrival + sample.latency >= place * 0.009
+
+
+async def test_latency_does_not_count_the_time_before_the_arrival(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that says 100 until an answer comes, and each takes a second longer."""
+    now = [100.0]
+    monkeypatch.setattr(load, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    async def send(_request: Request) -> None:
+        now[0] += 1.0
+
+    samples = await drive(send, [ASKED] * 2, [0.0625, 0.125])
+    assert [sample.latency for sample in samples] == [1.0 - 0.0625, 2.0 - 0.125]
 
 
 async def test_nobody_waits_for_an_answer_to_be_sent() -> None:

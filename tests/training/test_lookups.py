@@ -62,6 +62,11 @@ def test_unchanged_pays_for_a_decode_of_every_masked_row_after_every_pass() -> N
     assert extra.tolist() == [4 * flops.decode_flops(CONFIG), 3 * flops.decode_flops(CONFIG)]
 
 
+def test_a_segment_with_nothing_masked_takes_its_passes_and_decodes_nothing() -> None:
+    effort = at_depth(measured([[7, 1], [1, 1]], segments=[0, 0]), torch.tensor([1, 2, 2])).effort
+    assert (effort.passes.tolist(), effort.rows.tolist()) == ([1, 2, 2], [2, 0, 0])
+
+
 def test_a_lottery_has_the_passes_asked_for_and_the_mean_of_its_neighbours() -> None:
     fixed = rules([[1, 1], [2, 4], [2, 2]], [[1, 1], [2, 2], [4, 4]])
     mixed = fixed.lottery(3.0)
@@ -165,6 +170,18 @@ def test_a_gate_that_knows_which_segments_are_hard_beats_every_lookup() -> None:
     assert found.difference > found.interval
     assert found.unreached == 1.0
     assert found.saved == pytest.approx(0.5)  # at least: two passes are never as good
+
+
+def test_what_is_saved_lies_within_its_interval_in_19_of_20_resamples() -> None:
+    """A lookup whose every pass restores one token more needs as many passes as the rule restores tokens."""
+    hits, passes = torch.rand(2, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2 + 2
+    fixed = rules([[float(depth)] * 30 for depth in range(1, 6)], [[float(depth)] * 30 for depth in range(1, 6)])
+    own = Rules(hits[None], passes[None], passes[None])
+    (found,) = compare(own, {"fixed": fixed}, torch.full((30,), 10.0).double())
+    drawn = resamples(30, seed=0, n=200) @ (hits - passes) / 30
+    assert found.saved == pytest.approx((hits - passes).mean().item())
+    assert ((drawn < found.saved_low).sum(), (drawn > found.saved_high).sum()) == (5, 5)
+    assert found.unreached == 0
 
 
 def test_the_best_lookup_is_the_one_that_is_best_on_validation_text() -> None:

@@ -4,13 +4,14 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from rdt_core import RDT, Tokenizer, flops
 from training.evaluate import main
-from training.evaluation import tallies
+from training.evaluation import table, tallies
 from training.evaluation.restoring import Evaluation, cut_segments
 from training.evaluation.table import Deep, Judge, Plan, choose_tables, evaluate
 from training.report import format_comparisons, format_table, print_text
@@ -46,7 +47,7 @@ def validation(tiny_model: RDT, tiny_tokenizer: Tokenizer) -> Evaluation:
 
 
 def test_a_threshold_above_every_level_is_a_depth_of_one(evaluation: Evaluation) -> None:
-    plan = replace(SMALL, max_depth=4, thresholds=(2.0, 0.0), settle_passes=(1,), settle_thresholds=(2.0,))
+    plan = replace(SMALL, max_depth=4, thresholds=(2.0, 0.0), settle_passes=(1, 4), settle_thresholds=(2.0, 0.0))
     rows = {(row.kind, row.setting): row for row in evaluate(evaluation, plan).rows}
     n_masked = evaluation.masked(rows["fixed", 1].mask_ratio).sum().item()
     levels_asked = n_masked * flops.shortlist_flops(evaluation.model.config) / evaluation.targets.numel()
@@ -57,6 +58,8 @@ def test_a_threshold_above_every_level_is_a_depth_of_one(evaluation: Evaluation)
         assert row.bleu == fixed.bleu
         assert row.passes == depth
         assert row.flops_per_token == pytest.approx(fixed.flops_per_token + levels_asked * (kind == "settle-gate"))
+    assert replace(rows["settle", 4], kind="settle-gate", setting=0.0) == rows["settle-gate", 0.0], "as deep as any"
+    assert rows["settle", 4].passes > 2
 
 
 def test_every_method_has_a_row_and_no_row_lacks_a_measure(evaluation: Evaluation, validation: Evaluation) -> None:
@@ -93,6 +96,48 @@ def test_the_table_is_chosen_on_validation_text_alone(
     assert found.tables == tables
     assert {row.depth for row in found.rows if row.kind == "table"} == {2}
     assert {one.against for one in found.comparisons if one.kind == "gate" and one.best} == {"table"}
+
+
+def test_the_best_lookup_is_chosen_on_validation_text(
+    evaluation: Evaluation, validation: Evaluation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where all is right there and nothing here."""
+    depths, compared = Evaluation.depths, {}
+
+    def rigged(self: Evaluation, ratio: float, max_depth: int) -> object:
+        scores, levels = depths(self, ratio, max_depth)
+        return scores._replace(correct=torch.full_like(scores.correct, float(self is validation))), levels
+
+    def note(kind: str, _settings: object, *here: Any, held: Any = None, **_: object) -> list[Any]:
+        compared[kind] = here, held
+        return []
+
+    monkeypatch.setattr(Evaluation, "depths", rigged)
+    monkeypatch.setattr(table, "against_lookups", note)
+    evaluate(evaluation, SMALL, validation)
+    (rules, lookups), held = compared["gate"]
+    assert held.lookups.keys() == lookups.keys() == {"fixed", "table", "unchanged"}
+    assert all(one.hits.all() for one in (held.rules, *held.lookups.values()))
+    assert not any(one.hits.any() for one in (rules, *lookups.values()))
+
+
+def test_tables_are_chosen_by_exact_match(evaluation: Evaluation) -> None:
+    fixed = [row.exact_match for row in evaluate(evaluation, SMALL).rows if row.kind == "fixed"]
+    assert Deep(evaluation, 0.3, SMALL).quality == pytest.approx(fixed)
+
+
+def test_lookups_and_paces_go_from_few_passes_to_many(evaluation: Evaluation) -> None:
+    """As lotteries want them, in whatever order they were asked for, and with the ends that every rule has."""
+    deep = Deep(evaluation, 0.6, replace(SMALL, max_depth=6, unchanged=(0.0, 0.3, 0.6)))
+    passes, places = torch.arange(6)[:, None], torch.arange(len(deep.scores.segments)) % 4
+    deep.scores = deep.scores._replace(guesses=torch.minimum(passes, places))  # each place changes its own while
+    lookups = deep.lookups([0.1, 0.3, 0.2, 0.2, 0.2, 0.4])
+    means = {name: rules.passes.mean(1).tolist() for name, rules in lookups.items()}
+    stops = [deep.unchanged(share).effort.passes.double().mean().item() for share in deep.plan.unchanged]
+    assert 2 <= stops[2] < stops[1] < stops[0] < 6
+    assert means == {"fixed": [1, 2, 3, 4, 5, 6], "table": [1, 2, 6], "unchanged": sorted([1, *stops, 6])}
+    paces = deep.settle_rules([evaluation.settling(0.6, n_passes) for n_passes in (4, 2)])
+    assert paces.passes.mean(1).tolist() == [1, 2, 4]
 
 
 def test_without_validation_text_nothing_is_chosen(evaluation: Evaluation) -> None:
@@ -237,6 +282,16 @@ def test_a_text_of_one_segment_has_no_intervals(
     assert main(["--checkpoint", str(tiny_checkpoint), "--text", str(text), "--length", "8"]) == 2
     problem = "--text has one segment of 8 tokens: want 2, intervals are of their differences"
     assert capsys.readouterr().err == f"rdt-evaluate: {problem}\n"
+
+
+def test_a_validation_text_that_is_too_short_is_named(
+    tiny_checkpoint: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = tmp_path / "short.txt"
+    for words, problem in (("a b c d e f g", "one segment of 8 tokens"), ("a b c", "3 tokens")):
+        short.write_text(words, encoding="utf-8")
+        assert main(command(tiny_checkpoint, text_file, tmp_path, "--validation", str(short), "--length", "8")) == 2
+        assert capsys.readouterr().err.startswith(f"rdt-evaluate: --validation has {problem}: want ")
 
 
 def test_a_file_that_is_no_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

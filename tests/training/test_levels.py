@@ -32,10 +32,19 @@ def test_the_correlation_is_pearsons_and_may_not_be_there() -> None:
     levels = torch.tensor([[0.3, 0.1, 0.5, 0.2]]).expand(4, 4)
     scores = measured(guesses, [0, 1, 2, 3])
     expected = torch.corrcoef(torch.stack((levels[0], torch.tensor([0.0, 1, 2, 3]))))[0, 1].item()
-    found = [one.correlation for one in level_readings(scores, levels, CONFIG, 0.5)]
-    assert found[0] == pytest.approx(expected, abs=1e-6)
+    found = next(level_readings(scores, levels, CONFIG, 0.5))
+    assert found.correlation == pytest.approx(expected, abs=1e-6)
+    assert found.off == pytest.approx((3 + 0 + 3 + 1) / 4), "too much and too little do not make up for each other"
     (flat, _) = level_readings(scores, torch.full((4, 4), 0.3), CONFIG, 0.5)
     assert flat.correlation is None
+
+
+def test_guesses_count_as_settled_where_they_do_in_training() -> None:
+    """One token in fifty may still change."""
+    for n_tokens, left in ((50, 0), (49, 1)):
+        guesses = [[1] * n_tokens, [2] + [1] * (n_tokens - 1)]
+        (found,) = level_readings(measured(guesses, [0] * n_tokens), torch.zeros(2, 1), CONFIG, 0.5)
+        assert found.left == left
 
 
 def test_one_pass_says_nothing_about_passes_left() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rdt_core import checkpoint
 from tests.training.conftest import Settings
 from training.config import ConfigError, TrainConfig
-from training.processes import Made, OneProcess, add_up_gradients, share
+from training.processes import Made, OneProcess, add_up_gradients, meet, share
 from training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -75,6 +75,11 @@ def curve(config: TrainConfig, name: str) -> list[float]:
 def weights(config: TrainConfig, step: int) -> dict[str, Tensor]:
     (path,) = Path(config.output.checkpoint_dir).glob(f"checkpoint_epoch_*_step_{step}.pt")
     return checkpoint.read(path).model_state_dict
+
+
+def test_one_process_takes_the_device_that_is_wanted() -> None:
+    wanted = torch.device("meta")
+    assert meet(wanted).device(wanted) == wanted
 
 
 def test_two_processes_follow_the_curve_of_one_and_continue_its_run(

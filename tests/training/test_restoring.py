@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import pytest
 import torch
 
-from rdt_core import RDT, ModelConfig, Tokenizer, flops, restore
+from rdt_core import RDT, ModelConfig, Packing, Tokenizer, flops, restore
+from rdt_core.halting import due
 from training.config import ConfigError
 from training.evaluation.restoring import Effort, Evaluation, at_depth, cut_segments
 
@@ -38,22 +38,28 @@ def test_a_text_shorter_than_a_segment_is_an_error(tiny_tokenizer: Tokenizer) ->
     ("halting", "threshold"), [("gate", 0.0), ("settle", 0.0), ("settle", 0.3), ("settle", 0.5), ("settle", 0.7)]
 )
 def test_the_scores_are_those_of_the_reference(evaluation: Evaluation, halting: str, threshold: float) -> None:
-    """Token for token and pass for pass, with thresholds below, between and above the levels."""
+    """Token for token, pass for pass and bit for bit, with thresholds below, between and above the levels."""
     model, mask_id = evaluation.model, evaluation.tokenizer.mask_id
     if halting == "gate":
         scores, _ = evaluation.depths(0.5, 3)
         outcome = at_depth(scores, torch.full((len(evaluation.targets),), 3))
     else:
         outcome = evaluation.settling(0.5, 3, threshold)
-    restored = [
-        restore(model, torch.where(masked, mask_id, targets), masked, max_steps=3, threshold=threshold,
-                halting=halting)  # type: ignore[arg-type]
-        for targets, masked in zip(evaluation.targets, evaluation.masked(0.5), strict=True)
-    ]  # fmt: skip
-    masked = evaluation.masked(0.5)
-    assert torch.tensor([r.tokens for r in restored])[masked].tolist() == outcome.scores.guesses.tolist()
-    assert [r.steps for r in restored] == outcome.effort.passes.tolist()
-    assert math.isfinite(outcome.scores.nats.sum().item())
+    nats, masked = [], evaluation.masked(0.5)
+    for own, (targets, hidden_rows) in enumerate(zip(evaluation.targets, masked, strict=True)):
+        seen: list[torch.Tensor] = []  # hidden states, pass after pass
+        found = restore(model, torch.where(hidden_rows, mask_id, targets), hidden_rows, max_steps=3,
+                        threshold=threshold, halting=halting,  # type: ignore[arg-type]
+                        observe=lambda _step, _level, state, seen=seen: seen.append(state.hidden))  # fmt: skip
+        assert (
+            outcome.scores.guesses[outcome.scores.segments == own].tolist()
+            == torch.tensor(found.tokens)[hidden_rows].tolist()
+        )
+        assert outcome.effort.passes[own] == found.steps
+        for row, step in zip(found.rows, found.fixed_at, strict=True):
+            logits = model.decode(seen[step - 1], Packing.of([20]), torch.tensor([row]))
+            nats.append(-logits[0].log_softmax(-1)[targets[row]].item())
+    assert outcome.scores.nats.tolist() == pytest.approx(nats, rel=1e-4)
 
 
 def test_the_levels_of_the_reference_test_are_on_both_sides_of_its_thresholds(evaluation: Evaluation) -> None:
@@ -68,6 +74,8 @@ def test_settling_counts_passes_until_the_last_token_is_written(evaluation: Eval
     assert set(effort.passes.tolist()) == {15}
     assert set(effort.decodes.tolist()) == {9}
     assert set(effort.rows.tolist()) == {9}
+    asked = sum(9 - due(9, done, 16) for done in range(15))  # the level of every row still open, in each pass
+    assert set(effort.shortlisted.tolist()) == {asked}
 
 
 def test_the_masks_of_smaller_ratios_are_inside_those_of_larger_ones(evaluation: Evaluation) -> None:

@@ -121,9 +121,12 @@ def test_the_best_lookup_is_chosen_on_validation_text(
     assert not any(one.hits.any() for one in (rules, *lookups.values()))
 
 
-def test_tables_are_chosen_by_exact_match(evaluation: Evaluation) -> None:
-    fixed = [row.exact_match for row in evaluate(evaluation, SMALL).rows if row.kind == "fixed"]
-    assert Deep(evaluation, 0.3, SMALL).quality == pytest.approx(fixed)
+def test_tables_are_chosen_by_the_share_of_tokens_that_are_right(evaluation: Evaluation) -> None:
+    deep = Deep(evaluation, 0.3, SMALL)
+    right = torch.zeros_like(deep.scores.correct)
+    right[1, ::2] = 1
+    deep.scores = deep.scores._replace(correct=right)
+    assert deep.quality == [0, pytest.approx(right[1].mean().item()), 0]
 
 
 def test_lookups_and_paces_go_from_few_passes_to_many(evaluation: Evaluation) -> None:

@@ -10,7 +10,7 @@ import torch
 from rdt_core.masking import mask_ranks, maskable_rows, masked_at
 from rdt_core.tokenizer import CONTINUATION, MASK_TOKEN, Encoding, Fill, Tokenizer, fill
 from service.engine.types import Reading, Result
-from service.errors import FieldProblem, InvalidArgument, TooLarge
+from service.errors import FieldProblem, InvalidArgument, TooLarge, printable
 from service.limits import Limits
 from service.schema import Candidate, Restored
 
@@ -118,6 +118,5 @@ def _is_reread(encoding: Encoding, row: int, token: int) -> bool:
 
 
 def _too_large(text: str, length: str, wanted: str) -> TooLarge:
-    problem = FieldProblem.of("text", text, wanted)
     message = f"text has {length}: want {wanted}"
-    return TooLarge(message, [FieldProblem("text", message, problem.value)])
+    return TooLarge(message, [FieldProblem("text", message, printable(text))])

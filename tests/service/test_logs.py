@@ -249,6 +249,29 @@ async def test_a_stream_that_fails_midway_says_so(observed: Service, log: Log) -
     assert (line["status"], line["outcome"]) == (200, "internal")
 
 
+async def test_a_stream_that_is_left_midway_says_so(observed: Service, log: Log) -> None:
+    observed.engine.held = asyncio.Event()
+    body = json.dumps({"text": TEXT}).encode()
+    sent, begun = [{"type": "http.request", "body": body}], asyncio.Event()
+
+    async def receive() -> dict[str, object]:
+        if not sent:
+            await begun.wait()
+        return sent.pop() if sent else {"type": "http.disconnect"}
+
+    async def send(message: dict[str, object]) -> None:
+        if message["type"] == "http.response.body":
+            begun.set()
+
+    scope = {
+        "type": "http", "method": "POST", "path": "/denoise/stream", "raw_path": b"", "query_string": b"",
+        "headers": [(b"content-type", b"application/json"), (b"x-api-key", KEY.encode())],
+    }  # fmt: skip
+    await asyncio.wait_for(observed.app(scope, receive, send), timeout=5)  # type: ignore[arg-type] # plain dicts
+    (line,) = log.entries("service.rest.observe")
+    assert (line["status"], line["outcome"]) == (200, "cancelled")
+
+
 async def test_a_crash_is_logged_under_its_id(observed: Service, log: Log) -> None:
     """By the server around the application, once that has been left."""
     observed.engine.error = RuntimeError("broken")

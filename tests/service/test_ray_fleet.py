@@ -20,7 +20,7 @@ from benchmarks.tick_cost import TickCost
 from benchmarks.traffic import draw, steady
 from service.engine.scheduler import SchedulerLimits
 from service.engine.types import Outcome, Plan
-from service.errors import FailedPrecondition
+from service.errors import RETRY_SECONDS, FailedPrecondition
 from service.settings import SettingsError
 from tests.fakes import FakeClock
 
@@ -226,6 +226,8 @@ def test_the_bounds_agree_with_the_engines(monkeypatch: pytest.MonkeyPatch) -> N
     assert config.max_queued_requests == 4 * max_ongoing(settings, fleet), "a burst that all can hold is not refused"
     assert config.graceful_shutdown_timeout_s > 7
     assert (config.autoscaling_config.min_replicas, config.autoscaling_config.max_replicas) == (1, 4)
+    refusal = config.backpressure_config
+    assert (refusal.status_code, refusal.retry_after_s) == (429, RETRY_SECONDS), "as the engine refuses"
 
 
 def test_arguments_come_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,7 +285,9 @@ async def test_a_replica_whose_engine_gave_up_is_not_healthy() -> None:
 
 
 @pytest.mark.parametrize("error", [None, FailedPrecondition("the checkpoint cannot be served")])
-async def test_a_reload_that_fails_does_not_cost_the_replica(error: FailedPrecondition | None) -> None:
+async def test_a_reload_that_fails_does_not_cost_the_replica(
+    error: FailedPrecondition | None, caplog: pytest.LogCaptureFixture
+) -> None:
     asked = 0
 
     async def reload() -> Any:
@@ -298,6 +302,7 @@ async def test_a_reload_that_fails_does_not_cost_the_replica(error: FailedPrecon
     replica: Any = SimpleNamespace(_host=SimpleNamespace(reload=reload, at_rest=at_rest))
     await Replica.reconfigure(replica, {"weights": 2})
     assert asked == 1
+    assert ("no reload: the checkpoint cannot be served" in caplog.text) == (error is not None)
 
 
 def test_without_the_extra_there_is_a_hint() -> None:

@@ -206,6 +206,11 @@ async def test_the_playground_allows_itself_and_nothing_else(service: Service) -
     policy = response.headers["content-security-policy"]
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
+    assert {"connect-src 'self'", "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"} <= {
+        *policy.split("; ")
+    }
+    assert response.headers["referrer-policy"] == "no-referrer"
+    assert response.headers["x-content-type-options"] == "nosniff"
     for element in ("script", "style"):
         inline = re.findall(f"<{element}>(.*?)</{element}>", response.text, re.DOTALL)
         assert len(inline) == 1

@@ -158,6 +158,8 @@ async def test_health_follows_the_lifecycle(
         with pytest.raises(grpc.aio.AioRpcError) as error:
             await check("nobody")
         assert error.value.code() == grpc.StatusCode.NOT_FOUND
+        unknown = stub.Watch(HealthCheckRequest(service="nobody"))
+        assert (await unknown.read()).status == HealthCheckResponse.SERVICE_UNKNOWN
 
 
 async def test_many_may_watch_and_not_too_many(

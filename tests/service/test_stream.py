@@ -70,6 +70,7 @@ async def test_the_events_of_a_stream(service: Service) -> None:
         response = await client.post("/denoise/stream", json={"text": "the\n[MASK]"})
     assert response.headers["content-type"].startswith("text/event-stream")
     assert response.headers["cache-control"] == "no-store"
+    assert response.headers["x-accel-buffering"] == "no", "nginx passes events on as they come"
     assert "content-length" not in response.headers
     frames = response.text.split("\n\n")
     assert [frame.split("\n")[0] for frame in frames] == ["event: pass", "event: pass", "event: answer", ""]

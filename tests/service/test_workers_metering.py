@@ -258,6 +258,14 @@ async def test_a_worker_that_is_not_there_does_not_keep_a_scrape_for_ever(
     assert "1 of 2 workers have reported; the others are not connected" in caplog.text
 
 
+async def test_a_scrape_that_the_engine_does_not_answer_fails(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metering, "SCRAPE_SECONDS", 0.05)
+    one = await fleet.worker()
+    monkeypatch.setattr(fleet.server, "_scrape", lambda *_: asyncio.sleep(5))
+    with pytest.raises(Unavailable, match="does not answer"):
+        await one.metrics.scrape()
+
+
 async def test_an_engine_alone_is_shown(fleet: Fleet) -> None:
     text = await Ledger(fleet.host.metrics).total({})
     assert b"rdt_ready" in text

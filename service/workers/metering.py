@@ -145,8 +145,10 @@ class Ledger:
                     await self._booked.wait()
         except TimeoutError:
             late = ", ".join(name for name in workers if self._is_late(name, asked))
-            why = f"late: {late}" if late else "the others are not connected"
-            log.warning("%d of %d workers have reported; %s", len(self._reports), self._n_workers, why)
+            n_reported = sum(not self._is_late(name, asked) for name in self._reports)
+            if late or n_reported < self._n_workers:  # else the last report came just now
+                why = f"late: {late}" if late else "the others are not connected"
+                log.warning("%d of %d workers have reported; %s", n_reported, self._n_workers, why)
 
     def _is_late(self, worker: str, asked: int) -> bool:
         report = self._reports.get(worker)

@@ -238,13 +238,30 @@ async def test_a_worker_that_does_not_report_counts_as_it_did(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(metering, "ANSWER_SECONDS", 0.05)
+    fleet.server._ledger._n_workers = 2
     one, other = await fleet.worker(), await fleet.worker()
     await ask(other, brief())
     await scrape(one)
     other._hear = lambda *_: None  # type: ignore[method-assign]
     other.link._hear = other._hear
     assert (await scrape(one))[OK] == 1
-    assert "have reported; late: 1.0" in caplog.text
+    assert "1 of 2 workers have reported; late: 1.0" in caplog.text
+
+
+async def test_a_report_that_comes_just_as_the_scrape_gives_up_is_no_late_one(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a machine without processor time both are handled in the same turn."""
+    monkeypatch.setattr(metering, "ANSWER_SECONDS", 0.05)
+    one = await fleet.worker()
+    ledger = fleet.server._ledger
+    ledger._n_workers = 1
+    looks = iter([True])
+
+    monkeypatch.setattr(ledger, "_is_late", lambda *_: next(looks, False))
+    monkeypatch.setattr(one.link, "_hear", lambda *_: None)
+    await scrape(one)
+    assert caplog.text == ""
 
 
 async def test_a_worker_that_is_not_there_does_not_keep_a_scrape_for_ever(

@@ -22,7 +22,10 @@ PROMETHEUS = ROOT / "deploy" / "prometheus"
 GRAFANA = ROOT / "deploy" / "grafana"
 DASHBOARD: dict[str, Any] = json.loads((GRAFANA / "dashboards" / "rdt.json").read_text(encoding="utf-8"))
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
-PROCESS = {"process_cpu_seconds_total", "process_resident_memory_bytes", "process_start_time_seconds"}  # on Linux only
+PROCESS = {  # on Linux only
+    "process_cpu_seconds_total", "process_max_fds", "process_open_fds", "process_resident_memory_bytes",
+    "process_start_time_seconds",
+}  # fmt: skip
 
 SUFFIXES = {"counter": ("_total",), "gauge": ("",), "info": ("_info",), "histogram": ("_bucket", "_sum", "_count")}
 
@@ -108,6 +111,25 @@ def test_panels_are_told_apart_and_explain_themselves() -> None:
             assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
         letters = [target["refId"] for target in panel["targets"]]
         assert len(letters) == len(set(letters))
+
+
+def test_what_an_alert_looks_at_is_on_the_dashboard() -> None:
+    """So that an operator sees how it came to that, and when it is over."""
+
+    def metrics(expression: str) -> set[str]:
+        return {
+            re.sub("_(bucket|sum|count)$", "", name)
+            for name in re.findall(r"(?<![:\w])(?:rdt|process)_\w+", expression)
+        }
+
+    def outcomes(expression: str) -> set[str]:
+        return {one for some in re.findall(r'outcome=~?"([\w|]+)"', expression) for one in some.split("|")}
+
+    shown = "\n".join(target["expr"] for panel in PANELS for target in panel["targets"])
+    for alert in ALERTS:
+        assert metrics(alert["expr"]) <= metrics(shown), alert["alert"]
+        if "rdt_requests_total" in alert["expr"]:
+            assert outcomes(alert["expr"]) <= outcomes(shown), alert["alert"]
 
 
 def test_figures_are_those_of_now() -> None:

@@ -80,9 +80,12 @@ def test_settling_fills_the_gaps_of_the_example_as_it_says() -> None:
 
 
 def test_the_python_examples_run(tmp_path: Path) -> None:
-    client, alone = blocks("python")
+    client, rpc, alone = blocks("python")
     with server(tmp_path / "log") as running, wait_until_ready(running):
         served = run([sys.executable, "-c", client.replace("http://127.0.0.1:8000", running.url)]).splitlines()
+        (grpc_address,) = re.findall(r"listening on grpc://(\S+)", running.log.read_text())
+        called = run([sys.executable, "-c", rpc.replace("127.0.0.1:50051", grpc_address)])
+    assert called == "The king of england was killed in the battle of Hastings . 2\n"
     assert re.fullmatch(r"The album was \w+ in 2004 and received positive \w+ from critics\. 2", served[0])
     assert len(served) == 4, "an answer, two passes, and the answer again"
     assert re.fullmatch(
@@ -90,7 +93,7 @@ def test_the_python_examples_run(tmp_path: Path) -> None:
     )
 
 
-def test_the_training_commands_train_and_evaluate(tmp_path: Path) -> None:
+def test_the_training_commands_train_evaluate_and_release(tmp_path: Path) -> None:
     lines = ["The quick brown fox jumps over the lazy dog near the river bank , and sleeps .\n"] * 200
     for name in ("text.txt", "other.txt"):
         (tmp_path / name).write_text("".join(lines), encoding="utf-8")
@@ -103,3 +106,5 @@ def test_the_training_commands_train_and_evaluate(tmp_path: Path) -> None:
     short = ["--segments", "2", "--length", "32", "--mask-ratios", "0.2", "--max-depth", "2", "--settle-passes", "2"]
     table = run([*command(".venv/bin/python -m training.evaluate"), *short], tmp_path)
     assert table.startswith("exact match")
+    assert run(command(".venv/bin/python -m training.release"), tmp_path).startswith("runs/tiny/release.pt: rdt-tiny@")
+    assert command(".venv/bin/rdt-serve")[1:] == ["--checkpoint", "runs/tiny/release.pt"]

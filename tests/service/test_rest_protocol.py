@@ -172,9 +172,11 @@ async def test_a_head_without_end_is_refused(port: int) -> None:
 
 @pytest.mark.parametrize(
     "sent",
-    [b"nonsense\r\n\r\n", b"GET /\0 HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nno colon\r\n\r\n"]
-    + [b"PRI * HTTP/2.0\r\n\r\n", b"\x16\x03\x01\x02\0\x01"],  # HTTP/2, say of a gRPC client; TLS
-)
+    [
+        b"nonsense\r\n\r\n", b"GET /\0 HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nno colon\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\n", b"\x16\x03\x01\x02\0\x01",  # as of a gRPC client; TLS
+    ],
+)  # fmt: skip
 async def test_what_is_not_http_is_a_problem_like_others(port: int, sent: bytes) -> None:
     assert await last_words(port, sent) == (400, "Invalid HTTP request received.")
 

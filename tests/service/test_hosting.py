@@ -383,7 +383,7 @@ async def test_a_long_text_that_was_accepted_before_the_end_is_answered(
 
     monkeypatch.setattr(Tokenizer, "encode", slow)
     limits = replace(hosted.lifecycle.denoiser.limits, max_seq_len=100)
-    monkeypatch.setattr(hosted.lifecycle.denoiser, "_limits", limits)
+    monkeypatch.setattr(hosted.lifecycle.denoiser, "limits", limits)
     asking = asyncio.create_task(hosted.denoise({"text": f"a [MASK]{' ' * LONG_TEXT}"}))
     await asyncio.sleep(0.02)
     label = hosted.lifecycle.denoiser.card.label

@@ -16,6 +16,7 @@ from torch import Tensor
 from rdt_core import RDT, Packing, State, restore
 from rdt_core.precision import Precision, prepare
 from service.engine.eager import Decoded, EagerBackend
+from service.engine.lookahead import LookaheadBackend
 from service.engine.reference import run_reference
 from service.engine.scheduler import Scheduler, SchedulerLimits
 from service.engine.types import Admission, Choice, Job, Plan, Result, Ticket
@@ -150,7 +151,7 @@ def plan_of(*jobs: Job, overdue: tuple[int, ...] = (), dropped: tuple[int, ...] 
 
 
 def masked_job(n_tokens: int, max_steps: int, **options: object) -> Job:
-    return Job([5] * n_tokens, [True] * n_tokens, max_steps, 0.0, **{"halting": "gate", **options})  # type: ignore[arg-type]
+    return Job([5] * n_tokens, [True] * n_tokens, max_steps, **{"threshold": 0.0, "halting": "gate", **options})  # type: ignore[arg-type]
 
 
 def test_only_open_rows_of_sequences_that_stop_go_through_the_vocabulary(tiny_model: RDT) -> None:
@@ -252,6 +253,19 @@ def test_a_level_that_equals_the_threshold_is_not_below_it(tiny_model: RDT, tent
     (result,) = run_all(EagerBackend(model), [job], random.Random(0))
     alone = run_reference(model, job)
     assert (result.steps, result.reason, result.levels) == (alone.steps, alone.reason, alone.levels)
+
+
+@pytest.mark.parametrize("kind", [EagerBackend, LookaheadBackend])
+def test_a_threshold_is_not_rounded_to_the_digits_of_a_level(
+    tiny_model: RDT, kind: type[EagerBackend | LookaheadBackend]
+) -> None:
+    def answer(threshold: float) -> Result:
+        backend = EagerBackend(tiny_model) if kind is EagerBackend else LookaheadBackend(tiny_model, 80, 8)
+        (result,) = run_all(backend, [masked_job(4, 9, threshold=threshold)], random.Random(0))
+        return result
+
+    second = answer(0.0).levels[1]
+    assert [answer(threshold).steps for threshold in (second, math.nextafter(second, 1))] == [3, 2]
 
 
 def test_token_levels_that_are_no_numbers_keep_the_pace(tiny_model: RDT) -> None:

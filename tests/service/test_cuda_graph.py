@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any, ClassVar
 from weakref import WeakSet
 
@@ -15,11 +16,11 @@ import pytest
 import torch
 
 from rdt_core import RDT, ModelConfig, layers
-from service.engine import cuda_graph
+from service.engine import cuda_graph, lookahead
 from service.engine.cuda_graph import CapturedPasses
-from service.engine.lookahead import LookaheadBackend
+from service.engine.lookahead import LookaheadBackend, to_host
 from service.engine.reference import run_reference
-from service.engine.static_batch import Bucket, Buffers
+from service.engine.static_batch import Bucket, Buffers, PlainPasses
 from tests.service.tape import Tape
 from tests.service.test_eager import LIMITS, random_job, run_all
 
@@ -199,6 +200,31 @@ def test_what_cannot_be_captured_is_launched(
 
 
 @pytest.mark.usefixtures("graphs_on_cpu")
+def test_a_capture_that_fails_is_the_last_and_those_before_it_go(
+    tiny_model: RDT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recording = torch.cuda.graph
+
+    def graph(graph: Recording, **settings: Any) -> Any:
+        if Recording.made == 2:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return recording(graph, **settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    sizes = [cuda_graph.Size(64, 9), cuda_graph.Size(96, 9), cuda_graph.Size(128, 9)]
+    passes, buffers = CapturedPasses(tiny_model), Buffers.of(tiny_model, 128, 9)
+    passes.prepare(buffers, sizes)
+    launched: list[int] = []
+    monkeypatch.setattr(cuda_graph, "one_pass", lambda _model, _buffers, bucket: launched.append(bucket.n_rows))
+    for size in sizes:
+        passes(buffers, passes._any_batch(buffers, size))
+    assert launched == [64, 96, 128]
+    assert Recording.made == 2
+    gc.collect()
+    assert len(Recording.alive) == 1, "the failed one, which the allocator may ask for"
+
+
+@pytest.mark.usefixtures("graphs_on_cpu")
 def test_no_memory_for_a_capture_is_no_reason_to_give_up_capturing(
     tiny_model: RDT, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -239,12 +265,70 @@ def test_no_memory_for_a_pass_is_said_by_the_tick(tiny_model: RDT, monkeypatch: 
             raise torch.OutOfMemoryError("CUDA out of memory")
         works(model, buffers, bucket)
 
+    emptied: list[list[int]] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(list(passes.graphs)))
     monkeypatch.setattr(cuda_graph, "one_pass", short)
     passes.prepare(buffers, sizes)
     assert list(passes.graphs) == [64]
+    assert emptied == [[]], "what the largest took in vain is there for the others"
     bucket = passes._any_batch(buffers, sizes[1])
     with pytest.raises(torch.OutOfMemoryError):
         passes(buffers, bucket)
     monkeypatch.setattr(cuda_graph, "one_pass", works)
     passes(buffers, bucket)
     assert list(passes.graphs) == [64, 96], "there is memory again"
+
+
+def test_results_of_a_card_are_copied_to_pinned_memory_and_waited_for_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[tuple[object, ...]] = []
+
+    class Copy:
+        def copy_(self, tensor: Any, non_blocking: bool = False) -> None:
+            happened.append(("copy", tensor.shape, non_blocking))
+
+    class Event:
+        def __init__(self, **_: Any) -> None:
+            pass
+
+        def record(self) -> None:
+            happened.append(("record",))
+
+        def synchronize(self) -> None:
+            happened.append(("wait",))
+
+    made: list[tuple[object, ...]] = []
+
+    def empty(shape: Any, *, dtype: torch.dtype, pin_memory: bool = False) -> Copy:
+        made.append((shape, dtype, pin_memory))
+        return Copy()
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    level, reason = (SimpleNamespace(is_cuda=True, shape=(n,), dtype=torch.float32) for n in (3, 4))
+    copies, done = to_host(level, reason)  # type: ignore[arg-type]
+    assert len(copies) == 2
+    assert made == [((3,), torch.float32, True), ((4,), torch.float32, True)]
+    assert happened == [("copy", (3,), True), ("copy", (4,), True), ("record",)], "nothing is waited for yet"
+    done()
+    assert happened[3:] == [("wait",)]
+
+
+def test_a_tick_runs_on_the_card_of_its_model(tiny_model: RDT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread's own choice is the first card, and streams and events are those of the card that is chosen."""
+    chosen: list[torch.device] = []
+
+    @contextlib.contextmanager
+    def on_device(device: torch.device) -> Iterator[None]:
+        chosen.append(device)
+        yield
+        chosen.clear()
+
+    class Passes(PlainPasses):
+        def __call__(self, buffers: Buffers, bucket: Bucket) -> None:
+            assert chosen == [tiny_model.device]
+            super().__call__(buffers, bucket)
+
+    assert lookahead.on_device(torch.device("cuda:1")).idx == 1  # type: ignore[attr-defined]
+    monkeypatch.setattr(lookahead, "on_device", on_device)
+    rng = random.Random(0)
+    run_all(LookaheadBackend(tiny_model, 80, 8, Passes(tiny_model)), [random_job(rng, 30) for _ in range(5)], rng)

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -206,6 +207,23 @@ def test_whatever_says_so_and_nothing_of_the_tick_stays_in_memory(
     assert found.value.__context__ is None
     error.__traceback__ = None  # this test holds the error, which a backend does not
     assert tensors[0]() is None
+
+
+@pytest.mark.parametrize("kind", [EagerBackend, LookaheadBackend])
+def test_a_backend_that_forgets_gives_memory_back_to_the_card(
+    tiny_model: RDT, monkeypatch: pytest.MonkeyPatch, kind: type[Backend]
+) -> None:
+    """And lets go of its own before."""
+    backend = EagerBackend(tiny_model) if kind is EagerBackend else LookaheadBackend(tiny_model, 64, 8)
+    job = Job([2, 4, 3], [False, True, False], 3, 0.0, "gate", stream=True)
+    backend.run(Plan((Admission(1, job, 3),), (), frozenset(), (), (1,), 3))
+    eager = backend if isinstance(backend, EagerBackend) else backend._eager
+    assert eager.tickets
+    emptied: list[tuple[int, ...]] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(eager.tickets))
+    monkeypatch.setattr(eager, "_model", SimpleNamespace(device=torch.device("cuda:0")))
+    backend.reset()
+    assert emptied == [()]
 
 
 @pytest.mark.parametrize(

@@ -232,7 +232,7 @@ def _validated(fields: Mapping[str, object], limits: Limits) -> DenoiseRequest:
 
 def _problems(fields: Mapping[str, object], limits: Limits) -> list[FieldProblem]:
     """Everything that is wrong with the fields of a request."""
-    known = {name: value for name, value in fields.items() if name in DenoiseRequest.model_fields}
+    known = {name: fields[name] for name in DenoiseRequest.model_fields if name in fields}
     wanted = _wanted(limits)
     problems = _unknown(fields, DenoiseRequest.model_fields)
     problems += limits.above(known, wanted)

@@ -71,6 +71,7 @@ class Denoiser:
         self._metrics = metrics
         self._clock = clock
         self._tracer = tracer
+        self._beginning = asyncio.Lock()  # batches begin one item a turn: more would hold up everybody else
         self._preparing = 0  # batches and long texts that have not reached the engine yet
 
     def read(self, fields: object) -> DenoiseRequest:
@@ -132,8 +133,9 @@ class Denoiser:
             async with asyncio.TaskGroup() as tasks:
                 with self._handing_in():
                     for index, item in enumerate(items):
-                        ends.append(tasks.create_task(end_of(index, item)))
-                        await asyncio.sleep(0)  # one item a turn: all at once would hold up everybody else
+                        async with self._beginning:
+                            ends.append(tasks.create_task(end_of(index, item)))
+                            await asyncio.sleep(0)
         except asyncio.CancelledError:
             for _ in range(len(items) - n_begun):
                 self._metrics.left(transport)

@@ -227,8 +227,11 @@ async def test_timing_is_measured_from_arrival(service: Service, monkeypatch: py
     assert (timing.queue, timing.compute, timing.total) == (200.0, 700.0, pytest.approx(900.0))
 
 
-async def test_a_long_batch_leaves_others_their_turn(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokenising is the event loop's own work: a batch of long texts would stop everybody, probes too."""
+@pytest.mark.parametrize("n_batches", [1, 8])
+async def test_long_batches_leave_others_their_turn(
+    service: Service, monkeypatch: pytest.MonkeyPatch, n_batches: int
+) -> None:
+    """Tokenising is the event loop's own work: batches of long texts would stop everybody, probes too."""
     turns, began = 0, []
     encode = Tokenizer.encode
 
@@ -245,9 +248,9 @@ async def test_a_long_batch_leaves_others_their_turn(service: Service, monkeypat
     monkeypatch.setattr(Tokenizer, "encode", noted)
     running = asyncio.create_task(other())
     items = [service.denoiser.read({"text": "a [MASK]"}) for _ in range(64)]
-    ends = await service.denoiser.denoise_batch(items, "rest")
+    ends = await asyncio.gather(*(service.denoiser.denoise_batch(items, "rest") for _ in range(n_batches)))
     running.cancel()
-    assert all(isinstance(end, DenoiseAnswer) for end in ends)
+    assert all(isinstance(end, DenoiseAnswer) for batch in ends for end in batch)
     assert max(began.count(turn) for turn in began) <= 2
 
 

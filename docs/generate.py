@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from service.metrics import Declaration, Metrics
-from service.settings import PREFIX, Settings
+from service.settings import PREFIX, WORDS, Settings
 
 PAGE = Path(__file__).with_name("operations.md")
 
@@ -35,7 +35,7 @@ def filled(page: str) -> str:
 
 def settings_table() -> str:
     rows = [
-        (f"`{PREFIX}{name.upper()}`", _default(field), _range(field), field.description or "")
+        (f"`{PREFIX}{name.upper()}`", _default(field), WORDS.get(name) or _range(field), field.description or "")
         for name, field in Settings.model_fields.items()
     ]
     return _table(("variable", "default", "values", "meaning"), rows)
@@ -54,14 +54,10 @@ def _range(field: FieldInfo) -> str:
     kind: Any = field.annotation
     if get_origin(kind) is Literal:
         return ", ".join(f"`{value}`" for value in get_args(kind))
-    bounds = {
-        name: getattr(rule, name) for rule in field.metadata for name in ("ge", "le", "pattern") if _has(rule, name)
-    }
+    bounds = {name: getattr(rule, name) for rule in field.metadata for name in ("ge", "le") if _has(rule, name)}
     if "ge" in bounds:
         return f"{bounds['ge']} to {bounds['le']}" if "le" in bounds else f"{bounds['ge']} or more"
-    if "pattern" in bounds:
-        return "`" + bounds["pattern"].replace("|", r"\|") + "`"
-    return "a file" if kind is Path else "text"
+    return "text"
 
 
 def _has(rule: object, name: str) -> bool:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 
 from service.engine.scheduler import SchedulerLimits
-from service.errors import printable
+from service.errors import shown
 
 PREFIX = "RDT_"
 NOT_SET = "(not set)"
@@ -36,9 +36,18 @@ def _sendable(key: SecretStr) -> SecretStr:
 
 def _not_blank(name: object) -> object:
     if isinstance(name, str) and not name.strip():
-        raise PydanticCustomError("blank", "want a name")
+        raise PydanticCustomError("blank", "blank")
     return name
 
+
+WORDS = {
+    "checkpoint": "the name of a file",
+    "device": "auto, cpu, cuda or cuda:N",
+    "devices": "numbers of CUDA devices, such as 0,1",
+    "host": "a name or an address",
+    "otel_endpoint": "http://HOST:PORT or https://HOST:PORT",
+}
+"""What is wanted where it is no number and no choice."""
 
 Key = Annotated[SecretStr, AfterValidator(_sendable)]
 NotBlank = BeforeValidator(_not_blank)  # before an empty path becomes the current folder
@@ -56,12 +65,12 @@ class Settings(BaseSettings):
     )
     device: str = Field(
         "auto",
-        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$",
         description="Where to compute: auto, cpu, cuda or cuda:N. auto takes a GPU if there is one.",
     )
     devices: str = Field(
         "",
-        pattern=r"^(\d+(,\d+)*)?$",
+        pattern=r"^([0-9]+(,[0-9]+)*)?$",
         description="Several CUDA devices by their numbers, such as 0,1, in place of RDT_DEVICE: each computes, all "
         "fed from one queue.",
     )
@@ -252,8 +261,23 @@ def _underscored(argument: str) -> str:
 
 def _problem(fault: ErrorDetails) -> str:
     name = str(fault["loc"][0])
-    shown = f" is {json.dumps(printable(fault['input']))}"
-    if name.endswith("_key") and not fault["input"]:
-        return f"{name} ({PREFIX}{name.upper()}) is empty: want a key, or leave it unset"
-    value = "" if name.endswith("_key") else shown  # a key is never shown
-    return f"{name} ({PREFIX}{name.upper()}){value}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+    known_as = f"{name} ({PREFIX}{name.upper()})"
+    if not name.endswith("_key"):
+        return f"{known_as} is {shown(fault['input'])}: want {WORDS.get(name) or wanted(Settings.model_fields[name])}"
+    if not fault["input"]:
+        return f"{known_as} is empty: want a key, or leave it unset"
+    return f"{known_as}: {fault['msg']}"  # a key is never shown
+
+
+def wanted(field: FieldInfo) -> str:
+    """The values of a choice, or of a number: `a whole number from 0 to 65535`."""
+    if get_origin(field.annotation) is Literal:
+        return f"one of {', '.join(get_args(field.annotation))}"
+    kind = "a whole number" if field.annotation is int else "a finite number"
+    bounds = {
+        name: getattr(rule, name) for rule in field.metadata for name in ("ge", "gt", "le") if hasattr(rule, name)
+    }
+    if "ge" in bounds and "le" in bounds:
+        return f"{kind} from {bounds['ge']} to {bounds['le']}"
+    signs = {"ge": ">=", "gt": ">", "le": "<="}
+    return f"{kind} {' and '.join(f'{signs[name]} {bound}' for name, bound in bounds.items())}"

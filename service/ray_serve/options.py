@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
-from service.settings import Settings, SettingsError, read_settings
+from service.errors import shown
+from service.settings import Settings, SettingsError, read_settings, wanted
 
 NOT_HERE = {
     "host": "http_options of Serve",
@@ -66,8 +68,14 @@ def _read_fleet(arguments: Mapping[str, object]) -> Fleet:
     try:
         return Fleet.model_validate(arguments)
     except ValidationError as error:
-        faults = (": ".join([*map(str, fault["loc"]), fault["msg"]]) for fault in error.errors())
-        raise SettingsError("; ".join(faults)) from None
+        raise SettingsError("; ".join(map(_problem, error.errors()))) from None
+
+
+def _problem(fault: ErrorDetails) -> str:
+    if not fault["loc"]:  # of two together
+        return str(fault["ctx"]["error"])
+    name = str(fault["loc"][0])
+    return f"{name} is {shown(fault['input'])}: want {wanted(Fleet.model_fields[name])}"
 
 
 def n_batches(settings: Settings) -> int:

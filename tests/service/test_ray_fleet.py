@@ -245,7 +245,7 @@ def test_every_device_of_a_replica_computes_batches_of_its_own() -> None:
 
 
 def test_what_is_not_finite_is_named() -> None:
-    with pytest.raises(SettingsError, match="num_cpus: Input should be a finite number"):
+    with pytest.raises(SettingsError, match="num_cpus is Infinity: want a finite number >= 0"):
         read_arguments({"num_cpus": float("inf")})
 
 
@@ -264,10 +264,11 @@ def test_a_replica_computes_as_many_batches_as_it_has_cores(arguments: dict[str,
     ("arguments", "complaint"),
     [
         ({"max_wating": 1}, "max_wating is not an argument: want one of api_key, checkpoint,"),
-        ({"max_waiting": 0}, r"max_waiting \(RDT_MAX_WAITING\) is \"0\": input should be greater"),
+        ({"max_waiting": 0}, r"max_waiting \(RDT_MAX_WAITING\) is \"0\": want a whole number from 1 to"),
         ({"http_port": 1}, "http_port is not an argument here: see http_options"),
         ({"admin_key": "k"}, "admin_key is not an argument here: see user_config"),
-        ({"min_replicas": 0}, "min_replicas: Input should be greater than or equal to 1"),
+        ({"min_replicas": 0}, "min_replicas is 0: want a whole number >= 1"),
+        ({"target_load": "x"}, 'target_load is "x": want a finite number > 0 and <= 1'),
         ({"min_replicas": 5}, "max_replicas is 4: want at least min_replicas = 5"),
     ],
 )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -66,16 +67,49 @@ def test_only_the_name_of_a_flag_is_rewritten() -> None:
         (["--grace_seconds", "-1"], "grace_seconds"),
         (["--threads", "0"], "threads"),
         (["--log_level", "loud"], "log_level"),
-        (["--host", ""], 'host (RDT_HOST) is "": want a name'),
-        (["--host", "  "], 'host (RDT_HOST) is "  ": want a name'),
-        (["--checkpoint", ""], 'checkpoint (RDT_CHECKPOINT) is "": want a name'),
-        (["--checkpoint", "  "], 'checkpoint (RDT_CHECKPOINT) is "  ": want a name'),
+        (["--host", ""], 'host (RDT_HOST) is "": want a name or an address'),
+        (["--host", "  "], 'host (RDT_HOST) is "  ": want a name or an address'),
+        (["--checkpoint", ""], 'checkpoint (RDT_CHECKPOINT) is "": want the name of a file'),
+        (["--checkpoint", "  "], 'checkpoint (RDT_CHECKPOINT) is "  ": want the name of a file'),
     ],
 )
 def test_a_bad_setting_is_named(flags: list[str], named: str) -> None:
     with pytest.raises(SettingsError) as error:
         read_settings(flags)
     assert named in str(error.value)
+
+
+@pytest.mark.parametrize("name", Settings.model_fields)
+def test_what_is_wanted_is_said_in_words_with_the_range(name: str) -> None:
+    wrong = "x" if name not in ("checkpoint", "host", "api_key", "admin_key") else " "
+    with pytest.raises(SettingsError) as error:
+        read_settings([f"--{name}={wrong}"])
+    _, _, wanted = str(error.value).partition(": want ")
+    assert wanted
+    assert "^" not in wanted, "no regular expression"
+    kind = Settings.model_fields[name].annotation
+    assert (kind not in (int, float)) or re.fullmatch(r"a (whole|finite) number (from \d+ to \d+|>= 0)", wanted)
+
+
+@pytest.mark.parametrize(
+    ("flag", "complaint"),
+    [
+        ("--device=tpu", 'device (RDT_DEVICE) is "tpu": want auto, cpu, cuda or cuda:N'),
+        ("--devices=0-1", 'devices (RDT_DEVICES) is "0-1": want numbers of CUDA devices, such as 0,1'),
+        (
+            "--otel_endpoint=c:1",
+            'otel_endpoint (RDT_OTEL_ENDPOINT) is "c:1": want http://HOST:PORT or https://HOST:PORT',
+        ),
+        ("--threads=0", 'threads (RDT_THREADS) is "0": want a whole number from 1 to 1024'),
+        ("--threads=two", 'threads (RDT_THREADS) is "two": want a whole number from 1 to 1024'),
+        ("--grace_seconds=inf", 'grace_seconds (RDT_GRACE_SECONDS) is "inf": want a finite number >= 0'),
+        ("--shed=all", 'shed (RDT_SHED) is "all": want one of off, depth'),
+    ],
+)
+def test_the_whole_of_a_complaint(flag: str, complaint: str) -> None:
+    with pytest.raises(SettingsError) as error:
+        read_settings([flag])
+    assert str(error.value) == complaint
 
 
 def test_as_many_candidates_may_be_asked_for_as_have_the_same_order_in_any_company() -> None:

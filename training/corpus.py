@@ -106,7 +106,8 @@ def local_corpus(names: str, tokenizer: Tokenizer, cache_dir: str | Path, named:
     paths = named_files(names)
     for path in paths:
         if not path.is_file():
-            raise ConfigError(f"{named} is {names!r}: no file {path}")
+            wanted = f"{path} is a folder, want {TEXTS}" if path.is_dir() else f"no file {path}"
+            raise ConfigError(f"{named} is {names!r}: {wanted}")
     key = hashlib.sha256(tokenizer.json.encode())
     for path in paths:
         stat = path.stat()
@@ -156,7 +157,8 @@ def hub_corpus(name: str, split: str, tokenizer: Tokenizer, named: str = "data.d
     try:
         rows = load_dataset(path, configuration, split=split)
     except Exception as error:  # of many kinds: no network, no such dataset, no such split, files it cannot read
-        raise ConfigError(f"{named} is {name!r}: {one_line(error)}") from error
+        wanted = f"want {TEXTS}, or a dataset with a split {split}"
+        raise ConfigError(f"{named} is {name!r}: {wanted}: {one_line(error)}") from error
     if "text" not in rows.column_names:
         raise ConfigError(f"{named} is {name!r}: its columns are {rows.column_names}, want 'text'")
     lines = chain.from_iterable(text.splitlines() for text in rows["text"] if text is not None)

@@ -225,12 +225,19 @@ def test_a_text_that_cannot_be_read_is_named(
         local_corpus(f"{tmp_path / 'good.txt'},{tmp_path / name}", tiny_tokenizer, tmp_path / "cache", "--text")
 
 
+def test_a_folder_among_files_is_refused(tiny_tokenizer: Tokenizer, text_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^--text is .* is a folder, want local text files"):
+        local_corpus(f"{text_file},{tmp_path}", tiny_tokenizer, tmp_path / "cache", "--text")
+
+
 def test_a_dataset_without_text_or_split_or_at_all_is_refused(hub_folder: Path, tiny_tokenizer: Tokenizer) -> None:
     (hub_folder / "train.jsonl").write_text('{"line": "the fox"}\n', encoding="utf-8")
     (hub_folder / "validation.jsonl").unlink()
     with pytest.raises(ConfigError, match=r"its columns are \['line'\], want 'text'"):
         hub_corpus(str(hub_folder), "train", tiny_tokenizer)
-    with pytest.raises(ConfigError, match=r"data.dataset_name is .*validation"):
+    with pytest.raises(
+        ConfigError, match=r"data.dataset_name is .*: want local text .* a split validation: Unknown split"
+    ):
         hub_corpus(str(hub_folder), "validation", tiny_tokenizer)
 
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from service.cli import serve
+from service.commands import serve
 
 sys.exit(serve())

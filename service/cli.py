@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from service import logs, loop
 from service.addresses import is_loopback
+from service.commands import INTERRUPTED
 from service.errors import ServiceError
 from service.settings import Settings, SettingsError, read_settings, unknown_variables
 from service.signals import hangup_held
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from service.local import LocalAnswer
 
 EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130  # as shells have it
 
 MOST_FILES = 16_384
 """Each connection is an open file, and may hold as much memory as the head of a request."""
@@ -59,7 +59,7 @@ def serve(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _complain("rdt-serve", error, 1)
     except KeyboardInterrupt:  # before there is a loop that takes it for SIGTERM
-        return EXIT_INTERRUPTED
+        return INTERRUPTED
 
 
 def open_standard_streams() -> None:
@@ -121,7 +121,7 @@ def denoise(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+        return INTERRUPTED
     except (ServiceError, OSError, ValueError) as error:  # a CheckpointError is a ValueError
         return _complain("rdt-denoise", error, EXIT_BAD_INPUT)
     return status

@@ -5,6 +5,9 @@ from __future__ import annotations
 import sys
 from importlib import import_module, metadata
 
+INTERRUPTED = 130
+"""The status after Ctrl-C, as shells have it."""
+
 
 def serve() -> int:
     return _run("rdt-serve", "serve")
@@ -20,6 +23,8 @@ def _run(command: str, name: str) -> int:
         return 0
     try:
         cli = import_module("service.cli")
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except ModuleNotFoundError as error:
         missing = str(error.name).partition(".")[0]
         print(f"{command}: {missing} is missing: pip install '.[service]' in the project's folder", file=sys.stderr)

@@ -62,3 +62,14 @@ def test_each_tells_its_version(
     monkeypatch.setattr(sys, "argv", [command, "--version"])
     assert getattr(import_module(module), name)() == 0
     assert capsys.readouterr().out == f"{command} {PROJECT['version']}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_ctrl_c_while_libraries_load_is_no_traceback(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    def interrupted(_: str) -> None:
+        raise KeyboardInterrupt
+
+    module, _, name = PROJECT["scripts"][command].partition(":")
+    monkeypatch.setattr(import_module(module), "import_module", interrupted)
+    monkeypatch.setattr(sys, "argv", [command])
+    assert getattr(sys.modules[module], name)() == 130

@@ -1,26 +1,30 @@
-"""How the message of a call arrives: with limits on time that gRPC has not.
+"""How a call arrives: with limits on its metadata, and on the time of its message, that gRPC has not.
 
 gRPC bounds the size of a message and the calls of a connection, and holds whatever has arrived of each for as long as
 it takes: a few connections that send slowly could take all memory. It reads the message of a unary call by itself, and
 that of a stream only when asked. So to gRPC every call is a stream of messages, of which the first one is read here.
+
+Of metadata it says that they are too large, and hands the call over with all of them all the same.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from service.errors import Malformed, ResourceExhausted
+from service.errors import Malformed, ResourceExhausted, TooLarge
 from service.limits import ARRIVAL_SECONDS, FEW_BYTES, MOST_BODIES
 from service.metrics import Metrics
 from service.rpc.calls import Details, Handler, is_of_service
 from service.rpc.errors import Context, mapped_errors
 
+METADATA_BYTES = 16_384
+"""Longest metadata of a call, by the measure of RFC 7541, 4.1. gRPC's own limits lie at 8 and 16 KiB."""
 SLOW_SECONDS = 2.0
 """A message that takes longer is a slow one."""
 MOST_SLOW = 64
@@ -44,6 +48,8 @@ class Arrivals(grpc.aio.ServerInterceptor):
     async def intercept_service(
         self, continuation: Callable[[Details], Awaitable[Handler]], handler_call_details: Details
     ) -> Handler:
+        if size_of(handler_call_details.invocation_metadata) > METADATA_BYTES:
+            return self._refusal(is_of_service(handler_call_details))
         handler = await continuation(handler_call_details)
         if handler is None or handler.request_streaming:
             return handler
@@ -52,6 +58,16 @@ class Arrivals(grpc.aio.ServerInterceptor):
         kind = grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler
         counted = is_of_service(handler_call_details)
         return kind(self._with_message(answer, counted), handler.request_deserializer, handler.response_serializer)
+
+    def _refusal(self, counted: bool) -> Handler:
+        """At once: until its message came, or for ever, the call would hold its metadata."""
+
+        async def refuse(_messages: object, context: Context) -> None:
+            async with mapped_errors(context):
+                with self._metrics.failure("grpc") if counted else nullcontext():
+                    raise TooLarge(f"the metadata have over {METADATA_BYTES} bytes")
+
+        return grpc.stream_stream_rpc_method_handler(refuse)
 
     def _with_message(self, answer: Callable[..., Any], counted: bool) -> Callable[..., Any]:
         async def received(_messages: object, context: Context) -> Any:
@@ -99,3 +115,7 @@ class Arrivals(grpc.aio.ServerInterceptor):
             del self._slow[slowest]
             if not slowest.expired():
                 slowest.reschedule(asyncio.get_running_loop().time())
+
+
+def size_of(metadata: Iterable[tuple[str, str | bytes]] | None) -> int:
+    return sum(len(key) + len(value) + 32 for key, value in metadata or ())

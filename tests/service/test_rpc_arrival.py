@@ -142,14 +142,18 @@ def opened_without_a_window() -> bytes:
     return b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, initial_window_size)
 
 
-def called(stream: int, message: bytes) -> bytes:
+def begun(stream: int, **more: str) -> bytes:
+    """A call before its message has come."""
     headers = {
         ":method": "POST", ":scheme": "http", ":path": f"/{SERVICE}/Denoise", ":authority": "x",
-        "content-type": "application/grpc", "te": "trailers",
+        "content-type": "application/grpc", "te": "trailers", **more,
     }  # fmt: skip
     head = b"".join(b"\0" + bytes([len(k)]) + k.encode() + bytes([len(v)]) + v.encode() for k, v in headers.items())
-    body = b"\0" + struct.pack(">I", len(message)) + message
-    return frame(1, 4, stream, head) + frame(0, 1, stream, body)
+    return frame(1, 4, stream, head)
+
+
+def called(stream: int, message: bytes) -> bytes:
+    return begun(stream) + frame(0, 1, stream, b"\0" + struct.pack(">I", len(message)) + message)
 
 
 async def test_answers_that_nobody_reads_do_not_stay_for_ever(
@@ -168,6 +172,22 @@ async def test_answers_that_nobody_reads_do_not_stay_for_ever(
         while await reader.read(65_536):
             pass
         while len(asyncio.all_tasks() - others) > 1:  # one is gRPC's own, which waits for the next call
+            await asyncio.sleep(0.01)
+    writer.close()
+    await own.stop(0)
+
+
+async def test_a_call_with_too_much_metadata_does_not_stay_until_its_connection_ends(service: Service) -> None:
+    own = RpcServer(service.lifecycle, service.metrics, max_message_bytes=MAX_BODY_BYTES)
+    await own.start("127.0.0.1", 0)
+    others = asyncio.all_tasks()
+    _reader, writer = await asyncio.open_connection("127.0.0.1", own.port)
+    metadata = {f"x-{number}": "y" * 100 for number in range(125)}
+    writer.write(opened_without_a_window() + b"".join(begun(stream, **metadata) for stream in range(1, 21, 2)))
+    async with asyncio.timeout(10):
+        while service.sample("rdt_requests_total", transport="grpc", outcome="too_large") < 10:
+            await asyncio.sleep(0.01)
+        while len(asyncio.all_tasks() - others) > 1:
             await asyncio.sleep(0.01)
     writer.close()
     await own.stop(0)

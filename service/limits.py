@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from service.errors import FieldProblem
+from service.errors import FieldProblem, ResourceExhausted
 
 CHARACTERS_PER_TOKEN = 32
 """A text with more characters than this for every token of `max_seq_len` is refused without tokenising it.
@@ -24,6 +24,27 @@ MOST_BODIES = 64
 their answer."""
 FEW_BYTES = 65_536
 """A body that is no larger is taken all the same, so that a few callers who send much do not keep out all others."""
+
+
+class Room:
+    """Bytes of all bodies that a transport holds at a time, each of at most `max_bytes`. `whose` is for the refusal."""
+
+    def __init__(self, max_bytes: int, whose: str) -> None:
+        self._most = MOST_BODIES * max_bytes
+        self._whose = whose
+        self._held = 0
+
+    def take(self, n_more: int, n_so_far: int) -> None:
+        """More of a body, of which `n_so_far` bytes have come with these; to be given back also if it is refused.
+        Raises `ResourceExhausted`.
+        """
+        self._held += n_more
+        if n_so_far > FEW_BYTES and self._held > self._most:
+            together = f"the {self._whose} under way have over {self._most} bytes"
+            raise ResourceExhausted(f"{together}: try again later", "bodies")
+
+    def give_back(self, n_bytes: int) -> None:
+        self._held -= n_bytes
 
 
 @dataclass(frozen=True)

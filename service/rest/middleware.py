@@ -10,8 +10,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import calls
 from service.access import ApiKey
-from service.errors import ResourceExhausted, TooLarge, Unauthenticated
-from service.limits import FEW_BYTES, MOST_BODIES
+from service.errors import TooLarge, Unauthenticated
+from service.limits import Room
 from service.metrics import Metrics
 from service.rest.errors import problem_response
 
@@ -76,7 +76,7 @@ class BodyLimit:
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app
         self._max_bytes = max_bytes
-        self._under_way = 0  # bytes that all requests have sent, of those that are not answered yet
+        self._room = Room(max_bytes, "bodies of all requests")  # until they are answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -92,16 +92,13 @@ class BodyLimit:
                 raise too_large
             message = await receive()
             n_new = len(message.get("body", b""))
-            n_bytes += n_new
-            self._under_way += n_new
-            if n_bytes > self._max_bytes:
+            if n_bytes + n_new > self._max_bytes:
                 raise too_large
-            if n_bytes > FEW_BYTES and self._under_way > MOST_BODIES * self._max_bytes:
-                together = f"the bodies of all requests under way have over {MOST_BODIES * self._max_bytes} bytes"
-                raise ResourceExhausted(f"{together}: try again later", "bodies")
+            n_bytes += n_new
+            self._room.take(n_new, n_bytes)
             return message
 
         try:
             await self._app(scope, receive_within_limit, send)
         finally:
-            self._under_way -= n_bytes
+            self._room.give_back(n_bytes)

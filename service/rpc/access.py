@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 
 import grpc
 from grpc_health.v1 import health
@@ -10,8 +10,7 @@ from grpc_health.v1 import health
 from service.access import ApiKey
 from service.errors import Unauthenticated
 from service.metrics import Metrics
-from service.rpc.calls import Details, Handler
-from service.rpc.errors import Context, fail
+from service.rpc.calls import Details, Handler, refusal
 
 
 class Door(grpc.aio.ServerInterceptor):
@@ -30,16 +29,8 @@ class Door(grpc.aio.ServerInterceptor):
             with self._metrics.failure("grpc"):
                 self._key.check(*presented)
         except Unauthenticated as error:
-            return _refusal(error)
+            return refusal(error)
         return await continuation(handler_call_details)
-
-
-def _refusal(error: Unauthenticated) -> Handler:
-    async def refuse(_messages: AsyncIterator[bytes], context: Context) -> None:
-        await fail(context, error)
-
-    # To the caller every call that ends at once with a status looks the same. This one reads no message before.
-    return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 def _bytes(value: str | bytes) -> bytes:

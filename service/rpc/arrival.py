@@ -18,9 +18,9 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from service.errors import Malformed, ResourceExhausted, TooLarge
-from service.limits import ARRIVAL_SECONDS, FEW_BYTES, MOST_BODIES
+from service.limits import ARRIVAL_SECONDS, Room
 from service.metrics import Metrics
-from service.rpc.calls import Details, Handler, is_of_service
+from service.rpc.calls import Details, Handler, is_of_service, refusal
 from service.rpc.errors import Context, mapped_errors
 
 METADATA_BYTES = 16_384
@@ -41,53 +41,40 @@ class Arrivals(grpc.aio.ServerInterceptor):
 
     def __init__(self, metrics: Metrics, max_bytes: int) -> None:
         self._metrics = metrics
-        self._most_bytes = MOST_BODIES * max_bytes
-        self._under_way = 0  # bytes of the messages of calls that are not answered yet
+        self._room = Room(max_bytes, "messages of all calls")  # until they are answered
         self._slow: dict[asyncio.Timeout, None] = {}  # the slowest first
 
     async def intercept_service(
         self, continuation: Callable[[Details], Awaitable[Handler]], handler_call_details: Details
     ) -> Handler:
-        if size_of(handler_call_details.invocation_metadata) > METADATA_BYTES:
-            return self._refusal(is_of_service(handler_call_details))
+        counted = is_of_service(handler_call_details)
+        try:
+            with self._metrics.failure("grpc") if counted else nullcontext():
+                check_size(handler_call_details.invocation_metadata)
+        except TooLarge as error:
+            return refusal(error)
         handler = await continuation(handler_call_details)
         if handler is None or handler.request_streaming:
             return handler
         answer: Any = handler.unary_stream if handler.response_streaming else handler.unary_unary
         streams = handler.response_streaming
         kind = grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler
-        counted = is_of_service(handler_call_details)
         return kind(self._with_message(answer, counted), handler.request_deserializer, handler.response_serializer)
-
-    def _refusal(self, counted: bool) -> Handler:
-        """At once: until its message came, or for ever, the call would hold its metadata."""
-
-        async def refuse(_messages: object, context: Context) -> None:
-            async with mapped_errors(context):
-                with self._metrics.failure("grpc") if counted else nullcontext():
-                    raise TooLarge(f"the metadata have over {METADATA_BYTES} bytes")
-
-        return grpc.stream_stream_rpc_method_handler(refuse)
 
     def _with_message(self, answer: Callable[..., Any], counted: bool) -> Callable[..., Any]:
         async def received(_messages: object, context: Context) -> Any:
-            async with mapped_errors(context):
-                with self._metrics.failure("grpc") if counted else nullcontext():
-                    message = await self._first_of(context)
-                    n_bytes = len(message) if counted else 0
-                    self._check_room(n_bytes)
-            self._under_way += n_bytes
+            n_bytes = 0
             try:
+                async with mapped_errors(context):
+                    with self._metrics.failure("grpc") if counted else nullcontext():
+                        message = await self._first_of(context)
+                        n_bytes = len(message) if counted else 0
+                        self._room.take(n_bytes, n_bytes)
                 return await answer(message, context)
             finally:
-                self._under_way -= n_bytes
+                self._room.give_back(n_bytes)
 
         return received
-
-    def _check_room(self, n_bytes: int) -> None:
-        if n_bytes > FEW_BYTES and self._under_way + n_bytes > self._most_bytes:
-            together = f"the messages of all calls under way have over {self._most_bytes} bytes"
-            raise ResourceExhausted(f"{together}: try again later", "bodies")
 
     async def _first_of(self, context: Context) -> Any:
         """Raises `ResourceExhausted` when it takes too long, `Malformed` if there is none or it cannot be read."""
@@ -117,5 +104,7 @@ class Arrivals(grpc.aio.ServerInterceptor):
                 slowest.reschedule(asyncio.get_running_loop().time())
 
 
-def size_of(metadata: Iterable[tuple[str, str | bytes]] | None) -> int:
-    return sum(len(key) + len(value) + 32 for key, value in metadata or ())
+def check_size(metadata: Iterable[tuple[str, str | bytes]] | None) -> None:
+    """Raises `TooLarge`. Such a call is to end at once: it would hold its metadata until its connection ended."""
+    if sum(len(key) + len(value) + 32 for key, value in metadata or ()) > METADATA_BYTES:
+        raise TooLarge(f"the metadata have over {METADATA_BYTES} bytes")

@@ -10,9 +10,10 @@ from typing import Any, TypeAlias
 import grpc
 
 from service import calls
+from service.errors import ServiceError
 from service.logs import fields
 from service.rpc.convert import SERVICE
-from service.rpc.errors import STATUS, Context
+from service.rpc.errors import STATUS, Context, fail
 from service.tracing import CONTEXT_HEADERS, Tracer
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,15 @@ def is_of_service(details: Details) -> bool:
     """Whether the call is of ours, and not of health or reflection."""
     method: str = details.method
     return method.startswith(f"/{SERVICE}/")
+
+
+def refusal(error: ServiceError) -> Handler:
+    """Of a call of any kind: to its caller all that end at once with a status look the same. It reads no message."""
+
+    async def refuse(_messages: object, context: Context) -> None:
+        await fail(context, error)
+
+    return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 class Calls(grpc.aio.ServerInterceptor):

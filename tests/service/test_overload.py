@@ -11,9 +11,9 @@ import grpc
 import httpx
 import pytest
 
+from service import limits
 from service.engine.engine import BatchingEngine
 from service.engine.scheduler import SchedulerLimits
-from service.rest import middleware
 from service.rpc.pb import denoiser_pb2 as pb
 from service.rpc.pb.denoiser_pb2_grpc import DenoiserStub
 from tests.fakes import MAX_BODY_BYTES, Service
@@ -121,8 +121,8 @@ async def test_the_bodies_of_all_requests_have_a_bound_together(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many callers send slowly. A body of a few bytes is taken all the same."""
-    monkeypatch.setattr(middleware, "MOST_BODIES", 3)
-    monkeypatch.setattr(middleware, "FEW_BYTES", 100)
+    monkeypatch.setattr(limits, "MOST_BODIES", 3)
+    monkeypatch.setattr(limits, "FEW_BYTES", 100)
     go_on, n_slow = asyncio.Event(), 0
 
     async def slowly() -> AsyncIterator[bytes]:

@@ -10,6 +10,7 @@ import grpc
 import pytest
 
 from rdt_core import ModelConfig, Tokenizer
+from service import limits
 from service.rpc import arrival, server
 from service.rpc.convert import SERVICE
 from service.rpc.pb import denoiser_pb2 as pb
@@ -60,8 +61,8 @@ async def test_the_messages_of_all_calls_have_a_bound_together(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A batch keeps all of its message while one of its items waits. A message of a few bytes is taken all the same."""
-    monkeypatch.setattr(arrival, "MOST_BODIES", 3)
-    monkeypatch.setattr(arrival, "FEW_BYTES", 100)
+    monkeypatch.setattr(limits, "MOST_BODIES", 3)
+    monkeypatch.setattr(limits, "FEW_BYTES", 100)
     service.engine.held = asyncio.Event()
     batch = pb.DenoiseBatchRequest(items=[TEXT, pb.DenoiseRequest(text="a" * (MAX_BODY_BYTES - 100))])
     async with service.channel() as channel, asyncio.timeout(10):

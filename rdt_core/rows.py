@@ -25,7 +25,7 @@ class RowCounts(NamedTuple):
         """The smallest allowed number that is at least `n_rows`."""
         step, n_rows = self.step, max(n_rows, self.least)
         if self.finely:
-            step = min(step, max(1, (1 << max(n_rows - 1, 0).bit_length()) // 8))
+            step = min(step, max(1, (1 << n_rows.bit_length()) // 8))
         return -(-n_rows // step) * step
 
     def filled(self, rows: Tensor) -> Tensor:

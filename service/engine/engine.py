@@ -201,7 +201,7 @@ class BatchingEngine:
 
     async def _tick(self, replica: Replica, plan: Plan) -> Outcome:
         outcome = await replica.run(plan)
-        if self._watcher is not None:
+        if self._watcher is not None and plan.live:  # else it only took out those whose callers have left
             self._watcher.ticked(self._clock() - plan.made_at, plan, outcome)
         return outcome
 

@@ -31,7 +31,7 @@ class Watcher(Protocol):
     """Is told of every tick, for metrics."""
 
     def ticked(self, seconds: float, plan: Plan, outcome: Outcome) -> None:
-        """A tick was made as planned."""
+        """A tick was made as planned, with a pass in it."""
 
     def tick_broke(self) -> None:
         """A tick failed, and its jobs with it."""

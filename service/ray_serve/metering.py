@@ -110,8 +110,6 @@ class Load:
         self._token_budget, self._max_live = bounds.token_budget, bounds.max_live
 
     def ticked(self, seconds: float, plan: Plan) -> None:
-        if not plan.live:
-            return
         amount = max(plan.n_tokens, len(plan.live) * self._token_budget // self._max_live)
         order = amount.bit_length()
         before, so_far = self._seen.get(order, (0.0, 0.0))

@@ -260,6 +260,16 @@ async def test_a_watcher_hears_how_long_a_tick_took_and_of_one_that_broke() -> N
     await engine.stop()
 
 
+async def test_a_tick_that_only_drops_is_not_counted(engine: BatchingEngine, held: HeldBackend) -> None:
+    engine._watcher = watcher = Mock(spec=Watcher)
+    left = await submitted(engine, scripted_job(1, depth=50))
+    await asyncio.to_thread(held.wait_until_started)
+    left.cancel()
+    held.let_go(2)
+    await engine.drain(grace_seconds=5)
+    assert ([len(plan.live) for plan in held.ticks], watcher.ticked.call_count) == ([1, 0], 1)
+
+
 async def test_an_observer_that_fails_fails_alone(engine: BatchingEngine, held: HeldBackend) -> None:
     def fails(reading: Reading) -> None:
         raise KeyError(reading)
@@ -384,8 +394,7 @@ async def test_every_job_ends_once_under_a_mix_of_everything() -> None:
             return error.code
         return "answered"
 
-    ends = await asyncio.gather(*(one(number) for number in range(60)))
-    assert len(ends) == 60
+    ends = await asyncio.gather(*map(one, range(60)))
     assert set(ends) == {"answered", "cancelled", "resource_exhausted", "deadline_exceeded"}
     assert (engine.live, engine.waiting) == (0, 0)
     await engine.stop()

@@ -133,7 +133,6 @@ def test_load_is_the_time_that_full_ticks_would_take() -> None:
         plan = Plan((), (), frozenset(), (), live=tuple(range(n_live)), n_tokens=n_tokens)
         metrics.ticked(seconds, plan, Outcome({}, n_decoded=0))
 
-    ticked(0.1, n_tokens=0, n_live=0)  # whose callers have all left
     clock.now += 10
     for _ in range(4):
         ticked(1.0, n_tokens=50)

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 
 from benchmarks import contenders, record
+from benchmarks.files import names_files
+from benchmarks.options import amount, count
 from benchmarks.timing import seconds
 from benchmarks.workloads import WORKLOADS, gate_jobs, make_jobs, settle_jobs
 from rdt_core import PRESETS, RDT, Tokenizer, checkpoint
@@ -178,18 +180,19 @@ def _best(kind: str, taken: dict[str, list[float]]) -> str | None:
     return min(names, key=lambda name: statistics.median(taken[name]), default=None)
 
 
+@names_files
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="base", help=f"a checkpoint, or random weights of {', '.join(PRESETS)}")
     parser.add_argument("--workloads", nargs="+", choices=(*WORKLOADS, *BY_THE_MODEL), default=list(WORKLOADS))
     parser.add_argument("--text", type=Path, help="a .txt or .txt.xz file, for the gate workload")
-    parser.add_argument("--threshold", type=float, default=0.1, help="of the gate workload (default: %(default)s)")
+    parser.add_argument("--threshold", type=amount, default=0.1, help="of the gate workload (default: %(default)s)")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["fp32", "bf16", "int8"])
-    parser.add_argument("--requests", type=int, default=96)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--token-budget", type=int, default=512)
-    parser.add_argument("--max-live", type=int, default=64)
+    parser.add_argument("--requests", type=count, default=96)
+    parser.add_argument("--rounds", type=count, default=3)
+    parser.add_argument("--threads", type=count, default=1)
+    parser.add_argument("--token-budget", type=count, default=512)
+    parser.add_argument("--max-live", type=count, default=64)
     record.add_arguments(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -32,7 +32,9 @@ from typing import Any
 import grpc
 
 from benchmarks import BUNDLED, record
+from benchmarks.files import names_files
 from benchmarks.load import Http, Request, Send, Unsuccessful, check_steps, freeze, rest_sender, saturate, texts
+from benchmarks.options import count, natural
 from benchmarks.server import unwind_on_sigterm, wait_until_ready
 from rdt_core import Tokenizer, checkpoint
 from service import hosting, loop
@@ -197,6 +199,7 @@ async def measure(transport: str, target: Target, requests: Sequence[Request], c
     }  # fmt: skip
 
 
+@names_files
 def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     if given[:1] == ["--serve"]:
@@ -206,9 +209,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given == ["--bare"]:
         return loop.run(serve_bare())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="0 is one process for all")
-    parser.add_argument("--requests", type=int, default=3000)
-    parser.add_argument("--concurrency", type=int, default=64)
+    parser.add_argument("--workers", type=natural, nargs="+", default=[0, 1, 2], help="0 is one process for all")
+    parser.add_argument("--requests", type=count, default=3000)
+    parser.add_argument("--concurrency", type=count, default=64)
     parser.add_argument("--weights", type=Path, default=BUNDLED)
     record.add_arguments(parser)
     options = parser.parse_args(given)

@@ -28,6 +28,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import BUNDLED, contenders, record
 from benchmarks.engine import finalists, load
+from benchmarks.files import names_files
+from benchmarks.options import count, natural
 from benchmarks.timing import seconds
 from benchmarks.workloads import WORKLOADS, make_jobs
 from rdt_core import RDT
@@ -171,18 +173,19 @@ def matrix_peak(device: torch.device) -> float:
     return 2 * n**3 * PEAK_REPEATS / min(seconds(products, device) for _ in range(3))
 
 
+@names_files
 def main() -> None:
     has_cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=tuple(FORMATS), default="cuda" if has_cuda else "cpu")
     parser.add_argument("--models", nargs="+", default=[str(BUNDLED), "base", "large"])
     parser.add_argument("--workloads", nargs="*", choices=tuple(WORKLOADS), default=list(WORKLOADS))
-    parser.add_argument("--requests", type=int, default=4096 if has_cuda else 32)
-    parser.add_argument("--agreement", type=int, default=2000 if has_cuda else 32, help="requests; 0: none")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 256] if has_cuda else [4, 16])
-    parser.add_argument("--token-budget", type=int, default=16_384 if has_cuda else 512)
-    parser.add_argument("--max-live", type=int, default=512 if has_cuda else 64)
-    parser.add_argument("--rounds", type=int, default=2 if has_cuda else 3)
+    parser.add_argument("--requests", type=count, default=4096 if has_cuda else 32)
+    parser.add_argument("--agreement", type=natural, default=2000 if has_cuda else 32, help="requests; 0: none")
+    parser.add_argument("--sizes", type=count, nargs="+", default=[64, 256] if has_cuda else [4, 16])
+    parser.add_argument("--token-budget", type=count, default=16_384 if has_cuda else 512)
+    parser.add_argument("--max-live", type=count, default=512 if has_cuda else 64)
+    parser.add_argument("--rounds", type=count, default=2 if has_cuda else 3)
     record.add_arguments(parser)
     options = parser.parse_args()
     device = torch.device(options.device)

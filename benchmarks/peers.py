@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record
+from benchmarks.files import names_files
 from benchmarks.load import (
     Request,
     Sample,
@@ -33,6 +34,7 @@ from benchmarks.load import (
     saturate,
     texts,
 )
+from benchmarks.options import count, positive
 from benchmarks.peer_servers.setting import Setting
 from benchmarks.peer_servers.start import FIRST, package, python_of, running
 from benchmarks.server import serving, unwind_on_sigterm, weights_of
@@ -167,18 +169,19 @@ def compare(options: argparse.Namespace, weights: Path) -> dict[str, Any]:
     }
 
 
+@names_files
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="base", help=f"a checkpoint, or random weights: {', '.join(PRESETS)}")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--workload", choices=WORKLOADS, default="mixed")
-    parser.add_argument("--sweep-requests", type=int, default=64, help="per setting of the sweep")
-    parser.add_argument("--requests", type=int, default=128, help="per measurement of a round")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--concurrencies", nargs="+", type=int, default=[32, 64], help="the best counts")
-    parser.add_argument("--share", type=float, default=0.6, help="offered for latency, of the best peer's capacity")
+    parser.add_argument("--sweep-requests", type=count, default=64, help="per setting of the sweep")
+    parser.add_argument("--requests", type=count, default=128, help="per measurement of a round")
+    parser.add_argument("--rounds", type=count, default=3)
+    parser.add_argument("--concurrencies", nargs="+", type=count, default=[32, 64], help="the best counts")
+    parser.add_argument("--share", type=positive, default=0.6, help="offered for latency, of the best peer's capacity")
     for flag in SERVER_FLAGS:
-        parser.add_argument(f"--{flag.replace('_', '-')}", type=int, help="of our server; its default if not given")
+        parser.add_argument(f"--{flag.replace('_', '-')}", type=count, help="of our server; its default if not given")
     record.add_arguments(parser)
     options = parser.parse_args()
     unwind_on_sigterm()

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import BUNDLED, record
+from benchmarks.files import names_files
+from benchmarks.options import amount, count, positive
 from rdt_core import LoadedModel, checkpoint
 from rdt_core.precision import PRECISIONS, prepare
 from training.corpus import local_corpus
@@ -50,21 +52,24 @@ def compare(ratio: float, fp32: tuple[Measured, Tensor], other: tuple[Measured, 
     }
 
 
+@names_files
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=BUNDLED)
     parser.add_argument("--text", required=True, help="local .txt or .txt.xz file")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["bf16", "int8"])
-    parser.add_argument("--segments", type=int, default=200, help="how many, evenly spread")
-    parser.add_argument("--length", type=int, default=128, help="tokens a segment")
-    parser.add_argument("--mask-ratios", type=float, nargs="+", default=[0.15, 0.5])
-    parser.add_argument("--max-depth", type=int, default=16)
-    parser.add_argument("--threshold", type=float, default=0.1, help="of the gate (default: %(default)s)")
+    parser.add_argument("--segments", type=count, default=200, help="how many, evenly spread")
+    parser.add_argument("--length", type=count, default=128, help="tokens a segment")
+    parser.add_argument("--mask-ratios", type=positive, nargs="+", default=[0.15, 0.5])
+    parser.add_argument("--max-depth", type=count, default=16)
+    parser.add_argument("--threshold", type=amount, default=0.1, help="of the gate (default: %(default)s)")
     parser.add_argument("--cache-dir", default="runs/cache")
     record.add_arguments(parser)
     options = parser.parse_args()
     loaded = checkpoint.load(options.model)
-    tokens = torch.from_numpy(local_corpus(options.text, loaded.tokenizer, options.cache_dir).tokens.astype("int64"))
+    tokens = torch.from_numpy(
+        local_corpus(options.text, loaded.tokenizer, options.cache_dir, "--text").tokens.astype("int64")
+    )
     segments = cut_segments(tokens, loaded.tokenizer, options.length, options.segments)
     fp32 = measure(loaded, segments, "fp32", options)
     results: dict[str, Any] = {}

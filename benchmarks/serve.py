@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from benchmarks import BUNDLED, record
+from benchmarks.files import names_files
 from benchmarks.load import (
     Http,
     Request,
@@ -45,6 +46,7 @@ from benchmarks.load import (
     summary,
     texts,
 )
+from benchmarks.options import amount, count, positive
 from benchmarks.server import Server, serving, unwind_on_sigterm, weights_of
 from benchmarks.workloads import WORKLOADS
 from rdt_core import PRESETS, RDT, Tokenizer, checkpoint
@@ -224,19 +226,20 @@ async def measure(options: argparse.Namespace, server: Server, weights: Path) ->
     return {"front_end": added, "bound_seconds": round(bound, 3), "transports": figures}
 
 
+@names_files
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(BUNDLED), help=f"a checkpoint, or random weights: {', '.join(PRESETS)}")
     parser.add_argument("--transports", nargs="+", choices=SENDERS, default=list(SENDERS))
     parser.add_argument("--workload", choices=WORKLOADS, default="mixed")
-    parser.add_argument("--requests", type=int, default=200, help="different ones; capacity is that of all at once")
-    parser.add_argument("--seconds", type=float, default=60.0, help="per level")
-    parser.add_argument("--levels", nargs="*", type=float, default=[0.3, 0.6, 0.8, 0.95], help="shares of capacity")
-    parser.add_argument("--bound", type=float, help=f"seconds for goodput (default: {BOUND_FACTOR} x unloaded p50)")
-    parser.add_argument("--overload-seconds", type=float, default=60.0, help="0 to skip")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--token-budget", type=int, default=512)
-    parser.add_argument("--max-live", type=int, default=64)
+    parser.add_argument("--requests", type=count, default=200, help="different ones; capacity is that of all at once")
+    parser.add_argument("--seconds", type=positive, default=60.0, help="per level")
+    parser.add_argument("--levels", nargs="*", type=positive, default=[0.3, 0.6, 0.8, 0.95], help="shares of capacity")
+    parser.add_argument("--bound", type=positive, help=f"seconds for goodput (default: {BOUND_FACTOR} x unloaded p50)")
+    parser.add_argument("--overload-seconds", type=amount, default=60.0, help="0 to skip")
+    parser.add_argument("--threads", type=count, default=1)
+    parser.add_argument("--token-budget", type=count, default=512)
+    parser.add_argument("--max-live", type=count, default=64)
     record.add_arguments(parser)
     options, flags = parser.parse_known_args()
     options.server_flags = [f"--{name}={getattr(options, name)}" for name in SHARED_FLAGS] + flags

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import BUNDLED, record, sizing
 from benchmarks.fleet import ROUTINGS, simulate
+from benchmarks.options import amount, count, natural, positive
 from benchmarks.replay import TOLERANCE, Replay
 from benchmarks.tick_cost import TickCost, fit, measure
 from benchmarks.traffic import DAY_SECONDS, Arrival, daily, draw, steady
@@ -161,27 +162,27 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--choose", action="store_true")
-    modes.add_argument("--plan", type=float, metavar="RATE")
+    modes.add_argument("--plan", type=positive, metavar="RATE")
     modes.add_argument("--check", type=Path, metavar="RESULT")
     cost = parser.add_argument_group("what a tick costs")
     cost.add_argument("--cost", help="seconds: tick,token,row[,coda]; or a JSON file, such as a saved result")
     cost.add_argument("--model", default=str(BUNDLED), help="otherwise fitted here, to this checkpoint or preset")
-    cost.add_argument("--front-end-ms", type=float, help="one request's reading, tokenising and answering")
+    cost.add_argument("--front-end-ms", type=amount, help="one request's reading, tokenising and answering")
     cost.add_argument("--shared-core", action="store_true", help="the front end works on the engine's core")
-    cost.add_argument("--fit-requests", type=int, default=48)
-    cost.add_argument("--fit-rounds", type=int, default=3)
+    cost.add_argument("--fit-requests", type=count, default=48)
+    cost.add_argument("--fit-rounds", type=count, default=3)
     load = parser.add_argument_group("traffic and fleet")
     load.add_argument("--workload", choices=WORKLOADS, default="mixed")
-    load.add_argument("--rate", type=float, default=10.0, help="requests a second")
-    load.add_argument("--day", type=float, nargs=2, metavar=("TROUGH", "PEAK"), help="rates at midnight and at noon")
-    load.add_argument("--seconds", type=float, help="default: an hour, a day with --day, five minutes with --plan")
-    load.add_argument("--servers", type=int, default=1, help="of one replica each, every one with its own queue")
+    load.add_argument("--rate", type=positive, default=10.0, help="requests a second")
+    load.add_argument("--day", type=positive, nargs=2, metavar=("TROUGH", "PEAK"), help="rates at midnight and at noon")
+    load.add_argument("--seconds", type=positive, help="default: an hour, a day with --day, five minutes with --plan")
+    load.add_argument("--servers", type=count, default=1, help="of one replica each, every one with its own queue")
     load.add_argument(
         "--routing", choices=ROUTINGS, default="turns", help="in turns, or to the least loaded of two or all"
     )
-    load.add_argument("--seed", type=int, default=0)
-    load.add_argument("--p99", type=float, default=1.0, help="seconds, for --plan")
-    load.add_argument("--patience", type=float, default=10.0, help="longest queueing in seconds, for --choose")
+    load.add_argument("--seed", type=natural, default=0)
+    load.add_argument("--p99", type=positive, default=1.0, help="seconds, for --plan")
+    load.add_argument("--patience", type=positive, default=10.0, help="longest queueing in seconds, for --choose")
     record.add_arguments(parser)
     options, server_flags = parser.parse_known_args()
     options.server_flags = server_flags

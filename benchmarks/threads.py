@@ -20,7 +20,9 @@ from itertools import cycle
 from typing import Any
 
 from benchmarks import BUNDLED, record
+from benchmarks.files import names_files
 from benchmarks.load import Request, Send, drive, freeze, poisson, rest_sender, saturate, summary, texts
+from benchmarks.options import count
 from benchmarks.server import serving, unwind_on_sigterm, weights_of
 from benchmarks.workloads import WORKLOADS
 from rdt_core import checkpoint
@@ -103,13 +105,14 @@ def figures(taken: dict[str, list[Any]], rate: float) -> dict[str, float]:
     }
 
 
+@names_files
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(BUNDLED), help="a checkpoint, or a preset with random weights")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--workload", choices=WORKLOADS, default="mixed")
-    parser.add_argument("--requests", type=int, default=150)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--requests", type=count, default=150)
+    parser.add_argument("--rounds", type=count, default=3)
     record.add_arguments(parser)
     options = parser.parse_args()
     unwind_on_sigterm()

@@ -20,6 +20,8 @@ import torch
 from torch.nn.functional import linear
 
 from benchmarks import BUNDLED, record
+from benchmarks.files import names_files
+from benchmarks.options import count
 from benchmarks.timing import seconds
 from rdt_core import checkpoint, flops
 from training.config import TrainConfig
@@ -28,6 +30,7 @@ from training.data import Batch
 from training.learner import Learner
 from training.losses import Losses
 from training.mixed_precision import autocast
+from training.options import device_named
 from training.trainer import Trainer
 
 N_WORDS, PEAK_REPEATS, WARM_STEPS = 100_000, 20, 2
@@ -107,17 +110,19 @@ def write_words(path: Path, tokenizer_of: Path) -> None:
     path.write_text("\n".join(" ".join(drawn[i : i + 50]) for i in range(0, N_WORDS, 50)), encoding="utf-8")
 
 
+@names_files
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("training/configs/rdt-small.yaml"))
     parser.add_argument("--tokenizer", type=Path, default=BUNDLED)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="of the CPU (default: all cores)")
+    parser.add_argument("--threads", type=count, help="of the CPU (default: all cores)")
     parser.add_argument("--compile", action="store_true", help="measure with the layers compiled, too")
-    parser.add_argument("--steps", type=int, default=10, help="measured in each phase (default: %(default)s)")
+    parser.add_argument("--steps", type=count, default=10, help="measured in each phase (default: %(default)s)")
     record.add_arguments(parser)
     parser.add_argument("assignments", nargs="*", metavar="section.key=value")
     options = parser.parse_intermixed_args()
+    device = device_named(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
     results = []
@@ -131,7 +136,7 @@ def main() -> None:
                 config = replace(load_config(options.config, None, settings), mixed_precision=mixed)
                 for compiled in (False, True) if options.compile else (False,):
                     config = replace(config, training=replace(config.training, compile=compiled))
-                    found = measure(config, torch.device(options.device), options.steps)
+                    found = measure(config, device, options.steps)
                     results.append({"phase": phase, **found})
                     print(results[-1], flush=True)
     record.finish("training", options, results=results)

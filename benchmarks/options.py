@@ -1,0 +1,39 @@
+"""Types of numbers for argparse: an error names the option, the value and the range."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import TypeVar
+
+T = TypeVar("T", int, float)
+
+
+def natural(text: str) -> int:
+    """A whole number >= 0."""
+    return _within(text, int, 0, "a whole number >= 0")
+
+
+def count(text: str) -> int:
+    """A whole number >= 1."""
+    return _within(text, int, 1, "a whole number >= 1")
+
+
+def amount(text: str) -> float:
+    """A finite number >= 0."""
+    return _within(text, float, 0, "a number >= 0")
+
+
+def positive(text: str) -> float:
+    """A finite number > 0."""
+    return _within(text, float, math.ulp(0), "a number > 0")
+
+
+def _within(text: str, kind: type[T], lowest: float, wanted: str) -> T:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not lowest <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: want {wanted}")
+    return value

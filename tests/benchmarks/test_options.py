@@ -1,0 +1,54 @@
+"""A wrong value on a command line is one line that names it, before anything is measured."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import options
+from benchmarks.files import names_files
+from benchmarks.options import amount, count, natural, positive
+from rdt_core import checkpoint
+
+FOLDER = Path(options.__file__).parent
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [
+        (natural, {"0": 0, "7": 7}, ["-1", "1.5", "", "many"]),
+        (count, {"1": 1, "7": 7}, ["0", "-1", "1.5"]),
+        (amount, {"0": 0.0, "1e-3": 0.001}, ["-0.1", "nan", "inf", "much"]),
+        (positive, {"1e-9": 1e-9, "3": 3.0}, ["0", "-1", "nan", "inf"]),
+    ],
+)
+def test_a_number_out_of_range_is_named(
+    kind: Callable[[str], Any], good: dict[str, float], bad: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--n", type=kind)
+    for text, value in good.items():
+        assert parser.parse_args([f"--n={text}"]).n == value
+    for text in bad:
+        with pytest.raises(SystemExit):
+            parser.parse_args([f"--n={text}"])
+        assert f"--n: {text!r}: want a " in capsys.readouterr().err
+
+
+def test_no_number_is_without_a_range() -> None:
+    for path in FOLDER.glob("*.py"):
+        assert not {"type=int", "type=float"} & set(path.read_text(encoding="utf-8").replace(",", " ").split()), path
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmarks/measure.py"])
+    for missing in (tmp_path / "best_model.pt", tmp_path):
+        with pytest.raises(SystemExit, match=f"^measure: {missing}: no "):
+            names_files(checkpoint.read)(missing)
+    with pytest.raises(ZeroDivisionError):
+        names_files(lambda: 1 // 0)()

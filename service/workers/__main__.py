@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import signal
@@ -13,12 +14,13 @@ from service import logs, loop
 from service.settings import Settings
 from service.signals import asked_to_end
 from service.tracing import TracingError
-from service.workers.children import BAD_INPUT, CANNOT_START, CRASHED, Orders, end_with_parent
+from service.workers.children import BAD_INPUT, CANNOT_START, CRASHED, TELL, Orders, end_with_parent, start_pulse
 
 log = logging.getLogger(__name__)
 
 
 def main() -> int:
+    faulthandler.register(TELL)
     orders = Orders.read(read_line(sys.stdin.fileno()))
     settings = Settings(**orders.settings)
     logs.configure(settings.log_level, settings.log_format)
@@ -40,6 +42,7 @@ async def run(orders: Orders, settings: Settings) -> int:
     else:
         from service.workers import engine  # noqa: PLC0415
     stopped = asked_to_end(signal.SIGTERM)
+    start_pulse()
     orphaned, path = end_with_parent(stopped), Path(orders.socket)
     if orders.role == "worker":
         return await worker.run(settings, orders.name, path, stopped)
@@ -53,7 +56,7 @@ async def run(orders: Orders, settings: Settings) -> int:
 
 
 def read_line(pipe: int) -> str:
-    """Byte by byte: the rest must stay in the pipe, which is watched for its end."""
+    """Byte by byte: the rest must stay there, since the end is watched for."""
     line = bytearray()
     while (byte := os.read(pipe, 1)) not in (b"\n", b""):
         line += byte

@@ -1,7 +1,9 @@
 """How child processes start and end.
 
-A child reads its orders, keys included, from the first line of its standard input, because a command line can be read
-by everybody on the machine. Nothing else is written to that pipe. Its end means that the supervisor is gone.
+A child's standard input is a socket, with the supervisor at its other end. The child reads its orders, keys included,
+from the first line, because a command line can be read by everybody on the machine. Nothing else is written to it, and
+its end means that the supervisor is gone. What comes back is a pulse: a byte a second, for as long as the child's event
+loop runs.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -32,6 +35,14 @@ ENGINE_FAILED = 3
 """Exit status of an engine that has run and failed: another one may not."""
 CRASHED = 70
 """Exit status: a defect of ours."""
+
+PULSE_SECONDS = 1.0
+POLL_SECONDS, SILENT_POLLS = 10.0, 3
+"""A child from which nothing came in so many polls in a row stands still."""
+TELL = signal.SIGUSR2
+"""Makes a child write to its log what each of its threads is doing, even where Python stands still."""
+LAST_WORDS_SECONDS = 2.0
+"""How long it has for that before it is killed."""
 
 Role = Literal["engine", "worker"]
 
@@ -79,31 +90,38 @@ def _plain(value: object) -> object:
 
 
 class Child:
-    """A child process, as the supervisor sees it."""
+    """A child process, as the supervisor sees it. One that stands still is killed."""
 
     command: ClassVar[tuple[str, ...]] = (sys.executable, "-P", "-m", "service.workers")
 
-    def __init__(self, orders: Orders, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, orders: Orders, process: asyncio.subprocess.Process, line: socket.socket) -> None:
         self.name = orders.child
         self._process = process
+        self._line = line
+        self._watching = asyncio.create_task(self._watch())
+        self._watching.add_done_callback(lambda _: line.close())
 
     @classmethod
     async def start(cls, orders: Orders) -> Child:
         """In a process group of its own, so that Ctrl-C at a terminal reaches the supervisor alone."""
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
         # Children start with SIGHUP blocked: workers never use it, and the engine only once it is up. The process has
         # been made when this first yields to the event loop, so that other children starting meanwhile do no harm.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
         try:
             process = await asyncio.create_subprocess_exec(
-                *cls.command, stdin=asyncio.subprocess.PIPE, process_group=0, env=_environment()
+                *cls.command, stdin=theirs.fileno(), process_group=0, env=_environment()
             )
+        except OSError:
+            ours.close()
+            raise
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
-        assert process.stdin is not None
+            theirs.close()
         with suppress(ConnectionError):  # it died at once, which its exit status will tell
-            process.stdin.write(orders.line())
-            await process.stdin.drain()
-        return cls(orders, process)
+            await asyncio.get_running_loop().sock_sendall(ours, orders.line())
+        return cls(orders, process, ours)
 
     @property
     def pid(self) -> int:
@@ -129,6 +147,38 @@ class Child:
     async def kill(self) -> None:
         self.send(signal.SIGKILL)
         await self._process.wait()
+
+    async def _watch(self) -> None:
+        """Until it ends. Polls are counted, not seconds: this process may have stood still itself. Before its first
+        pulse a child imports, which takes its time.
+        """
+        silent = has_spoken = 0
+        with suppress(ConnectionError):
+            while silent < SILENT_POLLS:
+                try:
+                    async with asyncio.timeout(POLL_SECONDS):
+                        if not await asyncio.get_running_loop().sock_recv(self._line, 4096):
+                            return
+                    silent, has_spoken = 0, 1
+                except TimeoutError:
+                    silent += has_spoken
+            log.error("%s has stood still for %g s: killing it", self.name, POLL_SECONDS * SILENT_POLLS)
+            self.send(TELL)
+            await asyncio.sleep(LAST_WORDS_SECONDS)
+            self.send(signal.SIGKILL)
+
+
+def start_pulse() -> None:
+    """In a child: tell the supervisor from now on that the event loop runs."""
+    loop, line = asyncio.get_running_loop(), sys.stdin.fileno()
+    os.set_blocking(line, False)
+
+    def beat() -> None:
+        with suppress(OSError):  # the supervisor stands still itself, or is gone
+            os.write(line, b".")
+        loop.call_later(PULSE_SECONDS, beat)
+
+    beat()
 
 
 def end_with_parent(stopped: asyncio.Event) -> asyncio.Event:

@@ -1,16 +1,22 @@
-"""Where the modules of children come from: where their parent's do, not from whatever folder it was started in."""
+"""Children take their modules from where their parent's come from, not from whatever folder it was started in; and one
+that stands still is killed.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from service.workers.children import BAD_INPUT
+from service.settings import Settings
+from service.workers import children
+from service.workers.children import BAD_INPUT, Child, Orders
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,3 +50,58 @@ def test_modules_come_from_where_the_parents_come_from(tree: Path, tmp_path: Pat
         cwd=folder, env=environment, timeout=60, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert ended.returncode == BAD_INPUT, ended.stderr
+
+
+CHILD = """
+import asyncio, faulthandler, os, sys, time
+from service.workers import children
+faulthandler.register(children.TELL)
+children.PULSE_SECONDS = 0.001
+
+async def main():
+    children.start_pulse()
+    await asyncio.sleep(0.1)
+    {then}
+
+asyncio.run(main())
+"""
+
+
+async def born(then: str, monkeypatch: pytest.MonkeyPatch) -> Child:
+    """A child that has a pulse for a moment."""
+    monkeypatch.setattr(children, "POLL_SECONDS", 0.2)
+    monkeypatch.setattr(Child, "command", (sys.executable, "-c", CHILD.format(then=then)))
+    return await Child.start(Orders.of("worker", "0.0", Path("none"), Settings()))
+
+
+async def test_a_child_that_stands_still_says_where_and_is_killed(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(children, "LAST_WORDS_SECONDS", 0.5)
+    child = await born("time.sleep(60)", monkeypatch)
+    assert await asyncio.wait_for(child.wait(), 30) == -signal.SIGKILL
+    assert "worker 0.0 has stood still for 0.6 s: killing it" in caplog.text
+    assert "in main" in capfd.readouterr().err
+
+
+async def test_a_child_with_a_pulse_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    child = await born("await asyncio.sleep(1)", monkeypatch)
+    assert await asyncio.wait_for(child.wait(), 30) == 0
+
+
+async def test_a_child_may_take_its_time_before_its_first_pulse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(children, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(Child, "command", (sys.executable, "-c", "import time; time.sleep(0.5)"))
+    child = await Child.start(Orders.of("worker", "0.0", Path("none"), Settings()))
+    assert await asyncio.wait_for(child.wait(), 30) == 0
+
+
+async def test_a_child_whose_supervisor_reads_nothing_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pulses stay unread until there is no more room for them."""
+
+    async def stands_still(_child: Child) -> None:
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(Child, "_watch", stands_still)
+    child = await born("await asyncio.sleep(2)", monkeypatch)
+    assert await asyncio.wait_for(child.wait(), 30) == 0

@@ -113,7 +113,7 @@ class Child:
             process = await asyncio.create_subprocess_exec(
                 *cls.command, stdin=theirs.fileno(), process_group=0, env=_environment()
             )
-        except OSError:
+        except BaseException:
             ours.close()
             raise
         finally:

@@ -67,9 +67,8 @@ def main() -> None:
     record.add_arguments(parser)
     options = parser.parse_args()
     loaded = checkpoint.load(options.model)
-    tokens = torch.from_numpy(
-        local_corpus(options.text, loaded.tokenizer, options.cache_dir, "--text").tokens.astype("int64")
-    )
+    corpus = local_corpus(options.text, loaded.tokenizer, options.cache_dir, "--text")
+    tokens = torch.from_numpy(corpus.tokens.astype("int64"))
     segments = cut_segments(tokens, loaded.tokenizer, options.length, options.segments)
     fp32 = measure(loaded, segments, "fp32", options)
     results: dict[str, Any] = {}

@@ -152,16 +152,16 @@ class Child:
         """Until it ends. Polls are counted, not seconds: this process may have stood still itself. Before its first
         pulse a child imports, which takes its time.
         """
-        silent = has_spoken = 0
+        silent, longest = 0, None
         with suppress(ConnectionError):
             while silent < SILENT_POLLS:
                 try:
-                    async with asyncio.timeout(POLL_SECONDS):
+                    async with asyncio.timeout(longest):
                         if not await asyncio.get_running_loop().sock_recv(self._line, 4096):
                             return
-                    silent, has_spoken = 0, 1
+                    silent, longest = 0, POLL_SECONDS
                 except TimeoutError:
-                    silent += has_spoken
+                    silent += 1
             log.error("%s has stood still for %g s: killing it", self.name, POLL_SECONDS * SILENT_POLLS)
             self.send(TELL)
             await asyncio.sleep(LAST_WORDS_SECONDS)

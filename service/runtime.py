@@ -29,6 +29,7 @@ from service.rpc.server import RpcServer
 from service.settings import Settings, secret
 from service.signals import asked_to_end, on_hangup
 from service.tracing import Tracer, open_tracer
+from service.watchdog import watch_event_loop
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +97,8 @@ class Runtime:
 async def serve(settings: Settings) -> int:
     """Run until a signal comes. Returns the exit status; raises `OSError` if the address cannot be bound."""
     stopped = asked_to_end()
+    if settings.stuck_seconds:
+        watch_event_loop()
     runtime = Runtime(settings)
     on_hangup(Reloader(runtime.host), stopped)
     with listen(settings.host, settings.http_port) as listener:

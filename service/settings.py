@@ -184,7 +184,8 @@ class Settings(BaseSettings):
         ge=0,
         allow_inf_nan=False,
         description="Seconds after which a tick that has not come back ends the process, for a restart. Raise it if "
-        "good ticks can take that long. 0: never.",
+        "good ticks can take that long. 0: never, and an event loop may stand still for longer than 30 s, which else "
+        "ends its process.",
     )
     threads: int = Field(
         1,

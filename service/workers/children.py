@@ -24,6 +24,7 @@ from pydantic import SecretStr
 
 import service
 from service.settings import Settings
+from service.watchdog import LAST_WORDS_SECONDS, POLL_SECONDS, SILENT_POLLS
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +38,8 @@ CRASHED = 70
 """Exit status: a defect of ours."""
 
 PULSE_SECONDS = 1.0
-POLL_SECONDS, SILENT_POLLS = 10.0, 3
-"""A child from which nothing came in so many polls in a row stands still."""
 TELL = signal.SIGUSR2
 """Makes a child write to its log what each of its threads is doing, even where Python stands still."""
-LAST_WORDS_SECONDS = 2.0
-"""How long it has for that before it is killed."""
 
 Role = Literal["engine", "worker"]
 
@@ -98,6 +95,7 @@ class Child:
         self.name = orders.child
         self._process = process
         self._line = line
+        self._poll_seconds = POLL_SECONDS if orders.settings["stuck_seconds"] else None
         self._watching = asyncio.create_task(self._watch())
         self._watching.add_done_callback(lambda _: line.close())
 
@@ -149,9 +147,7 @@ class Child:
         await self._process.wait()
 
     async def _watch(self) -> None:
-        """Until it ends. Polls are counted, not seconds: this process may have stood still itself. Before its first
-        pulse a child imports, which takes its time.
-        """
+        """Until it ends. Before its first pulse a child imports, which takes its time."""
         silent, longest = 0, None
         with suppress(ConnectionError):
             while silent < SILENT_POLLS:
@@ -159,7 +155,7 @@ class Child:
                     async with asyncio.timeout(longest):
                         if not await asyncio.get_running_loop().sock_recv(self._line, 4096):
                             return
-                    silent, longest = 0, POLL_SECONDS
+                    silent, longest = 0, self._poll_seconds
                 except TimeoutError:
                     silent += 1
             log.error("%s has stood still for %g s: killing it", self.name, POLL_SECONDS * SILENT_POLLS)

@@ -23,6 +23,7 @@ from service.addresses import address, bound, cannot_listen
 from service.engine.engine import FATAL_WINDOW_SECONDS
 from service.settings import Settings
 from service.signals import asked_to_end, on_hangup
+from service.watchdog import watch_event_loop
 from service.workers.children import BAD_INPUT, CANNOT_START, CRASHED, Child, Orders, Role
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,8 @@ async def supervise(settings: Settings) -> int:
     Raises `OSError` if the folder for temporary files is of no use.
     """
     stopped = asked_to_end()
+    if settings.stuck_seconds:
+        watch_event_loop()
     with tempfile.TemporaryDirectory(prefix="rdt-") as folder:
         crew = Crew(settings, _socket_in(folder))
         on_hangup(crew.reload, stopped)

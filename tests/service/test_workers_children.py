@@ -67,11 +67,11 @@ asyncio.run(main())
 """
 
 
-async def born(then: str, monkeypatch: pytest.MonkeyPatch) -> Child:
+async def born(then: str, monkeypatch: pytest.MonkeyPatch, stuck_seconds: float = 60) -> Child:
     """A child that has a pulse for a moment."""
     monkeypatch.setattr(children, "POLL_SECONDS", 0.2)
     monkeypatch.setattr(Child, "command", (sys.executable, "-c", CHILD.format(then=then)))
-    return await Child.start(Orders.of("worker", "0.0", Path("none"), Settings()))
+    return await Child.start(Orders.of("worker", "0.0", Path("none"), Settings(stuck_seconds=stuck_seconds)))
 
 
 async def test_a_child_that_stands_still_says_where_and_is_killed(
@@ -82,6 +82,11 @@ async def test_a_child_that_stands_still_says_where_and_is_killed(
     assert await asyncio.wait_for(child.wait(), 30) == -signal.SIGKILL
     assert "worker 0.0 has stood still for 0.6 s: killing it" in caplog.text
     assert "in main" in capfd.readouterr().err
+
+
+async def test_a_child_that_may_stand_still_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    child = await born("time.sleep(1)", monkeypatch, stuck_seconds=0)
+    assert await asyncio.wait_for(child.wait(), 30) == 0
 
 
 async def test_a_child_with_a_pulse_lives(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,10 +106,10 @@ class Host:
         sys.setswitchinterval(SWITCH_SECONDS)
         loaded, *more = await _beside(read_models, self._settings)
         engine = await self._warm_engine(loaded, *more)
-        self._open(loaded, engine)
+        card = self._open(loaded, engine)
         garbage.freeze()
         self._at_rest.set()
-        log.info("ready after %.1f s: %s on %s", time.monotonic() - began, loaded.name, loaded.model.device)
+        log.info("ready after %.1f s: %s on %s", time.monotonic() - began, card.label, card.device)
 
     async def at_rest(self) -> None:
         """Returns when the model is loaded and no reload is under way: `reload` can be called at once."""

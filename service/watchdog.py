@@ -35,8 +35,10 @@ def _watch(loop: asyncio.AbstractEventLoop) -> None:
         if turned.wait(POLL_SECONDS):
             silent = 0
             time.sleep(POLL_SECONDS)
-        else:
+        elif loop.is_running():
             silent += 1
+        else:
+            return
     words = threading.Thread(target=_last_words, daemon=True)
     words.start()
     words.join(LAST_WORDS_SECONDS)

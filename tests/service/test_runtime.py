@@ -68,6 +68,7 @@ async def test_the_settings_reach_the_model_card(tiny_checkpoint: Path, caplog: 
     assert (card.name, card.device, card.precision) == ("tiny", "cpu", "fp32")
     assert re.fullmatch(r"[0-9a-f]{64}", card.digest)
     assert card.n_parameters > 0
+    assert re.search(rf"ready after [\d.]+ s: tiny@{card.digest[:12]} on cpu", caplog.text)
 
 
 def test_nobody_asks_for_more_candidates_than_there_are_words(tiny_checkpoint: Path) -> None:

@@ -62,9 +62,6 @@ class Checkpoint:
     scheduler_state_dict: dict[str, Any] | None = None
     progress: dict[str, Any] | None = None
 
-    def to_mapping(self) -> dict[str, Any]:
-        return dict(vars(self))
-
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -89,7 +86,7 @@ def save(path: str | Path, checkpoint: Checkpoint) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
-            torch.save(checkpoint.to_mapping(), file)
+            torch.save(vars(checkpoint), file)
             file.flush()
             os.fsync(file.fileno())
         if path.exists():
@@ -145,12 +142,8 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> LoadedModel:
     checkpoint, read_digest = read(path), digest(path)
     if _version(path) != before:
         raise CheckpointError(path, "was replaced while it was being read: try again")
-    config = model_config(path, checkpoint)
+    model, tokenizer = _described(path, checkpoint)
     name = _name(path, checkpoint.config)
-    tokenizer = tokenizer_of(path, checkpoint)
-    _check_vocabulary(path, tokenizer, config)
-    model = _without_weights(path, config)
-    check_weights(path, model, checkpoint.model_state_dict)
     weights = {name: tensor.to(torch.float32) for name, tensor in checkpoint.model_state_dict.items()}
     model.load_state_dict(weights, assign=True)
     model.requires_grad_(False)
@@ -178,15 +171,12 @@ def export_release(
     for default in sorted(set(defaults or {}) - set(REQUEST_DEFAULTS)):
         raise ValueError(f"{default} is no default of requests: want {', '.join(REQUEST_DEFAULTS)}")
     checkpoint = read(source)
-    released = model_config(source, checkpoint).with_changes(**(defaults or {}))
+    model, _ = _described(source, checkpoint)
     config = {**_without_folders(checkpoint.config), "name": name or checkpoint.config.get("name")}
-    config["model"] = released.to_mapping()
+    config["model"] = model.config.with_changes(**(defaults or {})).to_mapping()
     _name(target, config)
-    described = _without_weights(source, released)
-    _check_vocabulary(source, tokenizer_of(source, checkpoint), described.config)
-    check_weights(source, described, checkpoint.model_state_dict)
     weights = {key: tensor.to(dtype) for key, tensor in checkpoint.model_state_dict.items()}
-    check_weights(source, described, weights, f"as {str(dtype).removeprefix('torch.')} ")
+    check_weights(source, model, weights, f"as {str(dtype).removeprefix('torch.')} ")
     save(target, Checkpoint(weights, config, checkpoint.tokenizer, checkpoint.epoch, checkpoint.step, checkpoint.loss))
 
 
@@ -225,11 +215,19 @@ def _name(path: str | Path, config: Mapping[str, Any]) -> str:
     return name
 
 
-def _check_vocabulary(path: str | Path, tokenizer: Tokenizer, config: ModelConfig) -> None:
+def _described(path: str | Path, checkpoint: Checkpoint) -> tuple[RDT, Tokenizer]:
+    """The model that a checkpoint describes, without weights, and its tokenizer.
+
+    Raises `CheckpointError` unless these and the weights fit together.
+    """
+    config, tokenizer = model_config(path, checkpoint), tokenizer_of(path, checkpoint)
     if tokenizer.vocab_size != config.vocab_size:
         raise CheckpointError(
             path, f"the tokenizer has {tokenizer.vocab_size} entries, the model's vocab_size is {config.vocab_size}"
         )
+    model = _without_weights(path, config)
+    check_weights(path, model, checkpoint.model_state_dict)
+    return model, tokenizer
 
 
 class _WithoutRandomInit(TorchFunctionMode):

@@ -136,12 +136,4 @@ class CapturedPasses:
     def _any_batch(self, buffers: Buffers, size: Size) -> Bucket:
         """The same for all batches of the size: nothing of a layout but its slots is baked into a graph."""
         longest = min(size.n_rows, self._model.config.max_seq_len)
-        return Bucket(
-            lengths=(longest,),
-            offsets=buffers.offsets[: size.n_slots + 1],
-            positions=buffers.positions[: size.n_rows],
-            sequence_ids=buffers.sequence_ids[: size.n_rows],
-            n_rows=size.n_rows,
-            n_slots=size.n_slots,
-            longest_live=longest,
-        )
+        return buffers.bucket(size, lengths=(longest,), longest_live=longest)

@@ -57,10 +57,6 @@ class Bucket(Packing):
         return self.n_slots
 
     @property
-    def n_tokens(self) -> int:
-        return self.n_rows
-
-    @property
     def equal_lengths(self) -> bool:
         return False
 
@@ -109,6 +105,12 @@ class Buffers(NamedTuple):
             late=zeros(n_slots, dtype=torch.bool),
             reason=zeros(n_slots, dtype=torch.int64),
         )
+
+    def bucket(self, size: Size, lengths: tuple[int, ...], longest_live: int) -> Bucket:
+        """The first rows and slots, with whatever layout is written there."""
+        rows = slice(size.n_rows)
+        offsets = self.offsets[: size.n_slots + 1]
+        return Bucket(lengths, offsets, self.positions[rows], self.sequence_ids[rows], *size, longest_live)
 
 
 ROW_BUFFERS = ("hidden", "embedded", "masked")
@@ -173,15 +175,7 @@ def lay_out(buffers: Buffers, lengths: Sequence[int], size: Size) -> Bucket:
     buffers.offsets[: size.n_slots + 1] = offsets.clamp(max=n_tokens)  # to attention the dead rows are no sequence
     buffers.masked[n_tokens : size.n_rows] = False
     buffers.reason[n_live : size.n_slots] = GATE
-    return Bucket(
-        lengths=(*lengths, n_dead) if n_dead else tuple(lengths),
-        offsets=buffers.offsets[: size.n_slots + 1],
-        positions=buffers.positions[rows],
-        sequence_ids=buffers.sequence_ids[rows],
-        n_rows=size.n_rows,
-        n_slots=size.n_slots,
-        longest_live=max(lengths),
-    )
+    return buffers.bucket(size, (*lengths, n_dead) if n_dead else tuple(lengths), max(lengths))
 
 
 def close_up(buffers: Buffers, kept: Sequence[tuple[int, range]]) -> None:

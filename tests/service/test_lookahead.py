@@ -298,15 +298,7 @@ def test_a_pass_asks_for_no_value_and_fits_every_size(tiny_config: ModelConfig, 
         model = RDT(tiny_config.with_changes(**changes)).eval().requires_grad_(False)
         buffers = Buffers.of(model, *sizes_up_to(400, 60)[-1])
         for size in sizes_up_to(400, 60):
-            bucket = Bucket(
-                lengths=(16,) * (size.n_rows // 16),
-                offsets=buffers.offsets[: size.n_slots + 1],
-                positions=buffers.positions[: size.n_rows],
-                sequence_ids=buffers.sequence_ids[: size.n_rows],
-                n_rows=size.n_rows,
-                n_slots=size.n_slots,
-                longest_live=16,
-            )
+            bucket = buffers.bucket(size, lengths=(16,) * (size.n_rows // 16), longest_live=16)
             one_pass(model, buffers, bucket)
             close_up(buffers, [(1, range(4)), (3, range(8, 12))])
             rows = torch.zeros(5, dtype=torch.int64)

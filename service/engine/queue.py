@@ -83,14 +83,6 @@ class BoundedQueue(Generic[EntryT]):
         self._entries.extendleft(reversed(entries))
         self.n_tokens += sum(entry.n_tokens for entry in entries)
 
-    def pop(self) -> EntryT | None:
-        """The entry that has waited longest."""
-        if not self._entries:
-            return None
-        entry = self._entries.popleft()
-        self.n_tokens -= entry.n_tokens
-        return entry
-
     def remove(self, entry: EntryT) -> bool:
         """Take an entry out of the queue; false if it was not in it."""
         if entry not in self._entries:

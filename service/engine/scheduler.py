@@ -200,11 +200,11 @@ class Scheduler:
 
     def drop_all(self) -> tuple[Ticket, ...]:
         """Empty the queue now and the live batch with the next plan."""
-        dropped = list(self._live)
         self._left.update(self._live)
-        while (entry := self.queue.pop()) is not None:
-            dropped.append(entry.ticket)
-        return tuple(dropped)
+        waiting = list(self.queue)
+        for entry in waiting:
+            self.queue.remove(entry)
+        return (*self._live, *(entry.ticket for entry in waiting))
 
     def _overdue(self, now: float, ticks_late: int) -> frozenset[Ticket]:
         """Live sequences that would be answered too late if they made one more pass after this one.

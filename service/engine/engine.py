@@ -260,11 +260,7 @@ class BatchingEngine:
         self._callers.fail(replica.scheduler.lose_live(), lambda: Internal(message))
         now = self._clock()
         gives_up, self._broke_at = now - self._broke_at < FATAL_WINDOW_SECONDS, now
-        try:
-            await replica.reset()
-        except Exception:
-            log.exception("the backend cannot be restarted")
-            gives_up = True
+        await replica.reset()  # if it cannot, this loop ends, and the engine gives up too
         if gives_up:
             self._give_up()
         elif not self.failed.is_set():  # by another replica

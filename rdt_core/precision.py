@@ -66,7 +66,8 @@ def prepare(model: RDT, precision: Precision = "fp32") -> RDT:
     model.fixed_shortlist = model.shortlist
     if model.device.type == "cuda":
         _set_products(precision)
-    vocabulary = _vocabulary(model)  # once: at every decoding its biases would be copied from the host
+    # The tied output projection as a layer of its own: else its biases would be copied from the host at every decoding.
+    vocabulary = _linear(model.embedding.weight, model.output_bias)
     if precision in ("fp32", "tf32") and not packs:
         _replace(model, projection=vocabulary)
         return model
@@ -91,7 +92,7 @@ def prepare(model: RDT, precision: Precision = "fp32") -> RDT:
     _replace(model, inject=_ready(model.inject, precision, inner=True), projection=projection)
     if model.decoder_dense is not None:
         _replace(model, decoder_dense=_ready(model.decoder_dense, precision))
-    return model.requires_grad_(False).eval()
+    return model
 
 
 def _set_products(precision: Precision) -> None:
@@ -263,11 +264,6 @@ def _pairs_together(attention: SelfAttention) -> nn.Linear:
         return together.view_as(x)
 
     return _linear(reorder(qkv.weight), reorder(qkv.bias))
-
-
-def _vocabulary(model: RDT) -> nn.Linear:
-    """The tied output projection as a layer of its own."""
-    return _linear(model.embedding.weight, model.output_bias)
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:

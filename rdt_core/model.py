@@ -102,8 +102,7 @@ class RDT(nn.Module):
             if isinstance(module, EncoderLayer):  # residual branches start small
                 module.attention.out.weight.data.mul_(0.5)
                 module.feed_forward.down.weight.data.mul_(0.5)
-        for module in self.modules():  # last, so that nothing initialises over it
-            if isinstance(module, AdaptiveNorm):
+            elif isinstance(module, AdaptiveNorm):
                 module.reset_modulation()
 
     @property

@@ -235,7 +235,6 @@ def _keep(batch: Batch, sequences: list[int]) -> Batch | None:
         return None
     rows = rows_of(batch.packing, sequences)
     kept = torch.tensor(sequences, device=rows.device)
-    gate = batch.state.gate
     return Batch(
         tickets=tuple(batch.tickets[i] for i in sequences),
         jobs=tuple(batch.jobs[i] for i in sequences),
@@ -244,7 +243,7 @@ def _keep(batch: Batch, sequences: list[int]) -> Batch | None:
             hidden=batch.state.hidden[rows],
             embedded=batch.state.embedded[rows],
             masked=batch.state.masked[rows],
-            gate=GateState(gate.level[kept], gate.summary[kept]),
+            gate=GateState(*(part[kept] for part in batch.state.gate)),
         ),
         asked=batch.asked[rows],
         terms=Terms(*(term[kept] for term in batch.terms)),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import threading
 
 from rdt_core.halting import halt_reason
-from service.engine.types import Choice, Job, Outcome, Plan, Reading, Ticket
+from service.engine.protocol import Engine, OnReading
+from service.engine.scheduler import JobQueue
+from service.engine.types import Choice, Job, Outcome, Plan, Reading, Result, Ticket
 
 
 def scripted_job(
@@ -14,6 +16,16 @@ def scripted_job(
     """Halts by the gate after `depth` passes."""
     threshold = 1.0 / (depth + 1) + 1e-9
     return Job([0] * n_tokens, [True] * n_tokens, max_steps, threshold, "gate", deadline=deadline, stream=stream)
+
+
+async def submit(engine: Engine, job: Job, on_reading: OnReading | None = None) -> Result:
+    with engine.reserve() as place:
+        return await engine.submit(job, place, on_reading)
+
+
+def put(queue: JobQueue, job: Job, now: float = 0.0) -> Ticket:
+    with queue.reserve() as place:
+        return queue.join(job, place, now)
 
 
 class ScriptedBackend:

@@ -20,6 +20,7 @@ from service.engine.lookahead import LookaheadBackend
 from service.engine.reference import run_reference
 from service.engine.scheduler import Scheduler, SchedulerLimits
 from service.engine.types import Admission, Choice, Job, Plan, Result, Ticket
+from tests.service.scripted import put
 
 LIMITS = SchedulerLimits(token_budget=80, max_live=8, max_waiting=1000, max_waiting_tokens=10**6)
 
@@ -51,8 +52,7 @@ def run_all(backend: EagerBackend, jobs: list[Job], rng: random.Random) -> list[
             results.update(scheduler.commit(plan, backend.run(plan), now=0.0))
 
     for job in jobs:
-        with scheduler.queue.reserve() as place:
-            tickets.append(scheduler.queue.join(job, place, now=0.0))
+        tickets.append(put(scheduler.queue, job))
         if rng.random() < 0.5:
             tick()
     while not scheduler.idle:

@@ -17,14 +17,9 @@ from service.engine.scheduler import SchedulerLimits
 from service.engine.types import Job, Outcome, Plan, Reading, Result
 from service.errors import DeadlineExceeded, Internal, ResourceExhausted, Unavailable
 from tests.fakes import FakeClock
-from tests.service.scripted import HeldBackend, ScriptedBackend, scripted_job
+from tests.service.scripted import HeldBackend, ScriptedBackend, scripted_job, submit
 
 LIMITS = SchedulerLimits(token_budget=20, max_live=2, max_waiting=3, max_waiting_tokens=20)
-
-
-async def submit(engine: BatchingEngine, job: Job) -> Result:
-    with engine.reserve() as place:
-        return await engine.submit(job, place)
 
 
 async def submitted(engine: BatchingEngine, job: Job) -> asyncio.Task[Result]:
@@ -133,13 +128,9 @@ async def test_a_caller_who_leaves_frees_the_tokens_within_a_tick(engine: Batchi
 
 async def test_who_leaves_as_the_answer_comes_breaks_no_tick(engine: BatchingEngine, held: HeldBackend) -> None:
     leaving = asyncio.create_task(submit(engine, scripted_job(4, depth=1)))
-
-    async def staying() -> Result:
-        with engine.reserve() as place:
-            return await engine.submit(scripted_job(4, depth=1), place, lambda _: leaving.cancel())
-
+    staying = submit(engine, scripted_job(4, depth=1), lambda _: leaving.cancel())
     held.let_go()
-    assert (await asyncio.wait_for(staying(), timeout=5)).steps == 1
+    assert (await asyncio.wait_for(staying, timeout=5)).steps == 1
     await asyncio.wait([leaving])
     assert leaving.cancelled()
     assert (len(held.ticks), held.resets) == (1, 0)
@@ -207,8 +198,7 @@ async def test_the_answer_is_there_before_the_deadline_when_ticks_are_long(late:
 async def test_every_pass_is_shown_to_a_caller_who_asks(engine: BatchingEngine, held: HeldBackend) -> None:
     seen: list[Reading] = []
     held.let_go(3)
-    with engine.reserve() as place:
-        result = await engine.submit(scripted_job(2, depth=3, stream=True), place, seen.append)
+    result = await submit(engine, scripted_job(2, depth=3, stream=True), seen.append)
     assert [reading.level for reading in seen] == result.levels
     assert [len(reading.guesses) for reading in seen] == [2, 2, 0]
 
@@ -277,12 +267,8 @@ async def test_an_observer_that_fails_fails_alone(engine: BatchingEngine, held: 
     def fails(reading: Reading) -> None:
         raise KeyError(reading)
 
-    async def observed() -> Result:
-        with engine.reserve() as place:
-            return await engine.submit(scripted_job(4, depth=3), place, fails)
-
     other = await submitted(engine, scripted_job(4, depth=3))
-    observing = asyncio.create_task(observed())
+    observing = asyncio.create_task(submit(engine, scripted_job(4, depth=3), fails))
     held.let_go(5)
     with pytest.raises(Internal, match="logged"):
         await observing

@@ -34,6 +34,7 @@ from service.engine.static_batch import (
     sizes_up_to,
 )
 from service.engine.types import Admission, Job, Plan, Reading, Result
+from tests.service.scripted import put, submit
 from tests.service.tape import Card
 from tests.service.test_eager import LIMITS, random_job, run_all
 
@@ -135,8 +136,7 @@ def test_only_who_is_stopped_by_the_gate_before_the_end_is_in_one_pass_more(
     passes, scheduler = CountedPasses(tiny_model), Scheduler(LIMITS)
     backend = LookaheadBackend(tiny_model, LIMITS.token_budget, LIMITS.max_live, passes)
     job = replace(plain_job(depth=2), **changes)
-    with scheduler.queue.reserve() as place:
-        scheduler.queue.join(job, place, now=0.0)
+    put(scheduler.queue, job)
     told: list[list[Reading]] = []
     while not scheduler.idle:
         plan = scheduler.plan(now=0.0, ticks_late=backend.ticks_late)
@@ -191,8 +191,7 @@ def test_decoding_is_timed_without_the_pass_before_it(tiny_model: RDT, monkeypat
 @pytest.mark.parametrize("ahead", [False, True])
 def test_an_answer_is_told_in_the_tick_before_its_deadline(tiny_model: RDT, ahead: bool, deadline: float) -> None:
     backend, scheduler = backend_of(tiny_model) if ahead else EagerBackend(tiny_model), Scheduler(LIMITS)
-    with scheduler.queue.reserve() as place:
-        scheduler.queue.join(plain_job(depth=1000, deadline=deadline), place, now=0.0)
+    put(scheduler.queue, plain_job(depth=1000, deadline=deadline))
     now, finished = 0.0, []
     while not finished:
         plan = scheduler.plan(now, ticks_late=backend.ticks_late)
@@ -206,10 +205,7 @@ def test_an_answer_is_told_in_the_tick_before_its_deadline(tiny_model: RDT, ahea
 def test_who_is_dropped_is_gone_and_the_others_stay(tiny_model: RDT) -> None:
     backend, scheduler = backend_of(tiny_model), Scheduler(LIMITS)
     jobs = [replace(plain_job(n_masked=1 + i, depth=6), halting=["gate", "settle"][i // 4]) for i in range(8)]
-    tickets = []
-    for job in jobs:
-        with scheduler.queue.reserve() as place:
-            tickets.append(scheduler.queue.join(job, place, now=0.0))
+    tickets = [put(scheduler.queue, job) for job in jobs]
     results: dict[int, Result] = {}
     for tick in range(20):
         if tick == 2:
@@ -255,13 +251,9 @@ async def test_in_the_engine_deadlines_hold_and_every_job_ends_once(tiny_model: 
     rng = random.Random(3)
     jobs = [random_job(rng, tiny_model.config.vocab_size) for _ in range(60)]
 
-    async def submit(job: Job) -> Result:
-        with engine.reserve() as place:
-            return await engine.submit(job, place)
-
     loop = asyncio.get_running_loop()
     endless = plain_job(depth=10**9, deadline=loop.time() + 0.3)
-    late, *results = await asyncio.gather(submit(endless), *map(submit, jobs))
+    late, *results = await asyncio.gather(*(submit(engine, job) for job in (endless, *jobs)))
     assert late.reason == "deadline"
     assert late.steps > 1
     for job, result in zip(jobs, results, strict=True):
@@ -352,8 +344,7 @@ def test_a_tick_in_which_all_kinds_of_things_happen_sends_the_device_five_copies
     copies = []
     for tick in range(5):
         for depth in (3, 4) if tick == 0 else (5, 1) if tick == 3 else ():  # one has gone, and another goes
-            with scheduler.queue.reserve() as place:
-                scheduler.queue.join(plain_job(depth=depth), place, now=0.0)
+            put(scheduler.queue, plain_job(depth=depth))
         sent.clear()
         plan = scheduler.plan(now=0.0)
         scheduler.commit(plan, backend.run(plan), now=0.0)
@@ -382,8 +373,7 @@ def test_sizes_have_room_for_the_budget_and_the_batch() -> None:
 def test_what_is_read_after_every_pass_is_not_computed_twice(tiny_model: RDT, changes: dict[str, Any]) -> None:
     backend, scheduler = backend_of(tiny_model), Scheduler(LIMITS)
     job = replace(plain_job(depth=1), **changes)
-    with scheduler.queue.reserve() as place:
-        scheduler.queue.join(job, place, now=0.0)
+    put(scheduler.queue, job)
     plan = scheduler.plan(now=0.0)
     [(_, result)] = scheduler.commit(plan, backend.run(plan), now=0.0)
     assert result.steps == 1

@@ -27,7 +27,7 @@ from service.engine.types import Admission, Job, Outcome, Plan, Reading, Result
 from service.errors import ResourceExhausted, Unavailable
 from service.metrics import Metrics
 from tests.fakes import FakeClock
-from tests.service.scripted import ScriptedBackend, scripted_job
+from tests.service.scripted import ScriptedBackend, scripted_job, submit
 
 LIMITS = SchedulerLimits(token_budget=32, max_live=8, max_waiting=20, max_waiting_tokens=400)
 
@@ -63,11 +63,6 @@ async def engine(backend: Small, metrics: Metrics) -> AsyncIterator[BatchingEngi
     await engine.stop()
 
 
-async def submit(engine: BatchingEngine, job: Job, seen: list[Reading] | None = None) -> Result:
-    with engine.reserve() as place:
-        return await engine.submit(job, place, None if seen is None else seen.append)
-
-
 async def test_smaller_ticks_and_everybody_is_answered(
     engine: BatchingEngine, backend: Small, metrics: Metrics
 ) -> None:
@@ -83,7 +78,7 @@ async def test_smaller_ticks_and_everybody_is_answered(
 
 async def test_what_was_live_begins_anew_and_shows_no_pass_twice(engine: BatchingEngine, backend: Small) -> None:
     seen: list[Reading] = []
-    long = asyncio.create_task(submit(engine, scripted_job(4, 50, stream=True), seen))
+    long = asyncio.create_task(submit(engine, scripted_job(4, 50, stream=True), seen.append))
     while len(seen) < 3:
         await asyncio.sleep(0)
     others = [submit(engine, scripted_job(4, 2)) for _ in range(4)]

@@ -7,7 +7,7 @@ import pytest
 from service.engine.pace import Pace
 from service.engine.scheduler import ANSWER_SECONDS, Scheduler, SchedulerLimits
 from service.engine.types import Job, Outcome, Plan, Result
-from tests.service.scripted import ScriptedBackend, scripted_job
+from tests.service.scripted import ScriptedBackend, put, scripted_job
 
 LIMITS = SchedulerLimits(token_budget=1000, max_live=100, max_waiting=1000, max_waiting_tokens=10**6)
 
@@ -60,8 +60,7 @@ class Machine:
         self.scheduler, self.backend, self.now = Scheduler(LIMITS), ScriptedBackend(), 0.0
 
     def submit(self, job: Job) -> None:
-        with self.scheduler.queue.reserve() as place:
-            self.scheduler.queue.join(job, place, self.now)
+        put(self.scheduler.queue, job, self.now)
 
     def run(self, *jobs: Job) -> dict[float, Result]:
         """All of them at once until the last is done: results by the time of the answer."""

@@ -17,15 +17,10 @@ from service.engine.reference import run_reference
 from service.engine.scheduler import JobQueue, Scheduler, SchedulerLimits
 from service.engine.types import Job, Outcome, Plan, Result
 from service.errors import Internal, ResourceExhausted
-from tests.service.scripted import HeldBackend, ScriptedBackend, scripted_job
+from tests.service.scripted import HeldBackend, ScriptedBackend, put, scripted_job, submit
 from tests.service.test_eager import random_job
 
 LIMITS = SchedulerLimits(token_budget=40, max_live=4, max_waiting=60, max_waiting_tokens=1000)
-
-
-async def submit(engine: BatchingEngine, job: Job) -> Result:
-    with engine.reserve() as place:
-        return await engine.submit(job, place)
 
 
 @pytest.fixture
@@ -144,8 +139,7 @@ def test_a_scheduler_takes_its_share_and_leaves_the_rest_in_the_queue() -> None:
     queue = JobQueue(LIMITS)
     first, second = (Scheduler(LIMITS, queue) for _ in range(2))
     for _ in range(3):
-        with queue.reserve() as place:
-            queue.join(scripted_job(4, depth=1), place, now=0.0)
+        put(queue, scripted_job(4, depth=1))
     assert first.plan(now=0.0, share=6.0).live == (1, 2)  # the job that reaches the share is still taken
     assert second.plan(now=0.0, share=6.0).live == (3,)
     assert len(queue) == 0

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from service.engine.scheduler import Scheduler, SchedulerLimits
 from service.engine.types import Job, Plan, Result, Ticket
 from service.errors import ResourceExhausted
-from tests.service.scripted import ScriptedBackend, scripted_job
+from tests.service.scripted import ScriptedBackend, put, scripted_job
 
 LIMITS = SchedulerLimits(token_budget=32, max_live=4, max_waiting=1000, max_waiting_tokens=10**6, max_bypass=2)
 
@@ -26,8 +26,7 @@ class Bench:
         self.now = 0.0
 
     def submit(self, job: Job) -> Ticket:
-        with self.scheduler.queue.reserve() as place:
-            return self.scheduler.queue.join(job, place, self.now)
+        return put(self.scheduler.queue, job, self.now)
 
     def tick(self) -> Plan:
         plan = self.scheduler.plan(self.now)

@@ -13,16 +13,10 @@ import pytest
 from service.engine.engine import BatchingEngine
 from service.engine.replica import THREAD_NAME
 from service.engine.scheduler import SchedulerLimits
-from service.engine.types import Job, Result
 from service.errors import Unavailable
-from tests.service.scripted import HeldBackend, ScriptedBackend, scripted_job
+from tests.service.scripted import HeldBackend, ScriptedBackend, scripted_job, submit
 
 LIMITS = SchedulerLimits(token_budget=20, max_live=2, max_waiting=3, max_waiting_tokens=20)
-
-
-async def submit(engine: BatchingEngine, job: Job) -> Result:
-    with engine.reserve() as place:
-        return await engine.submit(job, place)
 
 
 async def test_retiring_waits_for_what_was_accepted() -> None:

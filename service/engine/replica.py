@@ -80,7 +80,7 @@ def _rehearse(backend: Backend, jobs: Sequence[Job]) -> None:
     n_tokens, live = sum(len(job.tokens) for job in jobs), tuple(range(len(jobs)))
     try:
         while live:
-            plan = Plan(admitted, (), frozenset(), (), live, n_tokens)
+            plan = Plan(admitted, live=live, n_tokens=n_tokens)
             readings = backend.run(plan).readings
             ended = {ticket for ticket, reading in readings.items() if reading.reason is not None}
             admitted, live = (), tuple(ticket for ticket in live if ticket not in ended)

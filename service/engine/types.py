@@ -69,12 +69,12 @@ class Admission:
 class Plan:
     """What one tick does: drop, admit, then one pass over `live`, the batch in its new order."""
 
-    admitted: tuple[Admission, ...]
-    dropped: tuple[Ticket, ...]  # live until now, caller gone: they leave undecoded
-    overdue: frozenset[Ticket]  # live, out of time: answered after this pass, whatever their level
-    expired: tuple[Ticket, ...]  # waited past their deadline: never run
-    live: tuple[Ticket, ...]  # (N,) newcomers last
-    n_tokens: int
+    admitted: tuple[Admission, ...] = ()
+    dropped: tuple[Ticket, ...] = ()  # live until now, caller gone: they leave undecoded
+    overdue: frozenset[Ticket] = frozenset()  # live, out of time: answered after this pass, whatever their level
+    expired: tuple[Ticket, ...] = ()  # waited past their deadline: never run
+    live: tuple[Ticket, ...] = ()  # (N,) newcomers last
+    n_tokens: int = 0
     made_at: float = 0.0  # on the engine's clock, in seconds
 
     @property

@@ -111,7 +111,7 @@ def test_after_a_pass_that_nobody_ends_with_nothing_is_decoded(
     jobs = [Job([1, 5, 4, 2], [False, False, True, False], n_passes, 0.0, "gate") for n_passes in (3, 4)]
     admitted = tuple(Admission(ticket, job, job.max_steps) for ticket, job in enumerate(jobs))
     for newcomers in (admitted, ()):
-        outcome = backend.run(Plan(newcomers, (), frozenset(), (), (0, 1), 8))
+        outcome = backend.run(Plan(newcomers, live=(0, 1)))
         assert outcome.n_decoded == 0
         assert [reading.reason for reading in outcome.readings.values()] == [None, None]
 
@@ -147,7 +147,7 @@ def plan_of(*jobs: Job, overdue: tuple[int, ...] = (), dropped: tuple[int, ...] 
     """Admits `jobs` as tickets `known`, `known + 1`, ... beside those already there."""
     admitted = tuple(Admission(known + i, job, job.max_steps) for i, job in enumerate(jobs))
     live = tuple(ticket for ticket in range(known + len(jobs)) if ticket not in dropped)
-    return Plan(admitted, dropped, frozenset(overdue), (), live, 0)
+    return Plan(admitted, dropped, frozenset(overdue), live=live)
 
 
 def masked_job(n_tokens: int, max_steps: int, **options: object) -> Job:
@@ -158,7 +158,7 @@ def test_only_open_rows_of_sequences_that_stop_go_through_the_vocabulary(tiny_mo
     backend = EagerBackend(tiny_model)
     three = [masked_job(4, 1), masked_job(5, 2), Job([5] * 9, [False] * 8 + [True], 2, 0.0, "gate")]
     assert backend.run(plan_of(*three)).n_decoded == 4
-    assert backend.run(Plan((), (), frozenset(), (), (1, 2), 0)).n_decoded == 6
+    assert backend.run(Plan(live=(1, 2))).n_decoded == 6
 
 
 def test_the_last_layer_of_a_last_pass_computes_what_will_be_read(
@@ -180,7 +180,7 @@ def test_the_last_layer_of_a_last_pass_computes_what_will_be_read(
     assert computed == [[1, 3, *range(4, 16)]]
     assert backend._batch is not None
     (still_open,) = (row for row in (1, 3) if backend._batch.state.masked[8 + row])  # of the one that settles
-    backend.run(Plan((), (), frozenset(), (), (1, 2, 3), 0))
+    backend.run(Plan(live=(1, 2, 3)))
     assert computed[1] == [1, 3, 4, 5, 6, 7, 8 + still_open]
     backend.run(plan_of(other))
     assert computed[2:] == [None]
@@ -233,7 +233,7 @@ def test_dropped_sequences_leave_the_batch(tiny_model: RDT) -> None:
     backend = EagerBackend(tiny_model)
     backend.run(plan_of(masked_job(3, 9), masked_job(4, 9)))
     assert len(backend.run(plan_of(known=2, dropped=(0,))).readings) == 1
-    assert backend.run(Plan((), (1,), frozenset(), (), (), 0)).readings == {}
+    assert backend.run(Plan(dropped=(1,))).readings == {}
     assert len(backend.run(plan_of(masked_job(2, 9))).readings) == 1
 
 

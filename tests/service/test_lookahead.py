@@ -182,8 +182,8 @@ def test_decoding_is_timed_without_the_pass_before_it(tiny_model: RDT, monkeypat
     monkeypatch.setattr(time, "perf_counter", lambda: now)
     backend = LookaheadBackend(tiny_model, LIMITS.token_budget, LIMITS.max_live, SlowPasses(tiny_model))
     admitted = Admission(0, plain_job(depth=1), 1), Admission(1, plain_job(depth=9), 9)
-    outcomes = [backend.run(Plan(admitted, (), frozenset(), (), (0, 1), 10))]
-    outcomes += [backend.run(Plan((), (), frozenset(), (), live, 10)) for live in ((0, 1), (1,))]
+    outcomes = [backend.run(Plan(admitted, live=(0, 1)))]
+    outcomes += [backend.run(Plan(live=live)) for live in ((0, 1), (1,))]
     assert [(outcome.n_decoded, outcome.decode_seconds) for outcome in outcomes] == [(0, 0.0), (2, 0.25), (0, 0.0)]
 
 
@@ -223,7 +223,7 @@ def test_who_is_dropped_is_gone_and_the_others_stay(tiny_model: RDT) -> None:
 def test_after_a_reset_nothing_is_left(tiny_model: RDT) -> None:
     backend, rng = backend_of(tiny_model), random.Random(9)
     jobs = [replace(plain_job(depth=6), halting=halting) for halting in ("gate", "settle")]
-    backend.run(Plan(tuple(Admission(i, job, 6) for i, job in enumerate(jobs)), (), frozenset(), (), (0, 1), 10))
+    backend.run(Plan(tuple(Admission(i, job, 6) for i, job in enumerate(jobs)), live=(0, 1)))
     backend.reset()
     for job, result in zip(jobs, run_all(backend, jobs, rng), strict=True):
         assert_same(result, run_reference(tiny_model, job))

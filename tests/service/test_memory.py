@@ -198,7 +198,7 @@ def test_whatever_says_so_and_nothing_of_the_tick_stays_in_memory(
     backend = EagerBackend(tiny_model) if kind is EagerBackend else LookaheadBackend(tiny_model, 64, 8)
     job = Job([2, 4, 3], [False, True, False], 3, 0.0, "gate")
     with pytest.raises(OutOfMemory, match=re.escape(str(error))) as found:
-        backend.run(Plan((Admission(1, job, 3),), (), frozenset(), (), (1,), 3))
+        backend.run(Plan((Admission(1, job, 3),), live=(1,)))
     assert found.value.__context__ is None
     error.__traceback__ = None  # this test holds the error, which a backend does not
     assert tensors[0]() is None
@@ -211,7 +211,7 @@ def test_a_backend_that_forgets_gives_memory_back_to_the_card(
     """And lets go of its own before."""
     backend = EagerBackend(tiny_model) if kind is EagerBackend else LookaheadBackend(tiny_model, 64, 8)
     job = Job([2, 4, 3], [False, True, False], 3, 0.0, "gate", stream=True)
-    backend.run(Plan((Admission(1, job, 3),), (), frozenset(), (), (1,), 3))
+    backend.run(Plan((Admission(1, job, 3),), live=(1,)))
     eager = backend if isinstance(backend, EagerBackend) else backend._eager
     assert eager.tickets
     emptied: list[tuple[int, ...]] = []
@@ -236,7 +236,7 @@ def test_other_errors_are_defects(tiny_model: RDT, monkeypatch: pytest.MonkeyPat
     job = Job([2, 4, 3], [False, True, False], 3, 0.0, "gate")
     for backend in (EagerBackend(tiny_model), LookaheadBackend(tiny_model, 64, 8)):
         with pytest.raises(RuntimeError, match=re.escape(said)):
-            backend.run(Plan((Admission(1, job, 3),), (), frozenset(), (), (1,), 3))
+            backend.run(Plan((Admission(1, job, 3),), live=(1,)))
 
 
 async def test_what_has_worked_before_is_tried_again_as_it_was(caplog: pytest.LogCaptureFixture) -> None:

@@ -70,7 +70,7 @@ async def test_all_polls_together_take_stuck_seconds(monkeypatch: pytest.MonkeyP
     replica = Replica(held, Scheduler(LIMITS), stuck_seconds=8.0)
     monkeypatch.setattr(asyncio, "wait", wait)
     with pytest.raises(Stuck, match="has not come back for 8 s"):
-        await replica.run(Plan((), (), frozenset(), (), (), 0))
+        await replica.run(Plan())
     assert sum(waited) == 8.0
     held.let_go()
 

@@ -69,8 +69,9 @@ class Tokenizer:
         self._letters = _Letters(self._typed.normalizer)
         self.json = definition
         vocabulary = self._corpus.get_vocab(with_added_tokens=True)
-        self._pieces: dict[int, str] = {number: piece for piece, number in vocabulary.items()}
-        if sorted(self._pieces) != list(range(len(vocabulary))):
+        self.pieces = sorted(vocabulary, key=vocabulary.__getitem__)
+        """The word pieces of all tokens, by id."""
+        if [vocabulary[piece] for piece in self.pieces] != list(range(len(vocabulary))):
             raise ValueError(
                 f"the tokenizer has {len(vocabulary)} tokens: want ids 0 to {len(vocabulary) - 1}, each once"
             )
@@ -99,17 +100,12 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        return int(self._corpus.get_vocab_size(with_added_tokens=True))
+        return len(self.pieces)
 
     @property
     def special_ids(self) -> frozenset[int]:
         """Tokens that are never masked and never a target: padding, unknown, start, end, mask."""
         return frozenset((self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id))
-
-    @property
-    def pieces(self) -> list[str]:
-        """The word pieces of all tokens, by id."""
-        return [self._pieces[token_id] for token_id in range(self.vocab_size)]
 
     def write(self, encoding: Encoding, tokens: Mapping[int, int]) -> str:
         """The encoded text with the tokens of some rows (row -> token) written in, every other character as it was.
@@ -121,10 +117,9 @@ class Tokenizer:
 
     def piece(self, token_id: int) -> str:
         """The word piece of a token, with its `##` if it continues a word."""
-        piece = self._pieces.get(token_id)
-        if piece is None:
+        if not 0 <= token_id < self.vocab_size:
             raise ValueError(f"token_id is {token_id}: want 0 <= token_id < {self.vocab_size}")
-        return piece
+        return self.pieces[token_id]
 
     def encode(self, text: str) -> Encoding:
         """What a caller typed, as tokens; offsets count characters of `text` as it was sent."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 
 from rdt_core.halting import halt_reason
@@ -21,6 +22,12 @@ def scripted_job(
 async def submit(engine: Engine, job: Job, on_reading: OnReading | None = None) -> Result:
     with engine.reserve() as place:
         return await engine.submit(job, place, on_reading)
+
+
+async def until_ready(engine: Engine) -> None:
+    async with asyncio.timeout(5):
+        while not engine.ready:
+            await asyncio.sleep(0.001)
 
 
 def put(queue: JobQueue, job: Job, now: float = 0.0) -> Ticket:

@@ -17,7 +17,7 @@ from service.engine.scheduler import SchedulerLimits
 from service.engine.types import Job, Outcome, Plan, Reading, Result
 from service.errors import DeadlineExceeded, Internal, ResourceExhausted, Unavailable
 from tests.fakes import FakeClock
-from tests.service.scripted import HeldBackend, ScriptedBackend, scripted_job, submit
+from tests.service.scripted import HeldBackend, ScriptedBackend, scripted_job, submit, until_ready
 
 LIMITS = SchedulerLimits(token_budget=20, max_live=2, max_waiting=3, max_waiting_tokens=20)
 
@@ -27,12 +27,6 @@ async def submitted(engine: BatchingEngine, job: Job) -> asyncio.Task[Result]:
     task = asyncio.create_task(submit(engine, job))
     await asyncio.sleep(0)
     return task
-
-
-async def until_ready(engine: BatchingEngine) -> None:
-    async with asyncio.timeout(5):
-        while not engine.ready:
-            await asyncio.sleep(0.001)
 
 
 @pytest.fixture

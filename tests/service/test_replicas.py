@@ -17,7 +17,7 @@ from service.engine.reference import run_reference
 from service.engine.scheduler import JobQueue, Scheduler, SchedulerLimits
 from service.engine.types import Job, Outcome, Plan, Result
 from service.errors import Internal, ResourceExhausted
-from tests.service.scripted import HeldBackend, ScriptedBackend, put, scripted_job, submit
+from tests.service.scripted import HeldBackend, ScriptedBackend, put, scripted_job, submit, until_ready
 from tests.service.test_eager import random_job
 
 LIMITS = SchedulerLimits(token_budget=40, max_live=4, max_waiting=60, max_waiting_tokens=1000)
@@ -89,9 +89,7 @@ async def test_a_broken_replica_fails_its_own_jobs(engine: BatchingEngine, held:
         backend.let_go()
     ends = await asyncio.gather(*tasks, return_exceptions=True)
     assert sorted(type(end).__name__ for end in ends) == ["Internal", "Result"]
-    async with asyncio.timeout(5):
-        while not engine.ready:
-            await asyncio.sleep(0.001)
+    await until_ready(engine)
     assert [backend.resets for backend in held] == [1, 0]
 
 

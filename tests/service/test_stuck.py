@@ -26,7 +26,7 @@ from service.lifecycle import Lifecycle
 from service.metrics import Metrics
 from service.settings import Settings
 from tests.fakes import FakeClock
-from tests.service.scripted import HeldBackend, ScriptedBackend, scripted_job
+from tests.service.scripted import HeldBackend, ScriptedBackend, scripted_job, until_ready
 
 LIMITS = SchedulerLimits(token_budget=20, max_live=2, max_waiting=3, max_waiting_tokens=40)
 
@@ -125,9 +125,7 @@ async def test_a_timeout_of_the_backends_own_is_a_broken_tick() -> None:
     await engine.start()
     with pytest.raises(Internal):
         await submit(engine)
-    async with asyncio.timeout(5):
-        while not engine.ready:
-            await asyncio.sleep(0.001)
+    await until_ready(engine)
     await engine.stop()
 
 

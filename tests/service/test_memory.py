@@ -24,7 +24,7 @@ from service.engine.lookahead import LookaheadBackend
 from service.engine.reference import run_reference
 from service.engine.scheduler import SchedulerLimits
 from service.engine.types import Admission, Job, Outcome, Plan, Reading, Result
-from service.errors import ResourceExhausted, Unavailable
+from service.errors import Internal, ResourceExhausted, ServiceError, Unavailable
 from service.metrics import Metrics
 from tests.fakes import FakeClock
 from tests.service.scripted import ScriptedBackend, scripted_job, submit
@@ -313,14 +313,20 @@ async def test_what_there_was_no_room_for_from_the_start_is_not_tried_again(back
     await engine.stop()
 
 
-async def test_a_backend_that_cannot_forget_ends_the_engine_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = Small(room=12)
+@pytest.mark.parametrize(
+    ("error", "end"), [(OutOfMemory("none left"), Unavailable), (RuntimeError("broken"), Internal)]
+)
+async def test_a_backend_that_cannot_forget_ends_the_engine_at_once(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, end: type[ServiceError]
+) -> None:
+    backend = ScriptedBackend()
+    backend.errors.append(error)
     monkeypatch.setattr(backend, "reset", lambda: 1 / 0)
     engine = BatchingEngine([backend], LIMITS)
     await engine.start()
-    with pytest.raises(Unavailable):
+    with pytest.raises(end):
         await submit(engine, scripted_job(20, 1))
-    assert engine.failed.is_set()
+    await asyncio.wait_for(engine.failed.wait(), timeout=5)
     async with asyncio.timeout(5):
         await engine.drain(grace_seconds=60)
         await engine.stop()

@@ -19,10 +19,9 @@ from rdt_core import RDT, ModelConfig, layers
 from service.engine import cuda_graph, lookahead
 from service.engine.cuda_graph import CapturedPasses
 from service.engine.lookahead import LookaheadBackend, to_host
-from service.engine.reference import run_reference
 from service.engine.static_batch import Bucket, Buffers, PlainPasses
 from tests.service.tape import Tape
-from tests.service.test_eager import LIMITS, random_job, run_all
+from tests.service.test_eager import LIMITS, check_against_the_reference, random_job, run_all
 
 
 class Recording:
@@ -115,10 +114,7 @@ def test_replays_answer_as_the_reference_does(tiny_config: ModelConfig, changes:
     rng = random.Random(1)
     jobs = [random_job(rng, model.config.vocab_size) for _ in range(40)]
     backend = LookaheadBackend(model, LIMITS.token_budget, LIMITS.max_live, CapturedPasses(model))
-    for job, result in zip(jobs, run_all(backend, jobs, rng), strict=True):
-        alone = run_reference(model, job)
-        assert (result.tokens, result.steps, result.reason) == (alone.tokens, alone.steps, alone.reason)
-        assert result.levels == pytest.approx(alone.levels, abs=1e-5)
+    check_against_the_reference(model, jobs, run_all(backend, jobs, rng))
     assert Recording.made == 2, "sizes of 64 and 80 rows, once each"
 
 
@@ -194,8 +190,7 @@ def test_what_cannot_be_captured_is_launched(
     monkeypatch.setattr(cuda_graph, "one_pass", real_one_pass)
     rng = random.Random(2)
     jobs = [random_job(rng, tiny_model.config.vocab_size) for _ in range(10)]
-    for job, result in zip(jobs, run_all(backend, jobs, rng), strict=True):
-        assert result.tokens == run_reference(tiny_model, job).tokens
+    check_against_the_reference(tiny_model, jobs, run_all(backend, jobs, rng))
     assert "one kernel at a time: operation not permitted" in caplog.text
 
 

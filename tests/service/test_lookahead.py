@@ -36,7 +36,7 @@ from service.engine.static_batch import (
 from service.engine.types import Admission, Job, Plan, Reading, Result
 from tests.service.scripted import put, submit
 from tests.service.tape import Card
-from tests.service.test_eager import LIMITS, random_job, run_all
+from tests.service.test_eager import LIMITS, check_against_the_reference, random_job, run_all
 
 
 def backend_of(model: RDT) -> LookaheadBackend:
@@ -49,19 +49,7 @@ def test_any_mix_answers_as_the_reference_does(tiny_model: RDT, seed: int, prepa
     rng = random.Random(seed)
     jobs = [random_job(rng, tiny_model.config.vocab_size) for _ in range(60)]
     served = prepare(copy.deepcopy(tiny_model)) if prepared else tiny_model
-    for job, result in zip(jobs, run_all(backend_of(served), jobs, rng), strict=True):
-        assert_same(result, run_reference(tiny_model, job))
-
-
-def assert_same(result: Result, alone: Result) -> None:
-    assert result.tokens == alone.tokens
-    assert (result.steps, result.reason, result.rows, result.fixed_at) == (
-        alone.steps, alone.reason, alone.rows, alone.fixed_at,
-    )  # fmt: skip
-    assert result.levels == pytest.approx(alone.levels, abs=1e-5)
-    assert result.probabilities == pytest.approx(alone.probabilities, abs=1e-5)
-    for ours, theirs in zip(result.candidates, alone.candidates, strict=True):
-        assert [token for token, _ in ours] == [token for token, _ in theirs]
+    check_against_the_reference(tiny_model, jobs, run_all(backend_of(served), jobs, rng))
 
 
 @pytest.mark.parametrize(
@@ -78,8 +66,7 @@ def test_models_with_other_parts(tiny_config: ModelConfig, changes: dict[str, ob
     model = RDT(tiny_config.with_changes(**changes)).eval().requires_grad_(False)
     rng = random.Random(5)
     jobs = [random_job(rng, tiny_config.vocab_size) for _ in range(20)]
-    for job, result in zip(jobs, run_all(make(model), jobs, rng), strict=True):
-        assert_same(result, run_reference(model, job))
+    check_against_the_reference(model, jobs, run_all(make(model), jobs, rng))
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -97,8 +84,7 @@ def test_a_card_is_waited_for_only_where_its_results_are_read(
         monkeypatch.setattr(module, "to_device", card.to_device)
     with card:
         results = run_all(backend, jobs, rng)
-    for job, result in zip(jobs, results, strict=True):
-        assert_same(result, run_reference(tiny_model, job))
+    check_against_the_reference(tiny_model, jobs, results)
 
 
 def plain_job(n_masked: int = 2, depth: int = 3, **changes: object) -> Job:
@@ -156,8 +142,7 @@ def test_a_crowd_with_ceilings_costs_no_pass_too_many(tiny_model: RDT, seed: int
     jobs = [random_job(rng, tiny_model.config.vocab_size) for _ in range(40)]
     jobs = [replace(job, threshold=0.0, halting="gate", stream=False) for job in jobs]
     results = run_all(LookaheadBackend(tiny_model, LIMITS.token_budget, LIMITS.max_live, passes), jobs, rng)
-    for job, result in zip(jobs, results, strict=True):
-        assert_same(result, run_reference(tiny_model, job))
+    check_against_the_reference(tiny_model, jobs, results)
     assert sum(passes.live) == sum(job.max_steps for job in jobs)
 
 
@@ -216,8 +201,7 @@ def test_who_is_dropped_is_gone_and_the_others_stay(tiny_model: RDT) -> None:
         if scheduler.idle:
             break
     assert sorted(results) == [ticket for ticket in tickets if ticket not in (tickets[1], tickets[5])]
-    for ticket, result in results.items():
-        assert_same(result, run_reference(tiny_model, jobs[tickets.index(ticket)]))
+    check_against_the_reference(tiny_model, [jobs[tickets.index(ticket)] for ticket in results], [*results.values()])
 
 
 def test_after_a_reset_nothing_is_left(tiny_model: RDT) -> None:
@@ -225,8 +209,7 @@ def test_after_a_reset_nothing_is_left(tiny_model: RDT) -> None:
     jobs = [replace(plain_job(depth=6), halting=halting) for halting in ("gate", "settle")]
     backend.run(Plan(tuple(Admission(i, job, 6) for i, job in enumerate(jobs)), live=(0, 1)))
     backend.reset()
-    for job, result in zip(jobs, run_all(backend, jobs, rng), strict=True):
-        assert_same(result, run_reference(tiny_model, job))
+    check_against_the_reference(tiny_model, jobs, run_all(backend, jobs, rng))
 
 
 async def test_warming_goes_all_the_way_through_the_vocabulary(
@@ -256,8 +239,7 @@ async def test_in_the_engine_deadlines_hold_and_every_job_ends_once(tiny_model: 
     late, *results = await asyncio.gather(*(submit(engine, job) for job in (endless, *jobs)))
     assert late.reason == "deadline"
     assert late.steps > 1
-    for job, result in zip(jobs, results, strict=True):
-        assert_same(result, run_reference(tiny_model, job))
+    check_against_the_reference(tiny_model, jobs, results)
     await engine.drain(1)
     assert engine.live == engine.waiting == 0
     await engine.stop()

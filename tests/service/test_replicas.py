@@ -13,12 +13,11 @@ import pytest
 from rdt_core import RDT
 from service.engine.eager import EagerBackend
 from service.engine.engine import BatchingEngine
-from service.engine.reference import run_reference
 from service.engine.scheduler import JobQueue, Scheduler, SchedulerLimits
 from service.engine.types import Job, Outcome, Plan, Result
 from service.errors import Internal, ResourceExhausted
 from tests.service.scripted import HeldBackend, ScriptedBackend, put, scripted_job, submit, until_ready
-from tests.service.test_eager import random_job
+from tests.service.test_eager import check_against_the_reference, random_job
 
 LIMITS = SchedulerLimits(token_budget=40, max_live=4, max_waiting=60, max_waiting_tokens=1000)
 
@@ -128,9 +127,7 @@ async def test_company_and_replica_do_not_change_an_answer(tiny_model: RDT) -> N
     await engine.start()
     results = await asyncio.gather(*(submit(engine, job) for job in jobs))
     await engine.stop()
-    for job, result in zip(jobs, results, strict=True):
-        alone = run_reference(tiny_model, job)
-        assert (result.tokens, result.steps, result.reason) == (alone.tokens, alone.steps, alone.reason)
+    check_against_the_reference(tiny_model, jobs, results)
 
 
 def test_a_scheduler_takes_its_share_and_leaves_the_rest_in_the_queue() -> None:

@@ -102,6 +102,12 @@ def test_no_password_is_written_down() -> None:
     assert environment["GF_AUTH_ANONYMOUS_ORG_ROLE"] == "Viewer"
 
 
+def test_the_trainers_configuration_is_in_its_image() -> None:
+    assert "COPY training/configs /configs\n" in (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    (name,) = [word for word in SERVICES["trainer"]["entrypoint"] if word.startswith("--config=/configs/")]
+    assert (ROOT / "training" / "configs" / Path(name).name).is_file(), name
+
+
 def test_what_is_mounted_is_there() -> None:
     mounts = [volume.split(":")[0] for service in SERVICES.values() for volume in service.get("volumes", [])]
     for mount in mounts:

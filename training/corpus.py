@@ -29,6 +29,7 @@ MAX_VOCAB_SIZE = 65_536  # ids that uint16 holds
 VALIDATION_TOKENS = 50_000
 
 _AT = re.compile(r" @([-,.])@ ")
+_ON_A_HUB = re.compile(r"[\w-]+|[\w-][\w.-]*/[\w.-]+|(hf://|buckets/).+")  # name, owner/name
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,14 @@ def shared_files(one: str, other: str) -> list[str]:
 
 
 def is_local(names: str) -> bool:
-    return any(path.is_file() or path.name.endswith(TEXT_SUFFIXES) for path in named_files(names))
+    """Whether files are named, be they there or not."""
+    named = any(path.is_file() or path.name.endswith(TEXT_SUFFIXES) for path in named_files(names))
+    return named or not may_be_on_a_hub(names.strip())
+
+
+def may_be_on_a_hub(name: str) -> bool:
+    """Whether it is worth asking a hub, which takes half a minute without a network. Its library reads folders, too."""
+    return _ON_A_HUB.fullmatch(name) is not None or Path(name).is_dir()
 
 
 def tokenise(paragraphs: Iterable[str], tokenizer: Tokenizer) -> Corpus:
@@ -197,7 +205,7 @@ def load_tokenizer(name: str, named: str = "data.tokenizer_name") -> Tokenizer:
             return Tokenizer(checkpoint.read(name).tokenizer) if name.endswith(".pt") else Tokenizer.from_file(name)
         except ValueError as error:
             raise ConfigError(f"{named}: {error}") from error
-    if name.endswith((".json", ".pt")):
+    if name.endswith((".json", ".pt")) or not may_be_on_a_hub(name):
         raise ConfigError(f"{named} is {name!r}: no such file")
     from transformers import AutoTokenizer  # noqa: PLC0415 - heavy, and only for users of a hub
 

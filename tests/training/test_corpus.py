@@ -121,8 +121,24 @@ def test_a_paragraph_without_a_token_starts_nowhere(tiny_tokenizer: Tokenizer) -
 def test_a_file_that_is_there_is_local_whatever_it_is_called(tmp_path: Path) -> None:
     (tmp_path / "wikitext-2").write_text("the fox", encoding="utf-8")
     assert is_local(str(tmp_path / "wikitext-2"))
-    assert is_local("not-there.txt")
-    assert not is_local("wikitext-2-nowhere")
+
+
+@pytest.mark.parametrize(
+    "name", ["none.txt", "folder/none.txt", "none.tx", "./none", "../none", "/none", "~/none", "a/b/none", "one, two"]
+)
+def test_what_no_hub_has_is_a_file_that_is_not_there(
+    train_settings: Settings, tiny_tokenizer: Tokenizer, name: str
+) -> None:
+    """A hub without a network is asked for half a minute."""
+    assert is_local(name)
+    with pytest.raises(ConfigError, match=rf"^data.dataset_name is '{name}': no file {Path(name.partition(',')[0])}$"):
+        load_corpora(train_settings(**{"data.dataset_name": name}), tiny_tokenizer)
+
+
+def test_what_a_hub_may_have_is_no_file(tmp_path: Path) -> None:
+    names = ("wikitext-2", "someone/else", "someone/else.v1", "hf://datasets/someone/else", "buckets/someone/else/it")
+    for name in (*names, str(tmp_path)):  # the hub's library reads folders, too
+        assert not is_local(name)
 
 
 def test_validation_text_is_the_end_of_a_local_text_or_a_text_of_its_own(
@@ -291,8 +307,16 @@ def test_a_tokenizer_is_read_from_json_or_from_a_checkpoint(
         assert load_tokenizer(str(path)).vocab_size == tiny_tokenizer.vocab_size
 
 
-@pytest.mark.parametrize("name", ["none.json", "none.pt", "bad.json"])
-def test_a_tokenizer_that_cannot_be_read_is_refused(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("none.json", "no such file"),
+        ("none.pt", "no such file"),
+        ("none.jsn", "no such file"),
+        ("bad.json", "tokenizer"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_read_is_refused(name: str, problem: str, tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(ConfigError, match=rf"data.tokenizer_name.*{name}"):
+    with pytest.raises(ConfigError, match=rf"data.tokenizer_name.*{name}.*{problem}"):
         load_tokenizer(str(tmp_path / name))

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from rdt_core.checkpoint import CheckpointError
 from training.config import ConfigError
 from training.config_file import load_config
-from training.options import device_named
+from training.options import device_named, path_named
 from training.processes import meet
 from training.stopping import INTERRUPTED, ends_quietly
 from training.trainer import Trainer, TrainingDiverged
@@ -19,10 +18,10 @@ from training.trainer import Trainer, TrainingDiverged
 @ends_quietly
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="rdt-train", description="Train a Recursive Denoising Transformer.")
-    parser.add_argument("--config", required=True, type=Path, help="YAML file, see training/configs")
-    parser.add_argument("--override", type=Path, help="YAML file laid over it")
+    parser.add_argument("--config", required=True, type=path_named, help="YAML file, see training/configs")
+    parser.add_argument("--override", type=path_named, help="YAML file laid over it")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    parser.add_argument("--checkpoint", type=Path, help="resume from this checkpoint")
+    parser.add_argument("--checkpoint", type=path_named, help="resume from this checkpoint")
     parser.add_argument(
         "assignments", nargs="*", metavar="section.key=value", help="single settings, e.g. training.batch_size=16"
     )

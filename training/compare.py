@@ -23,6 +23,7 @@ from training.evaluation import tallies
 from training.evaluation.measures import resamples
 from training.evaluation.results import Row
 from training.files import write_whole
+from training.options import path_named
 from training.report import MEASURES, Measure, number, plot_lines, print_text
 from training.stopping import ends_quietly
 
@@ -187,14 +188,14 @@ def _cell(measure: Measure, row: Row) -> str:
 @ends_quietly
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="rdt-compare", description="Put evaluations of several models side by side.")
-    parser.add_argument("evaluations", nargs="+", type=Path, metavar="EVALUATION.json")
+    parser.add_argument("evaluations", nargs="+", type=path_named, metavar="EVALUATION.json")
     parser.add_argument("--measures", nargs="+", choices=MEASURES, default=DEFAULT_MEASURES)
     parser.add_argument("--only", nargs="+", default=[], metavar="KIND[:SETTING]", help="e.g. fixed:1 gate:0.2 settle")
     parser.add_argument("--mask-ratios", nargs="+", type=float, default=[])
     parser.add_argument(
         "--against", nargs=2, metavar=("MODEL", "KIND:SETTING"), help="show differences from it, with paired intervals"
     )
-    parser.add_argument("--plot", type=Path, help="a .png of quality against compute, a line a model and method")
+    parser.add_argument("--plot", type=path_named, help="a .png of quality against compute, a line a model and method")
     options = parser.parse_args(arguments)
     try:
         found = read_all(options.evaluations)

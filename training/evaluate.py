@@ -29,7 +29,6 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,7 +43,7 @@ from training.evaluation.causal import Scorer, load_scorer
 from training.evaluation.restoring import Evaluation, cut_segments
 from training.evaluation.table import Evaluated, Plan, evaluate
 from training.files import make_folder, write_whole
-from training.options import check_at_least, check_batch_size, device_named
+from training.options import check_at_least, check_batch_size, device_named, path_named
 from training.report import format_comparisons, format_levels, format_table, plot, print_text
 from training.stopping import ends_quietly
 
@@ -207,11 +206,11 @@ def _parser() -> argparse.ArgumentParser:
         prog="rdt-evaluate",
         description="Evaluate a checkpoint on masked text. A list given without values leaves that method out.",
     )
-    parser.add_argument("--checkpoint", required=True, type=Path)
+    parser.add_argument("--checkpoint", required=True, type=path_named)
     parser.add_argument("--text", required=True, help=TEXTS)
     parser.add_argument("--validation", help="other such files, to choose the table's depths and the best lookup on")
-    parser.add_argument("--scorer", type=Path, help="a file of python -m training.scorer")
-    parser.add_argument("--output", type=Path, help="folder for evaluation.json, .npz, .txt and .png")
+    parser.add_argument("--scorer", type=path_named, help="a file of python -m training.scorer")
+    parser.add_argument("--output", type=path_named, help="folder for evaluation.json, .npz, .txt and .png")
     parser.add_argument("--length", type=int, help=f"tokens a segment (default: {LENGTH}, or what the model takes)")
     parser.add_argument("--segments", type=int, help="how many segments of each text, evenly spread (default: all)")
     parser.add_argument("--mask-ratios", type=float, nargs="+", default=PLAN.mask_ratios)
@@ -233,7 +232,7 @@ def _parser() -> argparse.ArgumentParser:
         default="fp32",
         help="of the model, and bf16 of the scorer, too (default: %(default)s)",
     )
-    parser.add_argument("--cache-dir", default="runs/cache")
+    parser.add_argument("--cache-dir", type=path_named, default="runs/cache")
     return parser
 
 

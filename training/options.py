@@ -5,11 +5,19 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
 from rdt_core.devices import pick_device
 from training.config import TOKENS_A_BATCH, ConfigError
+
+
+def path_named(name: str) -> Path:
+    """For argparse: refuses a blank name, which `Path` takes for the current folder."""
+    if not name.strip():
+        raise argparse.ArgumentTypeError("no name: want a path")
+    return Path(name)
 
 
 def device_named(name: str) -> torch.device:

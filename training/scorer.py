@@ -10,7 +10,6 @@ import argparse
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ from training.evaluation.causal import CausalConfig, CausalLM, save_scorer
 from training.evaluation.restoring import cut_segments
 from training.files import make_folder
 from training.mixed_precision import autocast
-from training.options import check_at_least, check_batch_size, device_named
+from training.options import check_at_least, check_batch_size, device_named, path_named
 from training.stopping import ends_quietly
 from training.vocabulary import vocabulary_loss
 from training.warm_start import copy_embeddings
@@ -90,8 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="rdt-scorer", description="Train a left-to-right model to score text with.")
     parser.add_argument("--text", required=True, help=TEXTS)
     parser.add_argument("--tokenizer", required=True, help="a tokenizer.json, or the checkpoint that carries it")
-    parser.add_argument("--output", required=True, type=Path, help="the file to write")
-    parser.add_argument("--init-from", type=Path, help="a folder with a BERT-like model, for its embeddings")
+    parser.add_argument("--output", required=True, type=path_named, help="the file to write")
+    parser.add_argument("--init-from", type=path_named, help="a folder with a BERT-like model, for its embeddings")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch-size", type=int, default=16, help="texts a step (default: %(default)s)")
     parser.add_argument("--length", type=int, default=128, help="tokens a text (default: %(default)s)")
@@ -101,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    parser.add_argument("--cache-dir", default="runs/cache")
+    parser.add_argument("--cache-dir", type=path_named, default="runs/cache")
     options = parser.parse_args(arguments)
     try:
         bits = _run(options)

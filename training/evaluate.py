@@ -36,14 +36,14 @@ import torch
 from rdt_core import checkpoint
 from rdt_core.checkpoint import CheckpointError, LoadedModel
 from rdt_core.precision import PRECISIONS, prepare
-from training.config import LARGEST_COUNT, ConfigError
+from training.config import ConfigError
 from training.corpus import TEXTS, local_corpus, named_files, shared_files, shown_files
 from training.evaluation import tallies
 from training.evaluation.causal import Scorer, load_scorer
 from training.evaluation.restoring import Evaluation, cut_segments
 from training.evaluation.table import Evaluated, Plan, evaluate
 from training.files import make_folder, write_whole
-from training.options import check_at_least, check_batch_size, device_named, path_named
+from training.options import check_batch_size, check_numbers, device_named, path_named
 from training.report import format_comparisons, format_levels, format_table, plot, print_text
 from training.stopping import ends_quietly
 
@@ -189,9 +189,7 @@ def _plan(options: argparse.Namespace) -> Plan:
     lowest: dict[str, float] = {"max_depth": 1, "thresholds": 0, "unchanged": 0, "budgets": 1, "settle_passes": 1,
                                 "settle_thresholds": 0, "mask_predict": 1, "ancestral": 1,
                                 "round_depth": 1, "length": 3, "segments": 2, "seed": 0, "batch_size": 1}  # fmt: skip
-    check_at_least(options, lowest)
-    if options.max_depth > LARGEST_COUNT:
-        raise ConfigError(f"--max-depth is {options.max_depth}: want <= {LARGEST_COUNT}")
+    check_numbers(options, lowest, {"max_depth", "settle_passes", "mask_predict", "ancestral", "round_depth"})
     check_batch_size(options.batch_size, options.length or LENGTH)
     if options.validation is not None and shared_files(options.validation, options.text):
         raise ConfigError("--validation is --text: what is chosen must be chosen on other text")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
 
 from rdt_core.devices import pick_device
-from training.config import TOKENS_A_BATCH, ConfigError
+from training.config import LARGEST_COUNT, TOKENS_A_BATCH, ConfigError
 
 
 def path_named(name: str) -> Path:
@@ -28,13 +28,17 @@ def device_named(name: str) -> torch.device:
         raise ConfigError(f"--{error}") from error
 
 
-def check_at_least(options: argparse.Namespace, lowest: Mapping[str, float]) -> None:
-    """Raise `ConfigError` for an option whose number, or one of them, is below its lowest or not finite."""
+def check_numbers(options: argparse.Namespace, lowest: Mapping[str, float], counts: Collection[str]) -> None:
+    """Raise `ConfigError` for an option whose number, or one of them, is below its lowest or not finite, or a count so
+    large that it is taken for a typing error.
+    """
     for name, minimum in lowest.items():
-        given = getattr(options, name)
+        given, option = getattr(options, name), f"--{name.replace('_', '-')}"
         for value in given if isinstance(given, list | tuple) else [given]:
             if value is not None and not minimum <= value < math.inf:
-                raise ConfigError(f"--{name.replace('_', '-')} is {value}: want >= {minimum:g}")
+                raise ConfigError(f"{option} is {value}: want >= {minimum:g}")
+            if name in counts and value > LARGEST_COUNT:
+                raise ConfigError(f"{option} is {value}: want <= {LARGEST_COUNT}")
 
 
 def check_batch_size(batch_size: int, length: int) -> None:

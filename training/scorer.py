@@ -21,14 +21,14 @@ from tqdm import tqdm
 
 from rdt_core.checkpoint import CheckpointError
 from rdt_core.tokenizer import Tokenizer
-from training.config import LARGEST_COUNT, ConfigError
+from training.config import ConfigError
 from training.corpus import TEXTS, VALIDATION_TOKENS, Corpus, load_tokenizer, local_corpus, shown_files
 from training.data import stable_seed
 from training.evaluation.causal import CausalConfig, CausalLM, save_scorer
 from training.evaluation.restoring import cut_segments
 from training.files import make_folder
 from training.mixed_precision import autocast
-from training.options import check_at_least, check_batch_size, device_named, path_named
+from training.options import check_batch_size, check_numbers, device_named, path_named
 from training.stopping import ends_quietly
 from training.vocabulary import vocabulary_loss
 from training.warm_start import copy_embeddings
@@ -114,9 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _check(options: argparse.Namespace) -> None:
     """Raise `ConfigError` for an option out of range."""
     lowest = {"steps": 1, "batch_size": 1, "length": 3, "d_model": 1, "heads": 1, "layers": 1, "seed": 0}
-    check_at_least(options, lowest)
-    if options.layers > LARGEST_COUNT:
-        raise ConfigError(f"--layers is {options.layers}: want <= {LARGEST_COUNT}")
+    check_numbers(options, lowest, {"layers"})
     check_batch_size(options.batch_size, options.length)
     if not 0 < options.learning_rate < math.inf:
         raise ConfigError(f"--learning-rate is {options.learning_rate}: want a number > 0")

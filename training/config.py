@@ -6,7 +6,8 @@ line that names the key, the value and what is wanted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,6 +22,15 @@ class ConfigError(ValueError):
 def one_line(error: Exception) -> str:
     """What a library says is wrong, for the end of a message of ours."""
     return " ".join(str(error).split())
+
+
+@contextmanager
+def enough_memory() -> Iterator[None]:
+    """Around the making of a model. Raises `ConfigError` if torch finds no memory for it."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConfigError(f"there is no memory for a model of this size: {one_line(error)}") from error
 
 
 @dataclass(frozen=True)

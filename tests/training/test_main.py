@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tests.training.conftest import Settings
+from training import trainer
 from training.__main__ import main
 
 
@@ -56,6 +57,20 @@ def test_bad_settings_are_one_line_and_exit_code_2(
     assert printed.startswith("rdt-train: ")
     assert problem in printed
     assert printed.count("\n") == 1
+
+
+def test_a_model_without_memory_is_one_line(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(_config: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory:\nyou tried to allocate 12208800000000 bytes.")
+
+    monkeypatch.setattr(trainer, "RDT", refuse)
+    assert main(["--config", str(config_file), "--device", "cpu"]) == 2
+    assert capsys.readouterr().err == (
+        "rdt-train: there is no memory for a model of this size: DefaultCPUAllocator: can't allocate memory: "
+        "you tried to allocate 12208800000000 bytes.\n"
+    )
 
 
 @pytest.mark.parametrize(("count", "wanted"), [("x", "a whole number, as torchrun sets it"), ("2", "torchrun: ")])

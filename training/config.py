@@ -171,15 +171,15 @@ IMMATERIAL = ("data.num_workers", "data.pin_memory", "data.cache_dir", "output.l
 """Settings that do not change what is learnt."""
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The settings that two configurations, as mappings, have and do not share: `training.learning_rate 0.1 -> 0.2`."""
-    found = []
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """What two configurations, as mappings, both have and not alike: `{"training.learning_rate": "0.1 -> 0.2"}`."""
+    found: dict[str, str] = {}
     for name in sorted(before.keys() & now.keys()):
         key, old, new = prefix + name, before[name], now[name]
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += differences(old, new, f"{key}.")
+            found |= differences(old, new, f"{key}.")
         elif old != new and key not in IMMATERIAL:
-            found.append(f"{key} {old} -> {new}")
+            found[key] = f"{old} -> {new}"
     return found
 
 

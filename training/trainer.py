@@ -279,11 +279,11 @@ class Trainer:
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"--checkpoint {path}: its state is of another model or damaged: {error}") from error
         changed = differences(saved.config.get("training") or {}, self.config.to_mapping())
-        if unused := [name for line in changed if (name := line.partition(" ")[0]) in AT_THE_START]:
+        if unused := [name for name in AT_THE_START if changed.pop(name, None)]:
             self.notes.append(f"not used, since the checkpoint has its own: {', '.join(unused)}")
-        changed = [line for line in changed if line.partition(" ")[0] not in AT_THE_START]
         if changed:
-            self.notes.append(f"other settings than the checkpoint's: {', '.join(changed)}")
+            told = ", ".join(f"{name} {change}" for name, change in changed.items())
+            self.notes.append(f"other settings than the checkpoint's: {told}")
         if self.folder.best.is_file() and not any(name.startswith(MEASURED) for name in changed):
             progress = saved.progress
             self.best_loss, self.best_of = progress.get("best_loss", math.inf), progress.get("best_of", "")

@@ -154,7 +154,7 @@ def test_a_chain_has_no_stage_for_the_gate() -> None:
 def test_differences_name_what_both_have() -> None:
     before = {"seed": 0, "data": {"num_workers": 0, "cache_dir": "a", "dataset_name": "a.txt"}, "old": 1}
     now = {"seed": 0, "data": {"num_workers": 2, "cache_dir": "b", "dataset_name": "b.txt"}, "new": 1}
-    assert differences(before, now) == ["data.dataset_name a.txt -> b.txt"]
+    assert differences(before, now) == {"data.dataset_name": "a.txt -> b.txt"}
 
 
 def test_corruption_shares_add_up_to_one_at_the_most() -> None:

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from rdt_core.checkpoint import CheckpointError
 from training.config import ConfigError
 from training.config_file import load_config
+from training.learner import TrainingDiverged
 from training.options import device_named, path_named
 from training.processes import meet
 from training.stopping import INTERRUPTED, ends_quietly
-from training.trainer import Trainer, TrainingDiverged
+from training.trainer import Trainer
 
 
 @ends_quietly

@@ -35,8 +35,8 @@ UNROLL = 3
 """The stream of randomness of depths and dropout; 1 and 2 are those of the batches."""
 
 
-class NotFinite(ArithmeticError):
-    """A loss or a gradient is no number; the message names it and the step."""
+class TrainingDiverged(ArithmeticError):
+    """A loss or a gradient is no number. The message names it and the step; that of a run, its last good checkpoint."""
 
 
 class Learner:
@@ -57,7 +57,7 @@ class Learner:
 
     def learn(self, batches: Sequence[tuple[int, Batch]], *, stop_asked: bool = False) -> Losses:
         """One step on this process's batches, each with its number. Returns the mean losses over all processes, which
-        are also told if this one has been asked to stop. Raises `NotFinite`, and leaves the weights as they are.
+        are also told if this one has been asked to stop. Raises `TrainingDiverged`, and leaves the weights as they are.
         """
         self.model.train()
         section = self.config.training
@@ -150,4 +150,4 @@ class Learner:
 
 def check_finite(what: str, value: float | Tensor, step: int) -> None:
     if not math.isfinite(value):
-        raise NotFinite(f"the {what} is not finite at step {step}")
+        raise TrainingDiverged(f"the {what} is not finite at step {step}")

@@ -26,7 +26,7 @@ from training.corpus import is_local, load_corpora, load_tokenizer, shared_files
 from training.data import Batches, stable_seed
 from training.files import make_folder
 from training.folder import RunFolder
-from training.learner import Learner, NotFinite, check_finite
+from training.learner import Learner, TrainingDiverged, check_finite
 from training.losses import Losses
 from training.mixed_precision import autocast
 from training.processes import OneProcess, Processes, share
@@ -46,10 +46,6 @@ MEASURED = (
 
 AT_THE_START = ("data.tokenizer_name", "training.init_from")
 """Settings that a resumed run does not use: its checkpoint holds the tokenizer and the weights."""
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss is no longer a number; the message names the step and the last good checkpoint."""
 
 
 class Trainer:
@@ -154,7 +150,7 @@ class Trainer:
                 progress.say(note)
             try:
                 return self._run(progress)
-            except NotFinite as error:
+            except TrainingDiverged as error:
                 good = self.last_saved or "none was saved yet"
                 raise TrainingDiverged(f"{error}; last good checkpoint: {good}") from error
 

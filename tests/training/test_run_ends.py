@@ -17,11 +17,11 @@ import torch
 from rdt_core import checkpoint
 from tests.training.conftest import Settings, saved_at
 from training.data import Batch
-from training.learner import Learner
+from training.learner import Learner, TrainingDiverged
 from training.losses import Losses
 from training.processes import OneProcess
 from training.stopping import SAME_REQUEST_SECONDS, ends_quietly, stop_signal
-from training.trainer import Trainer, TrainingDiverged
+from training.trainer import Trainer
 
 Own: TypeAlias = Sequence[tuple[int, Batch]]
 

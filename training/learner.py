@@ -44,7 +44,7 @@ class Learner:
 
     def __init__(self, model: RDT, config: TrainConfig, stages: Stages, processes: Processes) -> None:
         self.model, self.config, self.stages, self.processes = model, config, stages, processes
-        self.device = next(model.parameters()).device
+        self.device = model.device
         self.optimizer = make_optimizer(model, config.training)
         self.scheduler = make_scheduler(self.optimizer, config.training, stages.n_steps)
         decay = config.training.average_decay

@@ -281,8 +281,7 @@ class Trainer:
             told = ", ".join(f"{name} {change}" for name, change in changed.items())
             self.notes.append(f"other settings than the checkpoint's: {told}")
         if self.folder.best.is_file() and not any(name.startswith(MEASURED) for name in changed):
-            progress = saved.progress
-            self.best_loss, self.best_of = progress.get("best_loss", math.inf), progress.get("best_of", "")
+            self.best_loss, self.best_of = saved.progress.get("best_loss", math.inf), saved.progress.get("best_of", "")
         self.folder.take_over(path, saved)
 
 

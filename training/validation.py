@@ -28,7 +28,6 @@ def validate(
     model: RDT,
     batches: Batches,
     config: TrainConfig,
-    device: torch.device,
     processes: Processes | None = None,
     *,
     n_passes: int | None = None,
@@ -38,7 +37,7 @@ def validate(
     """
     processes = processes or OneProcess()
     model.eval()
-    section = config.training
+    section, device = config.training, model.device
     depth = n_passes or section.max_chain_length
     sums = torch.zeros(4, dtype=torch.float64)
     for index in share(range(1), config.output.eval_batches, processes):

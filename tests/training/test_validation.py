@@ -44,7 +44,7 @@ def trainer(train_settings: Settings, cpu: torch.device) -> Trainer:
 @pytest.mark.parametrize("n_passes", [None, 1])
 def test_means_over_the_batches(trainer: Trainer, cpu: torch.device, n_passes: int | None) -> None:
     model, batches, section = trainer.model, trainer.validation_batches, trainer.config.training
-    found = validate(model, batches, trainer.config, cpu, n_passes=n_passes)
+    found = validate(model, batches, trainer.config, n_passes=n_passes)
     with torch.no_grad():
         model.eval()
         each = torch.tensor([by_hand(model, batches, index, n_passes or 3) for index in range(3)])
@@ -57,7 +57,7 @@ def test_means_over_the_batches(trainer: Trainer, cpu: torch.device, n_passes: i
     assert gate_loss > 0
 
 
-def test_each_process_takes_its_share(trainer: Trainer, cpu: torch.device) -> None:
+def test_each_process_takes_its_share(trainer: Trainer) -> None:
     class OneOfTwo(OneProcess):
         """Adds to its own sum what the other would have sent."""
 
@@ -71,10 +71,9 @@ def test_each_process_takes_its_share(trainer: Trainer, cpu: torch.device) -> No
             return sum(self.sums[-2:], torch.zeros_like(values))
 
     sums: list[torch.Tensor] = []
-    alone = validate(trainer.model, trainer.validation_batches, trainer.config, cpu)
+    alone = validate(trainer.model, trainer.validation_batches, trainer.config)
     both = [
-        validate(trainer.model, trainer.validation_batches, trainer.config, cpu, OneOfTwo(rank, sums))
-        for rank in (0, 1)
+        validate(trainer.model, trainer.validation_batches, trainer.config, OneOfTwo(rank, sums)) for rank in (0, 1)
     ][-1]
     assert both == pytest.approx(alone)
     assert all(values.any() for values in sums), "two batches and one"

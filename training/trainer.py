@@ -207,17 +207,15 @@ class Trainer:
         found = {name: loss.item() for name, loss in self._unlogged.items()}
         self._unlogged.clear()
         weights = {"recon": section.loss_weight_recon, "gate": section.loss_weight_gate}
-        values: dict[str, float] = {"total_loss": sum(weights[name] * loss for name, loss in found.items())}
-        values |= {f"{name}_loss": loss for name, loss in found.items()} | {"lr": self.learner.learning_rate}
-        progress.draw({f"train/{name}": value for name, value in values.items()}, self.step)
+        total = sum(weights[name] * loss for name, loss in found.items())
+        drawn = {f"train/{name}_loss": loss for name, loss in (found | {"total": total}).items()}
+        progress.draw(drawn | {"train/lr": self.learner.learning_rate}, self.step)
         progress.show(**{name: f"{loss:.3f}" for name, loss in found.items()})
 
     def _validate(self, progress: Progress) -> None:
         with autocast(self.device, self.config.mixed_precision):
             depth = 1 if self.stages.only_one_pass_taught(self.step) else None
-            result = validate(
-                self.model, self.validation_batches, self.config, self.device, self.processes, n_passes=depth
-            )
+            result = validate(self.model, self.validation_batches, self.config, self.processes, n_passes=depth)
         values = result._asdict()
         progress.draw({f"val/{name}": value for name, value in values.items()}, self.step)
         progress.say(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))

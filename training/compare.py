@@ -130,7 +130,6 @@ class Against:
         if self.weights is None:
             self.weights = resamples(tally.shape[1], seed=0)
         found = tallies.paired(tally, base, self.weights)
-        assert found is not None, f"{measure.field} of {row.key} counts nothing"
         return f"{found.value / measure.unit:+.2f} ± {found.interval / measure.unit:.2f}"
 
     def _tally(self, model: str, row: Row, measure: Measure) -> Tensor | None:

@@ -29,7 +29,6 @@ def test_a_difference_is_that_of_the_shares_with_its_paired_interval() -> None:
     ours, theirs = shares(0), shares(1)
     found = tallies.paired(ours, theirs, resamples(40, seed=0))
     assert found == paired_difference(ours[0], theirs[0], ours[1])
-    assert found is not None
     assert found.value == pytest.approx((ours[0].sum() - theirs[0].sum()).item() / 400)
 
 
@@ -55,9 +54,6 @@ def test_bleu_differs_by_what_the_resamples_say(tiny_tokenizer: Tokenizer) -> No
     counter, weights = BleuCounter(tiny_tokenizer, originals), resamples(30, seed=0)
     own, base = (tallies.estimate(counter.of(text), weights) for text in (better, worse))
     found = tallies.paired(counter.of(better), counter.of(worse), weights)
-    assert own is not None
-    assert base is not None
-    assert found is not None
     assert found.value == pytest.approx(own.value - base.value)
     assert 0 < found.interval < min(own.interval, base.interval)
     assert found.interval < math.hypot(own.interval, base.interval) / 2

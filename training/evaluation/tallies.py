@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from training.config import ConfigError
-from training.evaluation.measures import Estimate, bleu, half_width, share
+from training.evaluation.measures import Estimate, bleu, half_width, paired_difference, share
 from training.evaluation.results import Row
 
 Tallies = dict[str, Tensor]  # of one row, by measure
 
 
-def estimate(tally: Tensor, weights: Tensor) -> Estimate | None:
-    """A share, or BLEU with its interval over the resamples `weights` `(B, S)`; None where nothing is counted."""
+def estimate(tally: Tensor, weights: Tensor) -> Estimate:
+    """A share, or BLEU with its interval over the resamples `weights` `(B, S)`."""
     if len(tally) == 2:
         return share(*tally)
     return Estimate(bleu(tally.sum(1)[None]).item(), half_width(bleu(weights @ tally.T)))
@@ -36,10 +36,10 @@ def total(tally: Tensor) -> float:
     return (tally[0].sum() / tally[1].sum() if len(tally) == 2 else bleu(tally.sum(1)[None])).item()
 
 
-def paired(tally: Tensor, other: Tensor, weights: Tensor) -> Estimate | None:
+def paired(tally: Tensor, other: Tensor, weights: Tensor) -> Estimate:
     """How much more `tally` is than `other`, of the same measure over the same masks."""
     if len(tally) == 2:
-        return share(tally[0] - other[0], tally[1])
+        return paired_difference(tally[0], other[0], tally[1])
     value = bleu(tally.sum(1)[None]) - bleu(other.sum(1)[None])
     return Estimate(value.item(), half_width(bleu(weights @ tally.T) - bleu(weights @ other.T)))
 

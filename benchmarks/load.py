@@ -17,12 +17,14 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from operator import itemgetter
 from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
 import grpc
 
+from benchmarks.traffic import steady
 from benchmarks.workloads import make_jobs
 from rdt_core import Tokenizer
 from service.rpc.pb import denoiser_pb2 as pb
@@ -96,11 +98,7 @@ def whole_words(tokenizer: Tokenizer) -> list[str]:
 
 def poisson(rate: float, n: int, seed: int = 0) -> list[float]:
     """Arrival times in seconds of `n` requests, `rate` a second on average."""
-    rng, now, arrivals = random.Random(seed), 0.0, []
-    for _ in range(n):
-        now += rng.expovariate(rate)
-        arrivals.append(now)
-    return arrivals
+    return list(islice(steady(rate, math.inf, seed), n))
 
 
 def freeze() -> None:

@@ -11,14 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import cycle
+from itertools import cycle, islice
 from statistics import fmean
 from typing import Any
 
 from benchmarks.fleet import saturate, simulate
 from benchmarks.fleet_report import Report
 from benchmarks.tick_cost import TickCost
-from benchmarks.traffic import Arrival
+from benchmarks.traffic import Arrival, steady
 from benchmarks.workloads import make_jobs
 from service.engine.scheduler import SchedulerLimits
 from service.settings import read_settings
@@ -81,10 +81,8 @@ class Replay:
 
     def _at_its_pace(self, level: Mapping[str, Any], rate: float, cost: TickCost) -> tuple[float, Report]:
         """The pace at which simulated ticks take as long as the level's, found by bisection."""
-        from benchmarks.load import poisson  # noqa: PLC0415 - comes with torch, which a simulation does not need
-
         # A level of a given time counts nothing of its first tenth; here all is counted.
-        times = poisson(rate, level.get("sent", level["requests"]))
+        times = islice(steady(rate, math.inf), level.get("sent", level["requests"]))
         arrivals = [job._replace(time=time) for job, time in zip(cycle(self.jobs), times, strict=False)]
         low, high = 1 / SLOWEST, SLOWEST
         for _ in range(HALVINGS):

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import subprocess
 import sys
 from array import array
 from dataclasses import replace
-from itertools import repeat
+from itertools import islice, repeat
 from pathlib import Path
 
 import pytest
@@ -224,12 +225,10 @@ def test_a_flag_that_would_change_nothing_is_refused(
 
 def test_a_result_that_was_simulated_is_met_again() -> None:
     """What the simulator itself measured, on a machine half as fast, comes out as it went in."""
-    from benchmarks.load import poisson  # noqa: PLC0415 - comes with torch
-
     jobs = make_jobs("easy", 40, vocab_size=2000)
     requests, slow = [Arrival(0.0, job, sum(job.masked)) for job in jobs], replace(COST.times(2.0), outside=0.25)
     full = saturate(requests, 8, slow, LIMITS)
-    times = poisson(0.5 * full.throughput, 40)
+    times = islice(steady(0.5 * full.throughput, math.inf), 40)
     half = simulate([a._replace(time=t) for a, t in zip(requests, times, strict=True)], slow, LIMITS)
     level = {"share": 0.5, "requests": 40, "answered_per_second": half.throughput, "mean_tick_ms": half.mean_tick_ms,
              "p50_ms": half.latency_ms["p50"], "p99_ms": half.latency_ms["p99"],

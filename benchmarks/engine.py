@@ -2,7 +2,8 @@
 
 Each workload runs all contenders in turn, several rounds, and reports medians, so that a machine that
 drifts drifts for all; of the batch sizes the two best go on after the first round. Useful FLOP/s counts what
-the answers need; the matrix peak is measured in the same run with products of the model's own shape.
+the answers need; the matrix peak is measured in the same run with float32 products of 512 rows and the model's own
+shape.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,14 +23,14 @@ import torch
 from benchmarks import contenders, record
 from benchmarks.files import names_files
 from benchmarks.options import amount, count
-from benchmarks.timing import seconds
+from benchmarks.timing import matrix_peak, seconds
 from benchmarks.workloads import WORKLOADS, gate_jobs, make_jobs, settle_jobs
 from rdt_core import PRESETS, RDT, Tokenizer, checkpoint
 from rdt_core.precision import PRECISIONS, Precision, prepare
 from service.engine.types import Job
 from training.corpus import read_paragraphs
 
-PEAK_ROWS, PEAK_REPEATS = 512, 20
+PEAK_ROWS = 512
 GATE_PARAGRAPHS = 1000
 BY_THE_MODEL = ("gate", "settle")
 """Workloads whose depths are not known before they have run."""
@@ -77,17 +77,6 @@ class Weights:
         return gate_jobs(tokens, options.requests, options.threshold, config.total_steps)
 
 
-def matrix_peak(model: RDT) -> float:
-    """FLOP/s of the feed-forward product over 512 rows in float32: what a pass could reach."""
-    d_model, d_ff = model.config.d_model, model.config.d_ff
-    rows, weight = torch.randn(PEAK_ROWS, d_model), torch.randn(d_ff, d_model)
-    torch.nn.functional.linear(rows, weight)
-    began = time.perf_counter()
-    for _ in range(PEAK_REPEATS):
-        torch.nn.functional.linear(rows, weight)
-    return 2 * PEAK_ROWS * d_model * d_ff * PEAK_REPEATS / (time.perf_counter() - began)
-
-
 def runs_of(weights: Weights, jobs: Sequence[Job], known: Sequence[Job], options: argparse.Namespace) -> dict[str, Run]:
     """Every contender. `known` are the jobs with their depths known beforehand, as static batches get them.
 
@@ -111,9 +100,9 @@ def measure(weights: Weights, workload: str, options: argparse.Namespace) -> dic
     for run in runs_of(weights, jobs[:8], known[:8], options).values():
         run()  # warm up: the first run allocates memory and compiles kernels
     taken: dict[str, list[float]] = {name: [] for name in runs}
-    peaks = []
+    shape, peaks = weights.model.config, []
     for _ in range(options.rounds):
-        peaks.append(matrix_peak(weights.model))
+        peaks.append(matrix_peak(PEAK_ROWS, shape.d_model, shape.d_ff))
         for name, run in runs.items():
             taken[name].append(seconds(run))
         runs = {name: run for name, run in runs.items() if name in finalists(taken)}

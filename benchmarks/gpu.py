@@ -30,7 +30,7 @@ from benchmarks import BUNDLED, contenders, record
 from benchmarks.engine import finalists, load
 from benchmarks.files import names_files
 from benchmarks.options import count, natural
-from benchmarks.timing import seconds
+from benchmarks.timing import matrix_peak, seconds
 from benchmarks.workloads import WORKLOADS, make_jobs
 from rdt_core import RDT
 from rdt_core.precision import Precision, prepare
@@ -44,7 +44,8 @@ from service.engine.static_batch import Bucket, Buffers, PlainPasses
 
 LOOP_REQUESTS = 48
 """The loop needs no more to be measured."""
-PEAK_SIZE, PEAK_REPEATS = 8192, 20
+PEAK_SIZE = 8192
+"""Of a large product; an eighth of it on a CPU."""
 FORMATS: dict[str, tuple[Precision, ...]] = {"cuda": ("bf16", "fp16", "tf32"), "cpu": ("bf16", "int8")}
 """The format that is served by default comes first: time may be short."""
 
@@ -160,19 +161,6 @@ def idle_share(model: RDT, backend: Backend, workload: str, options: argparse.Na
     return 1 - busy / (until - spans[0][0])
 
 
-def matrix_peak(device: torch.device) -> float:
-    """FLOP/s of a large product in bfloat16."""
-    n = PEAK_SIZE if device.type == "cuda" else PEAK_SIZE // 8
-    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
-
-    def products() -> None:
-        for _ in range(PEAK_REPEATS):
-            torch.mm(a, b)
-
-    products()
-    return 2 * n**3 * PEAK_REPEATS / min(seconds(products, device) for _ in range(3))
-
-
 @names_files
 def main() -> None:
     has_cuda = torch.cuda.is_available()
@@ -189,7 +177,8 @@ def main() -> None:
     record.add_arguments(parser)
     options = parser.parse_args()
     device = torch.device(options.device)
-    options.peak = matrix_peak(device)
+    n = PEAK_SIZE if device.type == "cuda" else PEAK_SIZE // 8
+    options.peak = matrix_peak(n, n, n, torch.bfloat16, device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     print(f"{name}: {options.peak / 1e12:.3g} TFLOP/s in bfloat16", flush=True)
     agreements: dict[str, Any] = {}

@@ -17,23 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import linear
 
 from benchmarks import BUNDLED, record
 from benchmarks.files import names_files
 from benchmarks.options import count
-from benchmarks.timing import seconds
+from benchmarks.timing import matrix_peak, seconds
 from rdt_core import checkpoint, flops
 from training.config import TrainConfig
 from training.config_file import load_config
 from training.data import Batch
 from training.learner import Learner
 from training.losses import Losses
-from training.mixed_precision import autocast
 from training.options import device_named
 from training.trainer import Trainer
 
-N_WORDS, PEAK_REPEATS, WARM_STEPS = 100_000, 20, 2
+N_WORDS, WARM_STEPS = 100_000, 2
 PHASES = {"one pass": 10**6, "unroll": 0}  # steps of pretraining
 
 
@@ -65,7 +63,7 @@ def measure(config: TrainConfig, device: torch.device, n_steps: int) -> dict[str
     """Median tokens a second over single steps, and their useful FLOP/s over the peak's."""
     trainer = Trainer(config, device)
     trainer.learner = counting = Counting(trainer.model, config, trainer.stages, trainer.processes)
-    steps = iter(trainer._steps())
+    steps = trainer._steps()
     for _ in range(WARM_STEPS):
         next(steps)
     rates, work = [], []
@@ -74,7 +72,8 @@ def measure(config: TrainConfig, device: torch.device, n_steps: int) -> dict[str
         took = seconds(lambda: next(steps), device)
         rates.append(counting.n_tokens / took)
         work.append(counting.useful_flops / took)
-    peak = matrix_peak(trainer)
+    shape, dtype = trainer.model.config, torch.bfloat16 if config.mixed_precision else torch.float32
+    peak = matrix_peak(trainer.batches.tokens_a_batch, shape.d_model, shape.d_ff, dtype, device)
     return {
         "bfloat16": config.mixed_precision,
         "compiled": config.training.compile,
@@ -83,23 +82,6 @@ def measure(config: TrainConfig, device: torch.device, n_steps: int) -> dict[str
         "peak_gflops": round(peak / 1e9, 1),
         "share_of_peak": round(statistics.median(work) / peak, 3),
     }
-
-
-def matrix_peak(trainer: Trainer) -> float:
-    """FLOP/s of the feed-forward product over a batch of rows."""
-    shape, n_rows = trainer.model.config, trainer.batches.tokens_a_batch
-    rows = torch.randn(n_rows, shape.d_model, device=trainer.device)
-    weight = torch.randn(shape.d_ff, shape.d_model, device=trainer.device)
-
-    def products() -> None:
-        with torch.no_grad(), autocast(trainer.device, trainer.config.mixed_precision):
-            for _ in range(PEAK_REPEATS):
-                linear(rows, weight)
-
-    if trainer.config.mixed_precision:
-        rows, weight = rows.bfloat16(), weight.bfloat16()
-    took = min(seconds(products, trainer.device) for _ in range(3))
-    return 2 * n_rows * shape.d_model * shape.d_ff * PEAK_REPEATS / took
 
 
 def write_words(path: Path, tokenizer_of: Path) -> None:

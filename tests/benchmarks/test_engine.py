@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import contenders, engine, gpu
+from benchmarks import contenders, engine, timing
 from benchmarks.workloads import make_jobs, settle_jobs
 from rdt_core import RDT
 from rdt_core.flops import sequence_flops, unread_flops
@@ -24,7 +23,7 @@ def test_requests_that_settle_are_measured_against_the_loop_alone() -> None:
     weights = engine.Weights({"fp32": model}, None)
     runs = engine.runs_of(weights, jobs, known, argparse.Namespace(token_budget=512, max_live=8))
     assert set(runs) == {"loop", "ours"}, "nobody else settles"
-    row = engine.figures(model, "settle", known, {name: [engine.seconds(run)] for name, run in runs.items()}, [1e9])
+    row = engine.figures(model, "settle", known, {name: [timing.seconds(run)] for name, run in runs.items()}, [1e9])
     assert row["theoretical_over_static"] is None
     assert engine.table([row]).count("\n") == 2
 
@@ -87,10 +86,6 @@ def test_a_row_is_what_counting_by_hand_gives() -> None:
 
 
 def test_a_product_of_matrices_is_two_operations_an_element(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a clock by which all of them take two seconds."""
-    model = RDT(vocab_size=1200, d_model=16, n_heads=2, n_encoder_layers=1, d_ff=24, max_seq_len=512)
-    monkeypatch.setattr(engine, "time", SimpleNamespace(perf_counter=iter([3.0, 5.0]).__next__))
-    assert engine.matrix_peak(model) == 20 * 2 * 512 * 16 * 24 / 2.0
-    monkeypatch.setattr(gpu, "PEAK_SIZE", 64)
-    monkeypatch.setattr(gpu, "seconds", lambda *_: 2.0)
-    assert gpu.matrix_peak(torch.device("cpu")) == 20 * 2 * 8**3 / 2.0
+    """Twenty of them in two seconds."""
+    monkeypatch.setattr(timing, "seconds", lambda *_: 2.0)
+    assert timing.matrix_peak(8, 16, 24, torch.bfloat16) == 20 * 2 * 8 * 16 * 24 / 2.0

@@ -171,7 +171,7 @@ def _best(kind: str, taken: dict[str, list[float]]) -> str | None:
 
 @names_files
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__)
     parser.add_argument("--model", default="base", help=f"a checkpoint, or random weights of {', '.join(PRESETS)}")
     parser.add_argument("--workloads", nargs="+", choices=(*WORKLOADS, *BY_THE_MODEL), default=list(WORKLOADS))
     parser.add_argument("--text", type=Path, help="a .txt or .txt.xz file, for the gate workload")
@@ -182,7 +182,6 @@ def main() -> None:
     parser.add_argument("--threads", type=count, default=1)
     parser.add_argument("--token-budget", type=count, default=512)
     parser.add_argument("--max-live", type=count, default=64)
-    record.add_arguments(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     weights = Weights.load(options.model, options.precisions)

@@ -14,7 +14,6 @@ that answers over it in one process can be faster.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import os
 import re
@@ -208,12 +207,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return serve(None)
     if given == ["--bare"]:
         return loop.run(serve_bare())
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__)
     parser.add_argument("--workers", type=natural, nargs="+", default=[0, 1, 2], help="0 is one process for all")
     parser.add_argument("--requests", type=count, default=3000)
     parser.add_argument("--concurrency", type=count, default=64)
     parser.add_argument("--weights", type=Path, default=BUNDLED)
-    record.add_arguments(parser)
     options = parser.parse_args(given)
     unwind_on_sigterm()
 

@@ -164,7 +164,7 @@ def idle_share(model: RDT, backend: Backend, workload: str, options: argparse.Na
 @names_files
 def main() -> None:
     has_cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__)
     parser.add_argument("--device", choices=tuple(FORMATS), default="cuda" if has_cuda else "cpu")
     parser.add_argument("--models", nargs="+", default=[str(BUNDLED), "base", "large"])
     parser.add_argument("--workloads", nargs="*", choices=tuple(WORKLOADS), default=list(WORKLOADS))
@@ -174,7 +174,6 @@ def main() -> None:
     parser.add_argument("--token-budget", type=count, default=16_384 if has_cuda else 512)
     parser.add_argument("--max-live", type=count, default=512 if has_cuda else 64)
     parser.add_argument("--rounds", type=count, default=2 if has_cuda else 3)
-    record.add_arguments(parser)
     options = parser.parse_args()
     device = torch.device(options.device)
     n = PEAK_SIZE if device.type == "cuda" else PEAK_SIZE // 8

@@ -171,7 +171,7 @@ def compare(options: argparse.Namespace, weights: Path) -> dict[str, Any]:
 
 @names_files
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__)
     parser.add_argument("--model", default="base", help=f"a checkpoint, or random weights: {', '.join(PRESETS)}")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--workload", choices=WORKLOADS, default="mixed")
@@ -182,7 +182,6 @@ def main() -> None:
     parser.add_argument("--share", type=positive, default=0.6, help="offered for latency, of the best peer's capacity")
     for flag in SERVER_FLAGS:
         parser.add_argument(f"--{flag.replace('_', '-')}", type=count, help="of our server; its default if not given")
-    record.add_arguments(parser)
     options = parser.parse_args()
     unwind_on_sigterm()
     for name in options.peers:

@@ -54,7 +54,7 @@ def compare(ratio: float, fp32: tuple[Measured, Tensor], other: tuple[Measured, 
 
 @names_files
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__)
     parser.add_argument("--model", type=Path, default=BUNDLED)
     parser.add_argument("--text", required=True, help="local .txt or .txt.xz file")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["bf16", "int8"])
@@ -64,7 +64,6 @@ def main() -> None:
     parser.add_argument("--max-depth", type=count, default=16)
     parser.add_argument("--threshold", type=amount, default=0.1, help="of the gate (default: %(default)s)")
     parser.add_argument("--cache-dir", default="runs/cache")
-    record.add_arguments(parser)
     options = parser.parse_args()
     loaded = checkpoint.load(options.model)
     corpus = local_corpus(options.text, loaded.tokenizer, options.cache_dir, "--text")

@@ -18,9 +18,11 @@ INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "am
 """What decides how fast matrix products are, in which number format."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--save NAME`: keep the JSON line as `results/NAME.json` too."""
-    parser.add_argument("--save", metavar="NAME", help="keep the JSON line as benchmarks/results/NAME.json")
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """A benchmark's command line, with `--save NAME`, which keeps the JSON line as `results/NAME.json`, too."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--save", metavar="NAME", help="keep the JSON line as benchmarks/results/NAME.json")
+    return made
 
 
 def finish(benchmark: str, options: argparse.Namespace, **figures: Any) -> None:

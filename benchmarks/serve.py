@@ -228,7 +228,7 @@ async def measure(options: argparse.Namespace, server: Server, weights: Path) ->
 
 @names_files
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__)
     parser.add_argument("--model", default=str(BUNDLED), help=f"a checkpoint, or random weights: {', '.join(PRESETS)}")
     parser.add_argument("--transports", nargs="+", choices=SENDERS, default=list(SENDERS))
     parser.add_argument("--workload", choices=WORKLOADS, default="mixed")
@@ -240,7 +240,6 @@ def main() -> None:
     parser.add_argument("--threads", type=count, default=1)
     parser.add_argument("--token-budget", type=count, default=512)
     parser.add_argument("--max-live", type=count, default=64)
-    record.add_arguments(parser)
     options, flags = parser.parse_known_args()
     options.server_flags = [f"--{name}={getattr(options, name)}" for name in SHARED_FLAGS] + flags
     torch.set_num_threads(options.threads)

@@ -159,7 +159,7 @@ def mode_of(options: argparse.Namespace) -> Mode:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__)
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--choose", action="store_true")
     modes.add_argument("--plan", type=positive, metavar="RATE")
@@ -183,7 +183,6 @@ def parse() -> argparse.Namespace:
     load.add_argument("--seed", type=natural, default=0)
     load.add_argument("--p99", type=positive, default=1.0, help="seconds, for --plan")
     load.add_argument("--patience", type=positive, default=10.0, help="longest queueing in seconds, for --choose")
-    record.add_arguments(parser)
     options, server_flags = parser.parse_known_args()
     options.server_flags = server_flags
     return options

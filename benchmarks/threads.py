@@ -107,13 +107,12 @@ def figures(taken: dict[str, list[Any]], rate: float) -> dict[str, float]:
 
 @names_files
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__)
     parser.add_argument("--model", default=str(BUNDLED), help="a checkpoint, or a preset with random weights")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--workload", choices=WORKLOADS, default="mixed")
     parser.add_argument("--requests", type=count, default=150)
     parser.add_argument("--rounds", type=count, default=3)
-    record.add_arguments(parser)
     options = parser.parse_args()
     unwind_on_sigterm()
     with ExitStack() as stack:

@@ -8,7 +8,6 @@ The peak is the feed-forward product over a whole batch, in the same number form
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
 import tempfile
@@ -95,14 +94,13 @@ def write_words(path: Path, tokenizer_of: Path) -> None:
 
 @names_files
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__)
     parser.add_argument("--config", type=Path, default=Path("training/configs/rdt-small.yaml"))
     parser.add_argument("--tokenizer", type=Path, default=BUNDLED)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=count, help="of the CPU (default: all cores)")
     parser.add_argument("--compile", action="store_true", help="measure with the layers compiled, too")
     parser.add_argument("--steps", type=count, default=10, help="measured in each phase (default: %(default)s)")
-    record.add_arguments(parser)
     parser.add_argument("assignments", nargs="*", metavar="section.key=value")
     options = parser.parse_intermixed_args()
     device = device_named(options.device)

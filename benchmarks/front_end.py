@@ -19,7 +19,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -34,7 +33,7 @@ from benchmarks import BUNDLED, record
 from benchmarks.files import names_files
 from benchmarks.load import Http, Request, Send, Unsuccessful, check_steps, freeze, rest_sender, saturate, texts
 from benchmarks.options import count, natural
-from benchmarks.server import unwind_on_sigterm, wait_until_ready
+from benchmarks.server import serving, unwind_on_sigterm
 from rdt_core import Tokenizer, checkpoint
 from service import hosting, loop
 from service.engine.types import Choice, Outcome, Plan, Reading
@@ -93,23 +92,15 @@ def cpu_seconds(pid: int) -> float:
 
 
 @contextmanager
-def serving(n_workers: int, weights: Path) -> Iterator[Target]:
+def instant_server(n_workers: int, weights: Path) -> Iterator[Target]:
     """A server with a backend that answers at once; killed at the end, and its children end with it."""
-    flags = [f"--checkpoint={weights}", "--http_port=0", "--grpc_port=0", f"--api_workers={n_workers}", "--replicas=1"]
-    command = [sys.executable, "-m", "benchmarks.front_end", "--serve", *flags, "--device=cpu", *ROOM]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RDT_")}
-    with tempfile.NamedTemporaryFile() as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-        try:
-            url, address = wait_until_ready(process, Path(log.name))
-            while (said := Path(log.name).read_text(encoding="utf-8")).count("listening on http") < n_workers:
-                time.sleep(0.05)
-            children = {name: int(pid) for name, pid in re.findall(r"started (.*) as process (\d+)", said)}
-            engine = children.pop("engine", process.pid)
-            yield Target(url, address, engine, tuple(children.values()))
-        finally:
-            process.terminate()
-            process.wait(timeout=60)
+    flags = [f"--api_workers={n_workers}", "--replicas=1", "--device=cpu", *ROOM]
+    with serving(weights, *flags, module=("benchmarks.front_end", "--serve")) as server:
+        while (said := server.log.read_text(encoding="utf-8")).count("listening on http") < n_workers:
+            time.sleep(0.05)
+        children = {name: int(pid) for name, pid in re.findall(r"started (.*) as process (\d+)", said)}
+        engine = children.pop("engine", server.process.pid)
+        yield Target(server.url, server.rpc_address, engine, tuple(children.values()))
 
 
 @contextmanager
@@ -221,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = []
     print("transport  workers  requests/s  engine us  workers us  client us  (processor time a request)")
     for n_workers in (BARE, *options.workers):
-        with bare_server() if n_workers == BARE else serving(n_workers, options.weights) as target:
+        with bare_server() if n_workers == BARE else instant_server(n_workers, options.weights) as target:
             for transport in ("rest", "grpc") if target.url else ("grpc",):
                 row = asyncio.run(measure(transport, target, requests, options.concurrency))
                 rows.append(row)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ class Server:
     process: subprocess.Popen[bytes]
     url: str
     rpc_address: str
+    log: Path
 
     def resident_mb(self) -> float:
         """Megabytes of memory it occupies, as Linux counts them."""
@@ -42,15 +43,14 @@ def unwind_on_sigterm() -> None:
 
 
 @contextmanager
-def serving(weights: Path, *flags: str) -> Iterator[Server]:
-    """`python -m service` on free ports, ready; killed at the end, whatever happens."""
-    command = [sys.executable, "-m", "service", f"--checkpoint={weights}", "--http_port=0", "--grpc_port=0", *flags]
+def serving(weights: Path, *flags: str, module: Sequence[str] = ("service",)) -> Iterator[Server]:
+    """`python -m service`, or what serves in its place, on free ports, ready; killed at the end, whatever happens."""
+    command = [sys.executable, "-m", *module, f"--checkpoint={weights}", "--http_port=0", "--grpc_port=0", *flags]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RDT_")}
-    with tempfile.NamedTemporaryFile() as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    with tempfile.NamedTemporaryFile() as file:
+        process, log = subprocess.Popen(command, env=environment, stdout=file, stderr=file), Path(file.name)
         try:
-            url, rpc_address = wait_until_ready(process, Path(log.name))
-            yield Server(process, url, rpc_address)
+            yield Server(process, *wait_until_ready(process, log), log)
         finally:
             process.kill()
             process.wait()

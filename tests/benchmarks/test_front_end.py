@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from benchmarks import BUNDLED
-from benchmarks.front_end import bare_server, measure, serving, until_all_ready
+from benchmarks.front_end import bare_server, instant_server, measure, until_all_ready
 from benchmarks.load import Request
 
 
@@ -16,7 +16,7 @@ from benchmarks.load import Request
 @pytest.mark.parametrize("n_workers", [0, 1])
 def test_the_model_is_not_part_of_it(n_workers: int) -> None:
     """The backend in its place finds every mask equally likely to be the same word, and that at once."""
-    with serving(n_workers, BUNDLED) as target:
+    with instant_server(n_workers, BUNDLED) as target:
         asyncio.run(until_all_ready(target.url))
         answer = httpx.post(f"{target.url}/denoise", json={"text": "A [MASK] for a [MASK] ."}, timeout=30).json()
     assert answer["steps"] == 1

@@ -20,10 +20,9 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ import grpc
 
 from benchmarks import BUNDLED, record
 from benchmarks.files import names_files
-from benchmarks.load import Http, Request, Send, Unsuccessful, check_steps, freeze, rest_sender, saturate, texts
+from benchmarks.load import Http, Request, freeze, grpc_sender, rest_sender, saturate, texts
 from benchmarks.options import count, natural
 from benchmarks.server import serving, unwind_on_sigterm
 from rdt_core import Tokenizer, checkpoint
@@ -39,12 +38,11 @@ from service import hosting, loop
 from service.engine.types import Choice, Outcome, Plan, Reading
 from service.rpc.convert import SERVICE
 from service.rpc.pb import denoiser_pb2 as pb
-from service.rpc.pb.denoiser_pb2_grpc import DenoiserStub
 
 ROOM = ("--token_budget=16384", "--max_live=1024", "--max_waiting=4096", "--max_waiting_tokens=1000000")
 TICK = os.sysconf("SC_CLK_TCK")
-CHANNELS = 16
-"""gRPC connections: all calls of one go to one worker."""
+CONNECTIONS = 16
+"""Of gRPC: all calls of one go to one worker."""
 WARM_REQUESTS = 300
 PROBES = 30
 WORD = 2000
@@ -142,24 +140,6 @@ def serve(arguments: Sequence[str] | None) -> int:
     return child.main() if arguments is None else cli.serve(arguments)
 
 
-@asynccontextmanager
-async def grpc_senders(address: str) -> AsyncIterator[Send[Request]]:
-    """Calls over many connections in turn."""
-    async with AsyncExitStack() as stack:
-        options = [("grpc.use_local_subchannel_pool", 1)]
-        channels = [grpc.aio.insecure_channel(address, options=options) for _ in range(CHANNELS)]
-        stubs = cycle([DenoiserStub(await stack.enter_async_context(channel)) for channel in channels])
-
-        async def send(request: Request) -> None:
-            try:
-                answer = await next(stubs).Denoise(pb.DenoiseRequest(**request.body()), timeout=60)
-            except grpc.aio.AioRpcError as error:
-                raise Unsuccessful(error.code().name) from None
-            check_steps(request, answer.steps)
-
-        yield send
-
-
 async def until_all_ready(url: str) -> None:
     """Wait until all workers are ready: each connection may reach another one."""
     n_ready = 0
@@ -173,7 +153,7 @@ async def until_all_ready(url: str) -> None:
 
 async def measure(transport: str, target: Target, requests: Sequence[Request], concurrency: int) -> dict[str, Any]:
     """Closed loop over one transport."""
-    sender = rest_sender(target.url) if transport == "rest" else grpc_senders(target.rpc_address)
+    sender = rest_sender(target.url) if transport == "rest" else grpc_sender(target.rpc_address, CONNECTIONS)
     if target.url:
         await until_all_ready(target.url)
     async with sender as send:

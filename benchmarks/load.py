@@ -15,9 +15,9 @@ import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
-from itertools import islice
+from itertools import cycle, islice
 from operator import itemgetter
 from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
@@ -175,15 +175,17 @@ async def rest_sender(
 
 
 @asynccontextmanager
-async def grpc_sender(address: str) -> AsyncIterator[Send[Request]]:
-    """Calls `rdt.v1.Denoiser` at `host:port` over one channel."""
-    async with grpc.aio.insecure_channel(address) as channel:
-        denoiser = DenoiserStub(channel)
+async def grpc_sender(address: str, connections: int = 1) -> AsyncIterator[Send[Request]]:
+    """Calls `rdt.v1.Denoiser` at `host:port`, over its connections in turn."""
+    options = [("grpc.use_local_subchannel_pool", 1)]  # or they would be one connection
+    async with AsyncExitStack() as stack:
+        channels = [grpc.aio.insecure_channel(address, options=options) for _ in range(connections)]
+        denoisers = cycle([DenoiserStub(await stack.enter_async_context(channel)) for channel in channels])
 
         async def send(request: Request) -> None:
             try:
                 async with asyncio.timeout(TIMEOUT_SECONDS):  # not a deadline of the call: the server would act on it
-                    answer = await denoiser.Denoise(pb.DenoiseRequest(**request.body()))
+                    answer = await next(denoisers).Denoise(pb.DenoiseRequest(**request.body()))
             except grpc.aio.AioRpcError as error:
                 raise Unsuccessful(error.code().name) from None
             check_steps(request, answer.steps)

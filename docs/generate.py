@@ -54,14 +54,10 @@ def _range(field: FieldInfo) -> str:
     kind: Any = field.annotation
     if get_origin(kind) is Literal:
         return ", ".join(f"`{value}`" for value in get_args(kind))
-    bounds = {name: getattr(rule, name) for rule in field.metadata for name in ("ge", "le") if _has(rule, name)}
+    bounds = {name: getattr(rule, name) for rule in field.metadata for name in ("ge", "le") if hasattr(rule, name)}
     if "ge" in bounds:
         return f"{bounds['ge']} to {bounds['le']}" if "le" in bounds else f"{bounds['ge']} or more"
     return "text"
-
-
-def _has(rule: object, name: str) -> bool:
-    return getattr(rule, name, None) is not None
 
 
 def _labels(one: Declaration) -> str:

@@ -44,7 +44,7 @@ from training.evaluation.restoring import Evaluation, cut_segments
 from training.evaluation.table import Evaluated, Plan, evaluate
 from training.files import make_folder, write_whole
 from training.options import check_batch_size, check_numbers, device_named, path_named
-from training.report import format_comparisons, format_levels, format_table, plot, print_text
+from training.report import format_comparisons, format_levels, format_table, plot_lines, print_text
 from training.stopping import ends_quietly
 
 PLAN = Plan()
@@ -96,7 +96,8 @@ def _keep(
                 options.output / "evaluation.txt": lambda path: path.write_text(text, encoding="utf-8"),
             }
         )
-        write_whole({options.output / "evaluation.png": lambda path: plot(found.rows, path)})
+        lines = [(row.kind, row) for row in found.rows]
+        write_whole({options.output / "evaluation.png": lambda path: plot_lines(lines, path)})
 
 
 def as_text(found: Evaluated) -> str:

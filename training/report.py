@@ -118,13 +118,8 @@ def format_levels(readings: Sequence[LevelReading]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: Sequence[Row], path: Path) -> None:
-    """Quality against compute: a line for each method, a row of panels for each measure, a column for a few ratios."""
-    plot_lines([(row.kind, row) for row in rows], path)
-
-
 def plot_lines(points: Sequence[tuple[str, Row]], path: Path) -> None:
-    """`plot` with the name of the line that each row is on."""
+    """Quality against compute: a line for each name, a row of panels for each measure, a column for a few ratios."""
     import matplotlib  # noqa: PLC0415 - heavy, and only for the picture
 
     matplotlib.use("Agg")

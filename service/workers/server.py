@@ -33,7 +33,6 @@ from service.workers.messages import (
     ReportWanted,
     Scrape,
     Scraped,
-    Serving,
     Status,
     Submit,
 )
@@ -194,7 +193,7 @@ class EngineServer:
             self._tell_all(self._ledger.base())
             await asyncio.sleep(BASE_SECONDS)
 
-    def _tell_all(self, message: Message | Serving) -> None:
+    def _tell_all(self, message: Message) -> None:
         for peer in self._peers.values():
             peer.wire.send(message)
 

@@ -41,7 +41,7 @@ READY = "rdt_ready"
 class WorkerMetrics(Metrics):
     """A worker's own metrics; a scrape shows the whole server's."""
 
-    def __init__(self, clock: Callable[[], float], link: Callable[[], Link]) -> None:
+    def __init__(self, clock: Callable[[], float], link: Link) -> None:
         super().__init__(clock)
         self._link = link
         self._asked = 0
@@ -54,13 +54,13 @@ class WorkerMetrics(Metrics):
 
     async def report_forever(self) -> None:
         while True:
-            self._link().send(self.report())
+            self._link.send(self.report())
             await asyncio.sleep(REPORT_SECONDS)
 
     async def scrape(self) -> bytes:
         """Raises `Unavailable` without an engine: a failed scrape is better than one of half the server."""
         try:
-            answer = await asyncio.wait_for(self._link().ask(Scrape, Scraped), SCRAPE_SECONDS)
+            answer = await asyncio.wait_for(self._link.ask(Scrape, Scraped), SCRAPE_SECONDS)
         except TimeoutError:
             raise Unavailable("the engine's process does not answer", "failed") from None
         return answer.exposition

@@ -40,7 +40,7 @@ class Worker:
         self._tracer = tracer
         self.lifecycle = Lifecycle()
         self.link = Link(path, name, self._hear)
-        self.metrics = WorkerMetrics(time.monotonic, lambda: self.link)
+        self.metrics = WorkerMetrics(time.monotonic, self.link)
         self.metrics.watch_readiness(lambda: self.lifecycle.state == "ready")
         self._queue = QueueView(self.link, settings.max_waiting, settings.max_waiting_tokens)
         self._tokenizer: Tokenizer | None = None

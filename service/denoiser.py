@@ -250,7 +250,7 @@ async def cut(cut_at: float | None) -> AsyncIterator[None]:
 
 
 def follow(
-    engine: Engine, job: Job, place: Place, timeline: Timeline | None = None, cut_at: float | None = None
+    engine: Engine, job: Job, place: Place, timeline: Timeline | None, cut_at: float | None
 ) -> AsyncGenerator[Reading | Result, None]:
     """The reading of every pass, and the result last. Closing the generator takes the job out of the engine before its
     place in the queue is freed.

@@ -151,10 +151,8 @@ class Cancelled(ServiceError):
 class Internal(ServiceError):
     code: ClassVar[Code] = "internal"
 
-    def __init__(
-        self, message: str = "the server has logged what went wrong", problems: Sequence[FieldProblem] = ()
-    ) -> None:
-        super().__init__(message, problems)
+    def __init__(self, message: str = "the server has logged what went wrong") -> None:
+        super().__init__(message)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from opentelemetry import trace
@@ -42,11 +42,8 @@ OUR_FAULTS = ("internal", "unavailable")
 
 
 class OtelTracer:
-    """`now_ns` is on the clock of the spans: nanoseconds since 1970."""
-
-    def __init__(self, exporter: SpanExporter, now_ns: Callable[[], int] = time.time_ns) -> None:
+    def __init__(self, exporter: SpanExporter) -> None:
         self._exporter = exporter
-        self._now_ns = now_ns
         self._provider = TracerProvider(resource=_resource(), shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("rdt")
@@ -84,7 +81,7 @@ class OtelTracer:
 
     def timeline(self) -> Timeline | None:
         span = trace.get_current_span()
-        return _SpanTimeline(span, self._now_ns) if span.is_recording() else None
+        return _SpanTimeline(span) if span.is_recording() else None
 
     def close(self) -> None:
         """Send what is left for at most `CLOSE_SECONDS`; then the exporter is shut down, retries included."""
@@ -98,14 +95,13 @@ class OtelTracer:
 class _SpanTimeline:
     """Remembers when passes were made, and writes them on the span once the request is answered."""
 
-    def __init__(self, span: trace.Span, now_ns: Callable[[], int]) -> None:
+    def __init__(self, span: trace.Span) -> None:
         self._span = span
-        self._now_ns = now_ns
-        self._passes: list[tuple[int, float]] = []  # when, level
+        self._passes: list[tuple[int, float]] = []  # when, in nanoseconds since 1970, and level
         self._last = 0
 
     def __call__(self, reading: Reading) -> None:
-        self._last = self._now_ns()
+        self._last = time.time_ns()
         if len(self._passes) < MAX_SHOWN_PASSES:
             self._passes.append((self._last, reading.level))
 
@@ -114,7 +110,7 @@ class _SpanTimeline:
 
         A job that is read after every pass decodes in many: the sum of that has no place on a time line.
         """
-        span, halted = self._span, self._last or self._now_ns()
+        span, halted = self._span, self._last or time.time_ns()
         span.set_attributes(
             {
                 "rdt.queue_ms": milliseconds(result.queue_seconds),

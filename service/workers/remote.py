@@ -15,7 +15,7 @@ from itertools import count
 from pathlib import Path
 from typing import TypeVar
 
-from service.engine.protocol import Clock, OnReading, show
+from service.engine.protocol import OnReading, show
 from service.engine.queue import BoundedQueue, Place, Sized
 from service.engine.types import Job, Reading, Result
 from service.errors import Internal, ResourceExhausted, ServiceError, Unavailable
@@ -214,14 +214,11 @@ class QueueView(BoundedQueue[Sized]):
 class RemoteEngine:
     """One model of the engine, on the connection that announced it."""
 
-    def __init__(
-        self, link: Link, wire: Wire, serving: Serving, queue: QueueView, clock: Clock = time.monotonic
-    ) -> None:
+    def __init__(self, link: Link, wire: Wire, serving: Serving, queue: QueueView) -> None:
         self._link = link
         self._wire = wire
         self._digest = serving.digest
         self._queue = queue
-        self._clock = clock
 
     @property
     def ready(self) -> bool:
@@ -237,7 +234,7 @@ class RemoteEngine:
     async def submit(self, job: Job, place: Place, on_reading: OnReading | None = None) -> Result:
         self._check_ready()
         self._queue.leave(place)
-        seconds_left = None if job.deadline is None else job.deadline - self._clock()
+        seconds_left = None if job.deadline is None else job.deadline - time.monotonic()
         watched = on_reading is not None
         answer = await self._link.ask(
             lambda number: Submit(number, self._digest, job, seconds_left, watched), Answered, on_reading

@@ -190,7 +190,7 @@ def printable(value: object) -> Printable:
     if isinstance(value, int):
         return value if abs(value) < 2**53 else f"a whole number of {value.bit_length()} bits"
     if isinstance(value, float):
-        return value if math.isfinite(value) else {math.inf: "Infinity", -math.inf: "-Infinity"}.get(value, "NaN")
+        return value if math.isfinite(value) else json.dumps(value)  # the word for it
     if isinstance(value, str):
         return _short(value)
     if isinstance(value, list):

@@ -290,4 +290,4 @@ class _Answering:
 
 def without_upgrade(head: bytes) -> bytes:
     """The head with its header Upgrade, if it has one, renamed."""
-    return UPGRADE.sub(b"\nx-offered-upgrade:", head) if b"pgrade" in head.lower() else head
+    return UPGRADE.sub(b"\nx-offered-upgrade:", head)

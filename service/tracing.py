@@ -64,15 +64,11 @@ class _NoSpan:
 class NoTracer:
     """Traces nothing."""
 
-    def __init__(self) -> None:
-        self._span = nullcontext(_NoSpan())
-        self._item = nullcontext()
-
     def call(self, *_: object) -> AbstractContextManager[Span]:
-        return self._span
+        return nullcontext(_NoSpan())
 
     def item(self, index: int) -> AbstractContextManager[None]:  # noqa: ARG002 - the protocol's
-        return self._item
+        return nullcontext()
 
     def timeline(self) -> Timeline | None:
         return None
@@ -97,6 +93,8 @@ def open_tracer(endpoint: str | None) -> Tracer:
         return NO_TRACER
     try:
         from service.otel import OtelTracer, exporter_to  # noqa: PLC0415 - an extra, and dear to load
+
+        return OtelTracer(exporter_to(endpoint))
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "opentelemetry":
             raise
@@ -104,14 +102,5 @@ def open_tracer(endpoint: str | None) -> Tracer:
             "otel_endpoint (RDT_OTEL_ENDPOINT) is set, and OpenTelemetry is not installed: "
             "pip install '.[otel]' in the project's folder"
         ) from None
-    except Exception as error:
-        raise _unreadable(error) from error
-    try:
-        return OtelTracer(exporter_to(endpoint))
-    except Exception as error:
-        raise _unreadable(error) from error
-
-
-def _unreadable(error: Exception) -> TracingError:
-    """For any error of the library: it reads its variables itself, some of them when it is imported."""
-    return TracingError(f"traces cannot be sent, look at the OTEL_* variables: {error!r}")
+    except Exception as error:  # of the library, which reads its variables itself, some of them when it is imported
+        raise TracingError(f"traces cannot be sent, look at the OTEL_* variables: {error!r}") from error

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol, cast
 
@@ -122,7 +121,7 @@ class ServeCalls:
         except Ended:
             return Encoded()
 
-    async def stream(self, method: str, message: bytes, context: ServeContext) -> AsyncGenerator[Encoded, None]:
+    def stream(self, method: str, message: bytes, context: ServeContext) -> AsyncGenerator[Encoded, None]:
         """Ends with an empty message when it ends with an error: without one, Serve would not see the status."""
 
         async def answer(put: Callable[[Encoded], None]) -> None:
@@ -131,9 +130,7 @@ class ServeCalls:
             except Ended:
                 put(Encoded())
 
-        async with aclosing(pumped(answer)) as events:
-            async for event in events:
-                yield event
+        return pumped(answer)
 
     async def _answer(self, method: str, message: bytes, context: CallContext) -> Any:
         find: Any = self._find

@@ -117,4 +117,4 @@ async def on_crash(request: Request, _error: Exception) -> Response:
 def _response(problem: Problem, headers: Mapping[str, str]) -> Response:
     # Escaped to ASCII: whatever a caller sent, it can be written back.
     body = json.dumps(problem.model_dump(), allow_nan=False)
-    return Response(body, status_code=problem.status, media_type=PROBLEM_JSON, headers=dict(headers))
+    return Response(body, status_code=problem.status, media_type=PROBLEM_JSON, headers=headers)

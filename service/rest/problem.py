@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, Field
 
+from service.errors import Printable
 from service.schema import DenoiseAnswer
 
 PROBLEM_JSON = "application/problem+json"
@@ -14,7 +15,7 @@ class BadField(BaseModel):
 
     field: str
     message: str
-    value: str | int | float | bool | None = None
+    value: Printable = None
 
 
 class Problem(BaseModel):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from importlib import import_module, metadata
+from importlib import import_module
+
+from service.version import release
 
 INTERRUPTED = 130
 """The status after Ctrl-C, as shells have it."""
@@ -19,7 +21,7 @@ def denoise() -> int:
 
 def _run(command: str, name: str) -> int:
     if sys.argv[1:] == ["--version"]:
-        print(command, metadata.version("rdt"))
+        print(command, release())
         return 0
     try:
         cli = import_module("service.cli")

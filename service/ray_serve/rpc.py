@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn, Protocol, cast
 
 import grpc
@@ -135,17 +136,10 @@ class ServeCalls:
     async def _answer(self, method: str, message: bytes, context: CallContext) -> Any:
         find: Any = self._find
         for interceptor in self._interceptors:
-            find = _around(interceptor, find)
+            find = partial(interceptor.intercept_service, find)
         handler = await find(Details(f"/{SERVICE}/{method}", context.invocation_metadata()))
         answer: Answer = handler.unary_unary or handler.unary_stream or handler.stream_stream  # the last refuses
         return await answer(message, cast(Context, context))
 
     async def _find(self, details: Any) -> Any:
         return self._calls.service(details)
-
-
-def _around(interceptor: grpc.aio.ServerInterceptor, find: Any) -> Any:
-    async def intercepted(details: Any) -> Any:
-        return await interceptor.intercept_service(find, details)
-
-    return intercepted

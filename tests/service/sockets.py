@@ -1,4 +1,4 @@
-"""Plain bytes over a socket to a server that speaks HTTP."""
+"""Plain bytes over a socket to a server that speaks HTTP, and frames of HTTP/2."""
 
 from __future__ import annotations
 
@@ -23,3 +23,13 @@ async def everything(port: int, *pieces: bytes, seconds: float = 0.01) -> bytes:
 
 def statuses(said: bytes) -> list[int]:
     return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+) ", said)]
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    """Of HTTP/2 (RFC 9113, section 4.1)."""
+    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+
+def header(name: bytes, value: bytes) -> bytes:
+    """A literal one that is not indexed (RFC 7541, section 6.2.2)."""
+    return b"\0" + bytes([len(name)]) + name + bytes([len(value)]) + value

@@ -4,30 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-import uvicorn
 
-from service.runtime import _Server, listen
 from tests.fakes import Service
 
 ONE: dict[str, Any] = {"text": "a"}
 ROUTES = [("/denoise", ONE, 1), ("/denoise/batch", {"items": [ONE] * 3}, 3), ("/denoise/stream", ONE, 1)]
-
-
-@pytest.fixture
-async def port(service: Service) -> AsyncIterator[int]:
-    """A real server over a fake engine that stands still."""
-    service.engine.held = asyncio.Event()
-    with listen("127.0.0.1", 0) as listener:
-        server = _Server(uvicorn.Config(service.app, log_config=None, lifespan="off", ws="none"))
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
-        yield listener.getsockname()[1]
-        service.engine.held.set()
-        server.should_exit = True
-        await serving
 
 
 async def until(service: Service, live: int) -> None:
@@ -38,6 +22,7 @@ async def until(service: Service, live: int) -> None:
 
 @pytest.mark.parametrize(("path", "body", "n_jobs"), ROUTES)
 async def test_a_socket_that_closes(service: Service, port: int, path: str, body: Any, n_jobs: int) -> None:
+    service.engine.held = asyncio.Event()
     _, writer = await asyncio.open_connection("127.0.0.1", port)
     content = json.dumps(body)
     writer.write(f"POST {path} HTTP/1.1\r\nHost: rdt\r\nContent-Type: application/json\r\n".encode())

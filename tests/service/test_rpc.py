@@ -27,6 +27,7 @@ from service.rpc.pb.denoiser_pb2_grpc import DenoiserStub
 from service.rpc.server import RpcServer
 from service.settings import INT32_MAX
 from tests.fakes import MAX_BODY_BYTES, Service
+from tests.service.sockets import frame, header
 
 ROOT = Path(__file__).parents[2]
 KEY = "s3cret"
@@ -305,16 +306,6 @@ async def test_a_batch_whose_time_is_over_has_the_answers_that_are_there(
     assert answer.results[0].answer.steps == 2
     results = (await held).results
     assert [result.problem.code for result in results] == ["deadline_exceeded", "invalid_argument", "deadline_exceeded"]
-
-
-def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
-    """Of HTTP/2 (RFC 9113, section 4.1)."""
-    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
-
-
-def header(name: bytes, value: bytes) -> bytes:
-    """A literal one that is not indexed (RFC 7541, section 6.2.2)."""
-    return b"\0" + bytes([len(name)]) + name + bytes([len(value)]) + value
 
 
 async def test_a_path_that_is_no_text_ends_nobody_elses_service(

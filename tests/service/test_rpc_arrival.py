@@ -17,6 +17,7 @@ from service.rpc.pb import denoiser_pb2 as pb
 from service.rpc.pb.denoiser_pb2_grpc import DenoiserStub
 from service.rpc.server import RpcServer
 from tests.fakes import MAX_BODY_BYTES, Service
+from tests.service.sockets import frame, header
 
 KEY = "s3cret"
 TEXT = pb.DenoiseRequest(text="a")
@@ -132,11 +133,6 @@ async def test_bytes_that_are_no_message_to_health_are_no_fault_of_ours(
     assert caplog.messages == []
 
 
-def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-    """Of HTTP/2, RFC 9113, 4.1."""
-    return struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload
-
-
 def opened_without_a_window() -> bytes:
     """The start of a connection whose client takes no data."""
     initial_window_size = struct.pack(">HI", 4, 0)
@@ -149,8 +145,8 @@ def begun(stream: int, **more: str) -> bytes:
         ":method": "POST", ":scheme": "http", ":path": f"/{SERVICE}/Denoise", ":authority": "x",
         "content-type": "application/grpc", "te": "trailers", **more,
     }  # fmt: skip
-    head = b"".join(b"\0" + bytes([len(k)]) + k.encode() + bytes([len(v)]) + v.encode() for k, v in headers.items())
-    return frame(1, 4, stream, head)
+    block = b"".join(header(name.encode(), value.encode()) for name, value in headers.items())
+    return frame(1, 4, stream, block)
 
 
 def called(stream: int, message: bytes) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import signal
 import time
 from pathlib import Path
@@ -11,21 +10,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.test_server import Server, server, wait_for
+from tests.e2e.test_server import Server, server, wait_until_ready
 
 pytestmark = pytest.mark.e2e
 
 FLAGS = ("--log_format", "json", "--log_level", "debug")
-
-
-def address(running: Server) -> str:
-    def found() -> str | None:
-        match = re.search(r"listening on (http://[\d.:]+)", running.log.read_text())
-        return match and match[1]
-
-    url = wait_for(running, found)
-    wait_for(running, lambda: httpx.get(f"{url}/health/ready").is_success or None)
-    return url
 
 
 def entries(running: Server) -> list[dict[str, object]]:
@@ -44,12 +33,11 @@ def end(running: Server) -> float:
 
 
 def test_every_line_is_json_and_names_its_request(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    with server(tmp_path / "log", "--checkpoint", str(tiny_checkpoint), *FLAGS) as running:
-        url = address(running)
+    with server(tmp_path / "log", "--checkpoint", str(tiny_checkpoint), *FLAGS) as running, wait_until_ready(running):
         for request_id, text in (("first", "a [MASK]"), ("second", "a secret\ud83d".encode("utf-8", "surrogatepass"))):
             headers = {"X-Request-Id": request_id, "Content-Type": "application/json"}
             body = json.dumps({"text": text}).encode() if isinstance(text, str) else b'{"text": "' + text + b'"}'
-            httpx.post(f"{url}/denoise", content=body, headers=headers)
+            httpx.post(f"{running.url}/denoise", content=body, headers=headers)
         end(running)
         told = {entry["request_id"]: entry for entry in entries(running) if entry["logger"] == "service.rest.observe"}
         assert told["first"]["message"] == f"POST /denoise: 200 ok after {told['first']['duration_ms']:.1f} ms"
@@ -64,9 +52,8 @@ def test_spans_of_a_server_reach_a_collector(tiny_checkpoint: Path, tmp_path: Pa
     collector = Collector()
     with collecting(collector) as endpoint:
         flags = ("--checkpoint", str(tiny_checkpoint), "--otel_endpoint", endpoint, *FLAGS)
-        with server(tmp_path / "log", *flags) as running:
-            url = address(running)
-            httpx.post(f"{url}/denoise", json={"text": "a [MASK]"}, headers={"X-Request-Id": "first"})
+        with server(tmp_path / "log", *flags) as running, wait_until_ready(running):
+            httpx.post(f"{running.url}/denoise", json={"text": "a [MASK]"}, headers={"X-Request-Id": "first"})
             end(running)
             told = next(entry for entry in entries(running) if entry.get("request_id") == "first")
     (span,) = collector.requests[0].resource_spans[0].scope_spans[0].spans
@@ -85,8 +72,7 @@ def test_a_server_ends_promptly_without_its_collector(tiny_checkpoint: Path, tmp
 
     with nobody() as endpoint:
         flags = ("--checkpoint", str(tiny_checkpoint), "--otel_endpoint", endpoint, *FLAGS)
-        with server(tmp_path / "log", *flags) as running:
-            url = address(running)
-            assert httpx.post(f"{url}/denoise", json={"text": "a [MASK]"}).is_success
+        with server(tmp_path / "log", *flags) as running, wait_until_ready(running):
+            assert httpx.post(f"{running.url}/denoise", json={"text": "a [MASK]"}).is_success
             assert end(running) < 5
             assert entries(running)

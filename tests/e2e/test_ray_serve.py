@@ -29,7 +29,7 @@ from rdt_core import checkpoint
 from service.rpc.pb import denoiser_pb2 as pb
 from service.rpc.pb.denoiser_pb2_grpc import DenoiserStub
 from tests.e2e.ray_cluster import Cluster, cluster
-from tests.e2e.test_server import ROOT, answer_before_the_deadline, server, wait_for, wait_until_ready
+from tests.e2e.test_server import ROOT, answer_before_the_deadline, server, wait_for_grpc, wait_until_ready
 
 pytestmark = [
     pytest.mark.e2e,
@@ -104,7 +104,6 @@ def test_rest_and_grpc_answer_as_a_single_server_does(
     ]
     flags = ("--checkpoint", str(tiny_checkpoint), "--max_steps_limit", str(10**9), "--token_budget", "32")
     with server(tmp_path / "log", *flags) as single, wait_until_ready(single):
-        address = wait_for(single, lambda: _found(r"listening on grpc://(\S+)", single.log.read_text()))
         for path, body in requests:
             alone, many = (httpx.post(url + path, json=body, timeout=30) for url in (single.url, running.url))
             assert (many.status_code, comparable(many.text)) == (alone.status_code, comparable(alone.text))
@@ -112,7 +111,7 @@ def test_rest_and_grpc_answer_as_a_single_server_does(
                 assert many.headers.get(name) == alone.headers.get(name)
             assert len(many.headers.get_list("x-request-id")) == 1
         assert httpx.get(f"{running.url}/model").json() == httpx.get(f"{single.url}/model").json()
-        with grpc.insecure_channel(address) as channel:
+        with grpc.insecure_channel(wait_for_grpc(single)) as channel:
             for alone_call, many_call in zip(calls(DenoiserStub(channel)), calls(stub), strict=True):
                 assert ended(many_call) == ended(alone_call)
     assert_both_are_visible(running)
@@ -314,8 +313,3 @@ def callers(
 def _idle(running: Cluster) -> bool:
     found = re.findall(r"^rdt_(?:live|waiting)_requests\{\S+ (\S+)", running.metrics(), re.M)
     return bool(found) and not any(map(float, found))
-
-
-def _found(pattern: str, log: str) -> str | None:
-    found = re.search(pattern, log)
-    return found[1] if found else None

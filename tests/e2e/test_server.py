@@ -64,7 +64,12 @@ def server(log: Path, *flags: str, under: Sequence[str] = ()) -> Iterator[Server
 
 def wait_for_url(running: Server) -> str:
     """The address the server says it listens on."""
-    return wait_for(running, lambda: _found(r"listening on (http://\S+)", running.log.read_text()))
+    return wait_for(running, lambda: _found(r"listening on (http://[\d.:]+)", running.log.read_text()))
+
+
+def wait_for_grpc(running: Server) -> str:
+    """The same of gRPC, without its scheme."""
+    return wait_for(running, lambda: _found(r"listening on grpc://([\d.:]+)", running.log.read_text()))
 
 
 def wait_until_ready(running: Server) -> Client:
@@ -109,8 +114,7 @@ def test_more_connections_than_files_at_the_start(tiny_checkpoint: Path, tmp_pat
         for _ in range(120):
             stack.enter_context(socket.create_connection(("127.0.0.1", port)))
         assert httpx.get(f"{running.url}/health/ready").json()["status"] == "ready"
-        address = wait_for(running, lambda: _found(r"listening on grpc://(\S+)", running.log.read_text()))
-        with grpc.insecure_channel(address) as channel:
+        with grpc.insecure_channel(wait_for_grpc(running)) as channel:
             assert DenoiserStub(channel).GetModel(pb.GetModelRequest()).name
 
 
@@ -160,8 +164,7 @@ def test_grpc_beside_rest(tiny_checkpoint: Path, tmp_path: Path) -> None:
     flags = ("--checkpoint", str(tiny_checkpoint), "--max_steps_limit", "1000000000")
     endless = pb.DenoiseRequest(text="[MASK]", max_steps=10**9, threshold=0)
     with server(tmp_path / "log", *flags) as running, wait_until_ready(running) as client:
-        address = wait_for(running, lambda: _found(r"listening on grpc://(\S+)", running.log.read_text()))
-        with grpc.insecure_channel(address) as channel:
+        with grpc.insecure_channel(wait_for_grpc(running)) as channel:
             stub = DenoiserStub(channel)
             health = HealthStub(channel).Check(HealthCheckRequest(), wait_for_ready=True)
             assert health.status == HealthCheckResponse.SERVING

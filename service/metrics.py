@@ -24,6 +24,7 @@ from prometheus_client import (
 )
 
 from service.calls import outcome_of
+from service.engine.scheduler import SchedulerLimits
 from service.engine.types import HaltReason, Outcome, Plan, Result
 from service.errors import CODES, RefusalReason, Refused
 
@@ -50,22 +51,6 @@ class Occupancy(Protocol):
 
     @property
     def live(self) -> int: ...
-
-
-class Bounds(Protocol):
-    """What the gauges may reach."""
-
-    @property
-    def token_budget(self) -> int: ...
-
-    @property
-    def max_live(self) -> int: ...
-
-    @property
-    def max_waiting(self) -> int: ...
-
-    @property
-    def max_waiting_tokens(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -199,7 +184,7 @@ class Metrics:
     def watch_readiness(self, ready: Callable[[], bool]) -> None:
         self.ready.set_function(lambda: float(ready()))
 
-    def describe_bounds(self, bounds: Bounds, replicas: int) -> None:
+    def describe_bounds(self, bounds: SchedulerLimits, replicas: int) -> None:
         self.replicas.set(replicas)
         self.waiting_requests_limit.set(bounds.max_waiting)
         self.waiting_tokens_limit.set(bounds.max_waiting_tokens)

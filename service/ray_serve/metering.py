@@ -16,8 +16,9 @@ from typing import Any, Protocol
 
 import ray
 
+from service.engine.scheduler import SchedulerLimits
 from service.engine.types import Outcome, Plan
-from service.metrics import Bounds, Metrics
+from service.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ class Load:
         self._seconds = 0.0  # since it was asked last, as is the next
         self._amount = 0
 
-    def describe_bounds(self, bounds: Bounds) -> None:
+    def describe_bounds(self, bounds: SchedulerLimits) -> None:
         self._token_budget, self._max_live = bounds.token_budget, bounds.max_live
 
     def ticked(self, seconds: float, plan: Plan) -> None:
@@ -138,7 +139,7 @@ class ReplicaMetrics(Metrics):
         self._load = Load()
         self._load_asked = clock()
 
-    def describe_bounds(self, bounds: Bounds, replicas: int) -> None:
+    def describe_bounds(self, bounds: SchedulerLimits, replicas: int) -> None:
         super().describe_bounds(bounds, replicas)
         self._load.describe_bounds(bounds)
 

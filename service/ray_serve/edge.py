@@ -1,13 +1,10 @@
-"""What differs for HTTP behind Serve's proxy, before the application sees a request and after it has answered."""
+"""What differs for HTTP behind Serve's proxy."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from service.rest.middleware import route
-
-METRICS_PATH = "/metrics"
 ID = b"x-request-id"
 
 Message = MutableMapping[str, Any]
@@ -17,18 +14,15 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
 class Edge:
-    """Fetches the other replicas' metrics before a scrape, and leaves the proxy's request id to the proxy."""
+    """Leaves the proxy's request id to the proxy."""
 
-    def __init__(self, app: App, gather: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, app: App) -> None:
         self._app = app
-        self._gather = gather
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if route(scope) == METRICS_PATH:
-            await self._gather()
         given = [value for name, value in scope["headers"] if name == ID]
 
         async def send_once(message: Message) -> None:

@@ -135,7 +135,6 @@ class ReplicaMetrics(Metrics):
         super().__init__(clock)
         self._replica = replica
         self._board = board
-        self._others: dict[str, str] = {}
         self._load = Load()
         self._load_asked = clock()
 
@@ -154,22 +153,19 @@ class ReplicaMetrics(Metrics):
         worked = self._load.take()
         return min(1.0, worked / (passed * n_batches)) if passed > 0 else 0.0
 
-    def exposition(self) -> bytes:
-        """Of all replicas: this one now, the others as they were `gather`ed."""
-        return merge({**self._others, self._replica: super().exposition().decode()}).encode()
-
-    async def gather(self) -> None:
-        """Fetch the reports of all replicas. Without an answer in time, only this replica is shown."""
+    async def scrape(self) -> bytes:
+        """Of all replicas: this one now, the others as they have reported; without an answer in time, only this one."""
         try:
-            self._others = await asyncio.wait_for(self._board.reports(), ASK_SECONDS)
+            reports = await asyncio.wait_for(self._board.reports(), ASK_SECONDS)
         except (TimeoutError, ray.exceptions.RayError) as error:
             log.warning("the metrics of other replicas cannot be had: %s", error)
-            self._others = {}
+            reports = {}
+        return merge({**reports, self._replica: self.exposition().decode()}).encode()
 
     async def report_forever(self) -> None:
         while True:
             try:
-                await asyncio.wait_for(self._board.put(self._replica, super().exposition().decode()), STALE_SECONDS)
+                await asyncio.wait_for(self._board.put(self._replica, self.exposition().decode()), STALE_SECONDS)
             except (TimeoutError, ray.exceptions.RayError) as error:
                 log.debug("the metrics could not be reported: %s", error)
             await asyncio.sleep(REPORT_SECONDS)

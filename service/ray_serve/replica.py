@@ -69,7 +69,7 @@ class Replica:
             api_key=self._api_key,
             tracer=self._tracer,
         )
-        app.add_middleware(Edge, gather=self._metrics.gather)  # added last, runs first
+        app.add_middleware(Edge)  # added last, runs first
         return app
 
     async def reconfigure(self, _user_config: Any) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, MutableMapping
-from typing import Any
+from collections.abc import Collection
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -57,7 +56,7 @@ class Door:
         await self._app(scope, receive, send)
 
 
-def route(scope: MutableMapping[str, Any]) -> str:
+def route(scope: Scope) -> str:
     """The path below the one that the application is mounted under."""
     path: str = scope["path"]
     return path.removeprefix(scope.get("root_path", "")) or "/"

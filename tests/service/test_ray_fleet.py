@@ -73,25 +73,22 @@ async def test_a_replica_shows_the_others_as_reported_and_itself_as_it_is() -> N
     two.passes.inc(2)
     while not await board.reports():
         await asyncio.sleep(0)
-    await one.gather()
-    shown = one.exposition().decode()
+    shown = (await one.scrape()).decode()
     assert 'rdt_passes_total{replica="one"} 1.0' in shown
     assert 'rdt_passes_total{replica="two"} 2.0' in shown
     assert shown.count("# TYPE rdt_passes_total counter") == 1
     reporting.cancel()
     await two.leave()
-    await one.gather()
-    assert 'replica="two"' not in one.exposition().decode()
+    assert 'replica="two"' not in (await one.scrape()).decode()
 
 
 async def test_without_the_board_a_replica_shows_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = ReplicaMetrics(FakeClock(), "one", FakeBoard({"two": "# HELP n \n# TYPE n gauge\nn 1\n"}))
-    await metrics.gather()
-    assert 'n{replica="two"} 1' in metrics.exposition().decode()
+    assert 'n{replica="two"} 1' in (await metrics.scrape()).decode()
     monkeypatch.setattr(metrics, "_board", FakeBoard(error=ActorDiedError()))
-    await metrics.gather()
-    assert 'replica="two"' not in metrics.exposition().decode()
-    assert 'rdt_passes_total{replica="one"} 0.0' in metrics.exposition().decode()
+    shown = (await metrics.scrape()).decode()
+    assert 'replica="two"' not in shown
+    assert 'rdt_passes_total{replica="one"} 0.0' in shown
 
 
 def test_the_board_forgets_who_no_longer_reports() -> None:

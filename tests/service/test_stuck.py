@@ -144,9 +144,11 @@ def test_the_process_ends_with_its_status() -> None:
         from service import loop
         from service.engine.engine import BatchingEngine
         from service.engine.scheduler import SchedulerLimits
-        from tests.service.scripted import ScriptedBackend, scripted_job
+        from service.engine.types import Job
 
-        class Never(ScriptedBackend):
+        class Never:
+            ticks_late = 0
+
             def run(self, plan):
                 time.sleep(60)
 
@@ -155,7 +157,7 @@ def test_the_process_ends_with_its_status() -> None:
             await engine.start()
             try:
                 with engine.reserve() as place:
-                    await engine.submit(scripted_job(1, depth=1), place)
+                    await engine.submit(Job([2], [True], 1, 0.0, "gate"), place)
             finally:
                 await engine.stop()
                 return 3

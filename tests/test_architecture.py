@@ -108,29 +108,39 @@ def test_the_engine_and_the_use_case_know_no_transport() -> None:
         assert not any(name.startswith(("service.rest", "service.rpc")) for name in imports(path)), path
 
 
-@pytest.mark.parametrize(
-    ("module", "unwanted"),
-    [
-        ("rdt_core", {"fastapi", "pydantic", "transformers", "service", "training"}),
-        ("service.runtime", {"ray", "transformers", "datasets", "matplotlib", "tensorboard", "training"}),
-        ("service.client", {"torch", "fastapi", "tokenizers", "grpc"}),
-    ],
-)
-def test_what_an_import_pulls_in(module: str, unwanted: set[str]) -> None:
-    script = f"import sys, {module}; print(*{{name.partition('.')[0] for name in sys.modules}})"
+def loaded(*statements: str) -> list[set[str]]:
+    """The modules that are there after each of these, in a process of their own."""
+    script = "import sys\n" + "".join(f"{statement}\nprint(*sys.modules)\n" for statement in statements)
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert module.partition(".")[0] in run.stdout.split()
-    assert not set(run.stdout.split()) & unwanted
+    return [set(line.split()) for line in run.stdout.splitlines()]
 
 
-def test_loading_pulls_in_no_compiler() -> None:
-    """It takes a second and 70 MB, and torch imports it for things as small as random values on `meta`."""
-    script = "import sys; from rdt_core import checkpoint; checkpoint.load(sys.argv[1]); print(*sys.modules)"
-    checkpoint = ROOT / "models/rdt-small/best_model.pt"
-    run = subprocess.run(
-        [sys.executable, "-c", script, str(checkpoint)], cwd=ROOT, capture_output=True, text=True, check=True
+def packages(modules: set[str]) -> set[str]:
+    return {name.partition(".")[0] for name in modules}
+
+
+def test_what_an_import_pulls_in() -> None:
+    """A compiler takes a second and 70 MB, and torch imports it for things as small as random values on `meta`. FastAPI
+    brings the API of OpenTelemetry along; what costs, and ours, is what must not be there.
+    """
+    core, model, server = loaded(
+        "import rdt_core",
+        "rdt_core.checkpoint.load('models/rdt-small/best_model.pt')",
+        "import service.runtime; service.tracing.open_tracer(None)",
     )
-    assert not set(run.stdout.split()) & {"torch._dynamo", "torch._inductor", "sympy"}
+    assert "rdt_core" in core
+    assert not packages(core) & {"fastapi", "pydantic", "transformers", "service", "training"}
+    assert "torch" in model
+    assert not model & {"torch._dynamo", "torch._inductor", "sympy"}
+    assert {"service.runtime", "service.tracing"} <= server
+    assert not packages(server) & {"ray", "transformers", "datasets", "matplotlib", "tensorboard", "training"}
+    assert not server & {"opentelemetry.sdk", "opentelemetry.exporter", "service.otel"}
+
+
+def test_callers_need_little() -> None:
+    (client,) = loaded("import service.client")
+    assert "service" in packages(client)
+    assert not packages(client) & {"torch", "fastapi", "tokenizers", "grpc"}
 
 
 def test_the_engines_words_are_the_models() -> None:

@@ -123,7 +123,7 @@ def test_grpc_quotes_no_metadata_and_blames_nobody_for_a_caller_who_left() -> No
 
 
 def test_grpcs_core_does_not_write_past_the_log() -> None:
-    script = "import os, service.rpc.server; print(os.environ['GRPC_VERBOSITY'])"
+    script = "import os, service.rpc; print(os.environ['GRPC_VERBOSITY'])"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout == "NONE\n"
 

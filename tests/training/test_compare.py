@@ -171,26 +171,33 @@ def test_nothing_left_to_show(files: list[str], capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().err == "rdt-compare: no row is left: look at --only and --mask-ratios\n"
 
 
-@pytest.fixture
-def again(tmp_path: Path, tiny_checkpoint: Path, text_file: Path) -> list[str]:
+@pytest.fixture(scope="module")
+def again(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, text_file: Path) -> list[str]:
     """What evaluates the small model, but for its depths and the output."""
-    arguments = ["--checkpoint", str(tiny_checkpoint), "--text", str(text_file), "--cache-dir", str(tmp_path)]
+    arguments = ["--checkpoint", str(tiny_checkpoint), "--text", str(text_file)]
+    arguments += ["--cache-dir", str(tmp_path_factory.mktemp("cache"))]
     arguments += ["--length", "12", "--segments", "5", "--mask-ratios", "0.5", "--thresholds", "--unchanged"]
     return [*arguments, "--mask-predict", "2", "--settle-passes", "--settle-thresholds", "--ancestral"]
 
 
-@pytest.fixture
-def evaluated(again: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
+@pytest.fixture(scope="module")
+def evaluations(again: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two evaluations of one model under two names, of depths and rounds."""
-    files = []
+    folder = tmp_path_factory.mktemp("evaluations")
     for name, depth in (("ours", "2"), ("theirs", "1")):
-        assert evaluate.main([*again, "--max-depth", depth, "--output", str(tmp_path / name)]) == 0
-        file = tmp_path / name / "evaluation.json"
+        assert evaluate.main([*again, "--max-depth", depth, "--output", str(folder / name)]) == 0
+        file = folder / name / "evaluation.json"
         values = json.loads(file.read_text(encoding="utf-8"))
         file.write_text(json.dumps(values | {"model": name}), encoding="utf-8")
-        files.append(str(file))
+    return folder
+
+
+@pytest.fixture
+def evaluated(evaluations: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Files of them that a test may change."""
     capsys.readouterr()
-    return files
+    shutil.copytree(evaluations, tmp_path / "evaluations")
+    return [str(tmp_path / "evaluations" / name / "evaluation.json") for name in ("ours", "theirs")]
 
 
 def test_differences_from_one_method_are_in_pairs(evaluated: list[str], capsys: pytest.CaptureFixture[str]) -> None:

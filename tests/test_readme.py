@@ -7,11 +7,13 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_server import server, wait_until_ready
+from service.client import Client
+from tests.e2e.test_server import Server, server, wait_until_ready
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -49,10 +51,15 @@ def test_the_two_commands_are_targets_of_the_makefile() -> None:
     assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in targets)
 
 
-def test_the_server_answers_the_curl_command_as_shown(tmp_path: Path) -> None:
-    with server(tmp_path / "log") as running, wait_until_ready(running):
-        curl = [part.replace("localhost:8000", running.url.removeprefix("http://")) for part in command("curl")]
-        answer = without_times(run(curl))
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with server(tmp_path_factory.mktemp("server") / "log") as running, wait_until_ready(running):
+        yield running
+
+
+def test_the_server_answers_the_curl_command_as_shown(running: Server) -> None:
+    curl = [part.replace("localhost:8000", running.url.removeprefix("http://")) for part in command("curl")]
+    answer = without_times(run(curl))
     (shown,) = blocks("json")
     expected = without_times(shown)
     probabilities = [[word.pop("probability") for word in a["restored"]] for a in (answer, expected)]  # type: ignore
@@ -67,24 +74,20 @@ def test_the_command_line_prints_what_is_shown() -> None:
     assert run(command(".venv/bin/rdt-denoise")) == shown
 
 
-def test_settling_fills_the_gaps_of_the_example_as_it_says() -> None:
+def test_settling_fills_the_gaps_of_the_example_as_it_says(running: Server) -> None:
     prose = " ".join(README.split())
     (options, text, becomes), *others = re.findall(r'with `(.{,60}?)` "([^"]*\[MASK\][^"]*)" becomes "([^"]*)"', prose)
     assert not others
-    asked = json.loads(f"{{{options}}}")
-    flags = [part for name, value in asked.items() for part in (f"--{name}", str(value))]
-    ask = [str(BIN / "rdt-denoise"), "--checkpoint", "models/rdt-small/best_model.pt", "--text", text]
-    assert f"Output: {becomes}\n" in run([*ask, *flags])
-    at_once = run(ask).splitlines()[1].removeprefix("Output: ")
-    assert f'after two passes, it is "{at_once}"' in prose
+    with Client(running.url) as client:
+        assert client.denoise(text, **json.loads(f"{{{options}}}")).text == becomes
+        assert f'after two passes, it is "{client.denoise(text).text}"' in prose
 
 
-def test_the_python_examples_run(tmp_path: Path) -> None:
+def test_the_python_examples_run(running: Server) -> None:
     client, rpc, alone = blocks("python")
-    with server(tmp_path / "log") as running, wait_until_ready(running):
-        served = run([sys.executable, "-c", client.replace("http://127.0.0.1:8000", running.url)]).splitlines()
-        (grpc_address,) = re.findall(r"listening on grpc://(\S+)", running.log.read_text())
-        called = run([sys.executable, "-c", rpc.replace("127.0.0.1:50051", grpc_address)])
+    served = run([sys.executable, "-c", client.replace("http://127.0.0.1:8000", running.url)]).splitlines()
+    (grpc_address,) = re.findall(r"listening on grpc://(\S+)", running.log.read_text())
+    called = run([sys.executable, "-c", rpc.replace("127.0.0.1:50051", grpc_address)])
     assert called == "The king of england was killed in the battle of Hastings . 2\n"
     assert re.fullmatch(r"The album was \w+ in 2004 and received positive \w+ from critics\. 2", served[0])
     assert len(served) == 4, "an answer, two passes, and the answer again"

@@ -90,12 +90,25 @@ def wait_for(running: Server, look: Callable[[], Seen | None]) -> Seen:
 
 
 def test_a_life_from_start_to_sigterm(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    flags = ("--checkpoint", str(tiny_checkpoint), "--max_steps_limit", "1000000")
-    with server(tmp_path / "log", *flags) as running, wait_until_ready(running) as client:
-        check_answers(client)
-        assert 'rdt_requests_total{outcome="ok",transport="rest"} 1.0' in httpx.get(f"{running.url}/metrics").text
+    """With reloads, which a hangup asks for."""
+    path = Path(shutil.copy(tiny_checkpoint, tmp_path / "best_model.pt"))
+    with server(tmp_path / "log", "--checkpoint", str(path), "--max_steps_limit", "1000000") as running:
+        wait_for_url(running)
+        running.process.send_signal(signal.SIGHUP)  # perhaps before there is anything to reload
+        with wait_until_ready(running) as client, ThreadPoolExecutor(1) as thread:
+            check_answers(client)
+            assert 'rdt_requests_total{outcome="ok",transport="rest"} 1.0' in httpx.get(f"{running.url}/metrics").text
 
-        with ThreadPoolExecutor(1) as thread:
+            first = client.model().digest
+            held = checkpoint.read(path)
+            checkpoint.save(path, replace(held, step=held.step + 1))
+            running.process.send_signal(signal.SIGHUP)
+            wait_for(running, lambda: client.model().digest != first or None)
+            path.write_bytes(b"no checkpoint")
+            running.process.send_signal(signal.SIGHUP)
+            wait_for(running, lambda: "the checkpoint cannot be served: " in running.log.read_text() or None)
+            check_answers(client)
+
             slow = thread.submit(client.denoise, "[MASK]", max_steps=1_000_000, threshold=0, timeout_ms=3000)
             wait_for(running, lambda: "rdt_live_requests 1.0" in httpx.get(f"{running.url}/metrics").text or None)
             running.process.send_signal(signal.SIGTERM)
@@ -116,23 +129,6 @@ def test_more_connections_than_files_at_the_start(tiny_checkpoint: Path, tmp_pat
         assert httpx.get(f"{running.url}/health/ready").json()["status"] == "ready"
         with grpc.insecure_channel(wait_for_grpc(running)) as channel:
             assert DenoiserStub(channel).GetModel(pb.GetModelRequest()).name
-
-
-def test_a_hangup_reloads_the_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    path = Path(shutil.copy(tiny_checkpoint, tmp_path / "best_model.pt"))
-    with server(tmp_path / "log", "--checkpoint", str(path)) as running:
-        wait_for_url(running)
-        running.process.send_signal(signal.SIGHUP)  # perhaps before there is anything to reload
-        with wait_until_ready(running) as client:
-            first = client.model().digest
-            held = checkpoint.read(path)
-            checkpoint.save(path, replace(held, step=held.step + 1))
-            running.process.send_signal(signal.SIGHUP)
-            wait_for(running, lambda: client.model().digest != first or None)
-            path.write_bytes(b"no checkpoint")
-            running.process.send_signal(signal.SIGHUP)
-            wait_for(running, lambda: "the checkpoint cannot be served: " in running.log.read_text() or None)
-            check_answers(client)
 
 
 def test_a_server_ends_with_its_terminal(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -32,20 +32,9 @@ def end(running: Server) -> float:
     return time.monotonic() - began
 
 
-def test_every_line_is_json_and_names_its_request(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    with server(tmp_path / "log", "--checkpoint", str(tiny_checkpoint), *FLAGS) as running, wait_until_ready(running):
-        for request_id, text in (("first", "a [MASK]"), ("second", "a secret\ud83d".encode("utf-8", "surrogatepass"))):
-            headers = {"X-Request-Id": request_id, "Content-Type": "application/json"}
-            body = json.dumps({"text": text}).encode() if isinstance(text, str) else b'{"text": "' + text + b'"}'
-            httpx.post(f"{running.url}/denoise", content=body, headers=headers)
-        end(running)
-        told = {entry["request_id"]: entry for entry in entries(running) if entry["logger"] == "service.rest.observe"}
-        assert told["first"]["message"] == f"POST /denoise: 200 ok after {told['first']['duration_ms']:.1f} ms"
-        assert told["second"]["outcome"] == "malformed"
-        assert "secret" not in running.log.read_text()
-
-
-def test_spans_of_a_server_reach_a_collector(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_every_line_is_json_and_names_its_request_and_spans_reach_a_collector(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("opentelemetry.exporter.otlp.proto.grpc", reason="needs the extra otel")
     from tests.collectors import Collector, collecting  # noqa: PLC0415 - needs the extra
 
@@ -53,12 +42,28 @@ def test_spans_of_a_server_reach_a_collector(tiny_checkpoint: Path, tmp_path: Pa
     with collecting(collector) as endpoint:
         flags = ("--checkpoint", str(tiny_checkpoint), "--otel_endpoint", endpoint, *FLAGS)
         with server(tmp_path / "log", *flags) as running, wait_until_ready(running):
-            httpx.post(f"{running.url}/denoise", json={"text": "a [MASK]"}, headers={"X-Request-Id": "first"})
+            for request_id, text in (
+                ("first", b"a [MASK]"),
+                ("second", "a secret\ud83d".encode(errors="surrogatepass")),
+            ):
+                headers = {"X-Request-Id": request_id, "Content-Type": "application/json"}
+                httpx.post(f"{running.url}/denoise", content=b'{"text": "' + text + b'"}', headers=headers)
             end(running)
-            told = next(entry for entry in entries(running) if entry.get("request_id") == "first")
-    (span,) = collector.requests[0].resource_spans[0].scope_spans[0].spans
+            told = {
+                entry["request_id"]: entry for entry in entries(running) if entry["logger"] == "service.rest.observe"
+            }
+            assert "secret" not in running.log.read_text()
+    assert told["first"]["message"] == f"POST /denoise: 200 ok after {told['first']['duration_ms']:.1f} ms"
+    assert told["second"]["outcome"] == "malformed"
+
+    scopes = [scope for asked in collector.requests for of in asked.resource_spans for scope in of.scope_spans]
+    first, second = (
+        [span for scope in scopes for span in scope.spans if span.trace_id.hex() == told[name]["trace_id"]]
+        for name in ("first", "second")
+    )
+    assert len(second) == 1
+    (span,) = first
     assert span.name == "POST /denoise"
-    assert told["trace_id"] == span.trace_id.hex()
     attributes = {item.key: item.value for item in span.attributes}
     assert attributes["rdt.compute_ms"].double_value > 0
     times = [event.time_unix_nano for event in span.events]

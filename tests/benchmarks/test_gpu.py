@@ -32,14 +32,8 @@ sys.meta_path.insert(0, Bare())
 """
 
 
-@pytest.mark.parametrize(
-    "runs",
-    [
-        "import benchmarks.gpu",
-        "import pytest; sys.exit(pytest.main('-c /dev/null --rootdir=. --co -q tests/gpu'.split()))",
-    ],
-)
-def test_little_but_torch_is_wanted(runs: str) -> None:
+def test_little_but_torch_is_wanted() -> None:
+    runs = "import benchmarks.gpu, pytest; sys.exit(pytest.main('-c /dev/null --rootdir=. --co -q tests/gpu'.split()))"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     found = subprocess.run(
         [sys.executable, "-c", ALONE + runs], cwd=ROOT, env=environment, capture_output=True, text=True, check=False

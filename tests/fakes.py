@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import cached_property
 
 import grpc
 import httpx
@@ -141,8 +142,12 @@ class Service:
         self.metrics.describe_model(card.name, card.digest, card.device, card.precision)
         self.api_key = api_key
         self.tracer = tracer
-        self.app: FastAPI = create_app(
-            self.lifecycle, self.metrics, max_body_bytes=MAX_BODY_BYTES, api_key=api_key, tracer=tracer
+
+    @cached_property
+    def app(self) -> FastAPI:
+        """Made when it is asked for: many tests do without, and describing its interface takes a while."""
+        return create_app(
+            self.lifecycle, self.metrics, max_body_bytes=MAX_BODY_BYTES, api_key=self.api_key, tracer=self.tracer
         )
 
     def open(self) -> Service:

@@ -183,6 +183,9 @@ async def test_many_may_watch_and_not_too_many(
         watching.pop().cancel()
         again = stub.Watch(HealthCheckRequest())
         assert (await again.read()).status == HealthCheckResponse.NOT_SERVING
+        await service.lifecycle.drain(0)
+        for watch in (*watching, again):
+            assert await watch.read() is grpc.aio.EOF
 
 
 async def test_reflection_lists_the_service(service: Service) -> None:

@@ -180,6 +180,12 @@ def command(checkpoint: Path, text: Path, directory: Path, *more: str) -> list[s
     return [*arguments, "--settle-passes", "2", "--ancestral", "2", "--mask-predict", "2", *more]
 
 
+def brief(checkpoint: Path, text: Path, directory: Path, *more: str) -> list[str]:
+    """A command that evaluates fixed depths alone, at one ratio."""
+    none = ("--thresholds", "--unchanged", "--settle-passes", "--settle-thresholds", "--ancestral", "--mask-predict")
+    return command(checkpoint, text, directory, *none, "--mask-ratios", "0.5", *more)
+
+
 def test_the_command_writes_text_json_and_picture(
     tiny_checkpoint: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -214,7 +220,7 @@ def test_the_command_computes_in_the_format_it_is_given(
     bits = {}
     for precision in ("fp32", "bf16"):
         out = tmp_path / precision
-        assert main(command(tiny_checkpoint, text_file, tmp_path, "--precision", precision, "--output", str(out))) == 0
+        assert main(brief(tiny_checkpoint, text_file, tmp_path, "--precision", precision, "--output", str(out))) == 0
         summary = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
         assert summary["precision"] == precision
         bits[precision] = summary["rows"][0]["bits"]
@@ -227,7 +233,7 @@ def test_what_was_found_is_printed_also_if_it_cannot_be_kept(
     tiny_checkpoint: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "out" / "evaluation.json").mkdir(parents=True)
-    assert main(command(tiny_checkpoint, text_file, tmp_path, "--output", str(tmp_path / "out"))) == 2
+    assert main(brief(tiny_checkpoint, text_file, tmp_path, "--output", str(tmp_path / "out"))) == 2
     printed = capsys.readouterr()
     assert "exact match" in printed.out
     assert "evaluation.json" in printed.err
@@ -246,7 +252,7 @@ def test_files_that_cannot_be_written_leave_the_old_ones(
     for kind in ("json", "txt", "npz", "png"):
         (out / f"evaluation.{kind}").write_bytes(b"old")
     monkeypatch.setattr(Path, "write_text", half)
-    assert main(command(tiny_checkpoint, text_file, tmp_path, "--output", str(out))) in (2, 130)
+    assert main(brief(tiny_checkpoint, text_file, tmp_path, "--output", str(out))) in (2, 130)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == {
         f"evaluation.{kind}": b"old" for kind in ("json", "txt", "npz", "png")
     }
@@ -257,7 +263,7 @@ def test_a_full_standard_output_costs_no_file(
 ) -> None:
     with open("/dev/full", "w", encoding="utf-8") as full:
         monkeypatch.setattr("sys.stdout", full)
-        assert main(command(tiny_checkpoint, text_file, tmp_path, "--output", str(tmp_path / "out"))) == 2
+        assert main(brief(tiny_checkpoint, text_file, tmp_path, "--output", str(tmp_path / "out"))) == 2
     assert (tmp_path / "out" / "evaluation.json").is_file()
 
 

@@ -25,12 +25,12 @@ def one_line(error: Exception) -> str:
 
 
 @contextmanager
-def enough_memory() -> Iterator[None]:
-    """Around the making of a model. Raises `ConfigError` if torch finds no memory for it."""
+def can_be_made() -> Iterator[None]:
+    """Around the making of a model. Raises `ConfigError` if torch cannot, for lack of memory most often."""
     try:
         yield
     except RuntimeError as error:
-        raise ConfigError(f"there is no memory for a model of this size: {one_line(error)}") from error
+        raise ConfigError(f"a model of this size cannot be made: {one_line(error)}") from error
 
 
 @dataclass(frozen=True)

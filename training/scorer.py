@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from rdt_core.checkpoint import CheckpointError
 from rdt_core.tokenizer import Tokenizer
-from training.config import ConfigError, enough_memory
+from training.config import ConfigError, can_be_made
 from training.corpus import TEXTS, VALIDATION_TOKENS, Corpus, load_tokenizer, local_corpus, shown_files
 from training.data import stable_seed
 from training.evaluation.causal import CausalConfig, CausalLM, save_scorer
@@ -138,7 +138,7 @@ def _run(options: argparse.Namespace) -> float:
     segments = cut_segments(tokens, tokenizer, options.length, HELD_OUT_SEGMENTS, named="the end of --text")
     config = CausalConfig(tokenizer.vocab_size, options.d_model, options.heads, options.layers, 4 * options.d_model)
     torch.manual_seed(stable_seed(options.seed))
-    with enough_memory():
+    with can_be_made():
         model = CausalLM(config)
     if options.init_from is not None:
         copy_embeddings(model.embedding, options.init_from, tokenizer, named="--init-from")

@@ -21,7 +21,7 @@ from rdt_core.config import REQUEST_DEFAULTS, ModelConfig
 from rdt_core.model import RDT
 from rdt_core.tokenizer import Tokenizer
 from training.compiled import compile_layers
-from training.config import ConfigError, TrainConfig, differences, enough_memory
+from training.config import ConfigError, TrainConfig, can_be_made, differences
 from training.corpus import is_local, load_corpora, load_tokenizer, shared_files
 from training.data import Batches, stable_seed
 from training.files import make_folder
@@ -128,7 +128,7 @@ class Trainer:
     def _make_model(self, fresh: bool) -> RDT:
         """The model with its first weights; if not `fresh`, those of a checkpoint will replace them."""
         torch.manual_seed(stable_seed(self.config.seed))
-        with enough_memory():
+        with can_be_made():
             model = RDT(model_config(self.config, self.tokenizer)).to(self.device)
         section = self.config.training
         if section.compile:

@@ -68,7 +68,7 @@ def test_a_model_without_memory_is_one_line(
     monkeypatch.setattr(trainer, "RDT", refuse)
     assert main(["--config", str(config_file), "--device", "cpu"]) == 2
     assert capsys.readouterr().err == (
-        "rdt-train: there is no memory for a model of this size: DefaultCPUAllocator: can't allocate memory: "
+        "rdt-train: a model of this size cannot be made: DefaultCPUAllocator: can't allocate memory: "
         "you tried to allocate 12208800000000 bytes.\n"
     )
 

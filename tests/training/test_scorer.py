@@ -177,7 +177,7 @@ def files(text_file: Path, tokenizer_file: Path, tmp_path: Path) -> list[str]:
         (["--length", "10000"], "tokens: want"),
         (["--batch-size", "1000000000"], "--batch-size is 1000000000: that is 128000000000 tokens, want <= 1048576"),
         (["--layers", "1001"], "--layers is 1001: want <= 1000"),
-        (["--d-model", "1000000000000000000"], "there is no memory for a model of this size: "),
+        (["--d-model", "1000000000000000000"], "a model of this size cannot be made: "),
     ],
 )
 def test_settings_out_of_range_are_one_line(

@@ -74,39 +74,46 @@ async def born(then: str, monkeypatch: pytest.MonkeyPatch, stuck_seconds: float 
     return await Child.start(Orders.of("worker", "0.0", Path("none"), Settings(stuck_seconds=stuck_seconds)))
 
 
+async def fate(child: Child) -> int:
+    """Its exit status, once nobody watches it any more."""
+    status = await asyncio.wait_for(child.wait(), 30)
+    await asyncio.wait_for(child._watching, 30)
+    return status
+
+
 async def test_a_child_that_stands_still_says_where_and_is_killed(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(children, "LAST_WORDS_SECONDS", 0.5)
     child = await born("time.sleep(60)", monkeypatch)
-    assert await asyncio.wait_for(child.wait(), 30) == -signal.SIGKILL
+    assert await fate(child) == -signal.SIGKILL
     assert "worker 0.0 has stood still for 0.6 s: killing it" in caplog.text
     assert "in main" in capfd.readouterr().err
 
 
 async def test_a_child_that_may_stand_still_lives(monkeypatch: pytest.MonkeyPatch) -> None:
     child = await born("time.sleep(1)", monkeypatch, stuck_seconds=0)
-    assert await asyncio.wait_for(child.wait(), 30) == 0
+    assert await fate(child) == 0
 
 
 async def test_a_child_with_a_pulse_lives(monkeypatch: pytest.MonkeyPatch) -> None:
     child = await born("await asyncio.sleep(1)", monkeypatch)
-    assert await asyncio.wait_for(child.wait(), 30) == 0
+    assert await fate(child) == 0
 
 
 async def test_a_child_may_take_its_time_before_its_first_pulse(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(children, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(Child, "command", (sys.executable, "-c", "import time; time.sleep(0.5)"))
     child = await Child.start(Orders.of("worker", "0.0", Path("none"), Settings()))
-    assert await asyncio.wait_for(child.wait(), 30) == 0
+    assert await fate(child) == 0
 
 
 async def test_a_child_whose_supervisor_reads_nothing_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its pulses stay unread until there is no more room for them."""
 
-    async def stands_still(_child: Child) -> None:
-        await asyncio.sleep(60)
+    async def reads_nothing(child: Child) -> None:
+        await child.wait()
 
-    monkeypatch.setattr(Child, "_watch", stands_still)
+    monkeypatch.setattr(Child, "_watch", reads_nothing)
     child = await born("await asyncio.sleep(2)", monkeypatch)
-    assert await asyncio.wait_for(child.wait(), 30) == 0
+    assert await fate(child) == 0

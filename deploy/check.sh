@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Proves that the compose project does what it promises, step by step, in about three minutes.
+# Proves that the compose project does what it promises, step by step, in three to six minutes.
 #
 #   deploy/check.sh          checks the running project, or starts one of its own and takes it down again
 #

@@ -34,8 +34,9 @@ from benchmarks.load import Http, Request, freeze, grpc_sender, rest_sender, sat
 from benchmarks.options import count, natural
 from benchmarks.server import serving, unwind_on_sigterm
 from rdt_core import Tokenizer, checkpoint
-from service import hosting, loop
+from service import hosting
 from service.engine.types import Choice, Outcome, Plan, Reading
+from service.process import loop
 from service.rpc.convert import SERVICE
 from service.rpc.pb import denoiser_pb2 as pb
 

@@ -34,13 +34,13 @@ from benchmarks.timing import matrix_peak, seconds
 from benchmarks.workloads import WORKLOADS, make_jobs
 from rdt_core import RDT
 from rdt_core.precision import Precision, prepare
-from service import garbage
 from service.engine.backend import Backend
 from service.engine.backends import make_backend
 from service.engine.cuda_graph import CapturedPasses, can_capture
 from service.engine.eager import EagerBackend
 from service.engine.lookahead import LookaheadBackend
 from service.engine.static_batch import Bucket, Buffers, PlainPasses
+from service.process import garbage
 
 LOOP_REQUESTS = 48
 """The loop needs no more to be measured."""

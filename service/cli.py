@@ -13,13 +13,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from service import logs, loop
-from service.addresses import is_loopback
-from service.commands import INTERRUPTED
 from service.errors import ServiceError
+from service.process import logs, loop
+from service.process.addresses import is_loopback
+from service.process.signals import hangup_held
 from service.settings import Settings, SettingsError, read_settings, unknown_variables
-from service.signals import hangup_held
-from service.tracing import TracingError
+from service.tracing.opening import TracingError
 
 try:
     import resource
@@ -58,8 +57,6 @@ def serve(arguments: Sequence[str] | None = None) -> int:
         return _complain("rdt-serve", error, EXIT_BAD_INPUT)
     except OSError as error:
         return _complain("rdt-serve", error, 1)
-    except KeyboardInterrupt:  # before there is a loop that takes it for SIGTERM
-        return INTERRUPTED
 
 
 def open_standard_streams() -> None:
@@ -99,7 +96,7 @@ def _serve(settings: Settings) -> int:
 
 
 def denoise(arguments: Sequence[str] | None = None) -> int:
-    """Restore a text, the lines of a file, or what is typed. 0: done; 2: bad input, each in one line; 130: Ctrl-C.
+    """Restore a text, the lines of a file, or what is typed. 0: done; 2: bad input, each in one line.
 
     A bad line of a file, or one that is typed, is reported and the others are restored.
     """
@@ -120,8 +117,6 @@ def denoise(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:
-        return INTERRUPTED
     except (ServiceError, OSError, ValueError) as error:  # a CheckpointError is a ValueError
         return _complain("rdt-denoise", error, EXIT_BAD_INPUT)
     return status

@@ -24,12 +24,13 @@ def _run(command: str, name: str) -> int:
         print(command, release())
         return 0
     try:
-        cli = import_module("service.cli")
-    except KeyboardInterrupt:
+        try:
+            cli = import_module("service.cli")
+        except ModuleNotFoundError as error:
+            missing = str(error.name).partition(".")[0]
+            print(f"{command}: {missing} is missing: pip install '.[service]' in the project's folder", file=sys.stderr)
+            return 2
+        status: int = getattr(cli, name)()
+    except KeyboardInterrupt:  # a server takes it for SIGTERM once it has an event loop
         return INTERRUPTED
-    except ModuleNotFoundError as error:
-        missing = str(error.name).partition(".")[0]
-        print(f"{command}: {missing} is missing: pip install '.[service]' in the project's folder", file=sys.stderr)
-        return 2
-    status: int = getattr(cli, name)()
     return status

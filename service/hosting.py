@@ -20,8 +20,6 @@ from typing import Literal, TypeVar
 import torch
 
 from rdt_core import LoadedModel, Tokenizer
-from service import garbage
-from service.cores import usable_cores
 from service.denoiser import Denoiser
 from service.engine.backend import OutOfMemory
 from service.engine.backends import make_backend
@@ -35,6 +33,8 @@ from service.lifecycle import Lifecycle
 from service.limits import Limits
 from service.loading import check_numbers, has_digest, read_models
 from service.metrics import Metrics
+from service.process import garbage
+from service.process.cores import usable_cores
 from service.schema import ModelCard
 from service.settings import Settings
 from service.tracing import NO_TRACER, Tracer

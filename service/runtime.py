@@ -16,20 +16,21 @@ from collections.abc import Awaitable, Callable, Iterator
 
 import uvicorn
 
-from service import logs
-from service.addresses import address, cannot_listen, family
 from service.errors import ServiceError
 from service.hosting import Host
 from service.lifecycle import Lifecycle
 from service.metrics import Metrics
+from service.process import logs
+from service.process.addresses import address, cannot_listen, family
+from service.process.signals import asked_to_end, on_hangup
+from service.process.watchdog import watch_event_loop
 from service.rest.app import create_app
 from service.rest.protocol import Http
 from service.rest.reload import Change
 from service.rpc.server import RpcServer
 from service.settings import Settings, secret
-from service.signals import asked_to_end, on_hangup
-from service.tracing import Tracer, open_tracer
-from service.watchdog import watch_event_loop
+from service.tracing import Tracer
+from service.tracing.opening import open_tracer
 
 log = logging.getLogger(__name__)
 

@@ -126,7 +126,7 @@ def test_what_an_import_pulls_in() -> None:
     core, model, server = loaded(
         "import rdt_core",
         "rdt_core.checkpoint.load('models/rdt-small/best_model.pt')",
-        "import service.runtime; service.tracing.open_tracer(None)",
+        "import service.runtime; service.tracing.opening.open_tracer(None)",
     )
     assert "rdt_core" in core
     assert not packages(core) & {"fastapi", "pydantic", "transformers", "service", "training"}
@@ -134,7 +134,7 @@ def test_what_an_import_pulls_in() -> None:
     assert not model & {"torch._dynamo", "torch._inductor", "sympy"}
     assert {"service.runtime", "service.tracing"} <= server
     assert not packages(server) & {"ray", "transformers", "datasets", "matplotlib", "tensorboard", "training"}
-    assert not server & {"opentelemetry.sdk", "opentelemetry.exporter", "service.otel"}
+    assert not server & {"opentelemetry.sdk", "opentelemetry.exporter", "service.tracing.otel"}
 
 
 def test_callers_need_little() -> None:

@@ -14,10 +14,10 @@ from typing import Any
 
 from ray import serve
 
-from service import logs
 from service.errors import ServiceError
 from service.hosting import Host
 from service.lifecycle import Lifecycle
+from service.process import logs
 from service.ray_serve.edge import Edge
 from service.ray_serve.metering import RayBoard, ReplicaMetrics
 from service.ray_serve.options import n_batches
@@ -25,7 +25,7 @@ from service.ray_serve.rpc import Encoded, ServeCalls, ServeContext
 from service.ray_serve.scaling import LOAD, WAITING
 from service.rest.app import create_app
 from service.settings import Settings, secret
-from service.tracing import open_tracer
+from service.tracing.opening import open_tracer
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import calls
-from service.logs import fields
+from service.process.logs import fields
 from service.rest.errors import STATUS
 from service.tracing import CONTEXT_HEADERS, NO_TRACER, Tracer
 

@@ -11,7 +11,7 @@ import grpc
 
 from service import calls
 from service.errors import ServiceError
-from service.logs import fields
+from service.process.logs import fields
 from service.rpc.convert import SERVICE
 from service.rpc.errors import STATUS, Context, fail
 from service.tracing import CONTEXT_HEADERS, Tracer

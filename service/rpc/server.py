@@ -12,10 +12,10 @@ from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 from grpc_reflection.v1alpha import reflection
 
 from service.access import ApiKey
-from service.addresses import address, bound, cannot_listen
 from service.lifecycle import Lifecycle
 from service.limits import MAX_TIMEOUT_MS
 from service.metrics import Metrics
+from service.process.addresses import address, bound, cannot_listen
 from service.rpc.access import Door
 from service.rpc.arrival import Arrivals
 from service.rpc.calls import Calls

@@ -10,10 +10,10 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from service import logs, loop
+from service.process import logs, loop
+from service.process.signals import asked_to_end
 from service.settings import Settings
-from service.signals import asked_to_end
-from service.tracing import TracingError
+from service.tracing.opening import TracingError
 from service.workers.children import BAD_INPUT, CANNOT_START, CRASHED, TELL, Orders, end_with_parent, start_pulse
 
 log = logging.getLogger(__name__)

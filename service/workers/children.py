@@ -23,8 +23,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import SecretStr
 
 import service
+from service.process.watchdog import LAST_WORDS_SECONDS, POLL_SECONDS, SILENT_POLLS
 from service.settings import Settings
-from service.watchdog import LAST_WORDS_SECONDS, POLL_SECONDS, SILENT_POLLS
 
 log = logging.getLogger(__name__)
 

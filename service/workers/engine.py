@@ -9,9 +9,9 @@ from pathlib import Path
 
 from service.hosting import Host
 from service.metrics import Metrics
+from service.process.signals import take_hangup
 from service.runtime import Reloader, load_and_wait
 from service.settings import Settings
-from service.signals import take_hangup
 from service.workers.children import CANNOT_START, ENGINE_FAILED
 from service.workers.metering import Ledger
 from service.workers.server import EngineServer

@@ -19,11 +19,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from service.addresses import address, bound, cannot_listen
 from service.engine.engine import FATAL_WINDOW_SECONDS
+from service.process.addresses import address, bound, cannot_listen
+from service.process.signals import asked_to_end, on_hangup
+from service.process.watchdog import watch_event_loop
 from service.settings import Settings
-from service.signals import asked_to_end, on_hangup
-from service.watchdog import watch_event_loop
 from service.workers.children import BAD_INPUT, CANNOT_START, CRASHED, Child, Orders, Role
 
 log = logging.getLogger(__name__)

@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from rdt_core import ModelConfig, Tokenizer
-from service import garbage
 from service.denoiser import Denoiser
 from service.lifecycle import Lifecycle
 from service.limits import Limits
 from service.metrics import Metrics
+from service.process import garbage
 from service.runtime import FrontEnd, listen
 from service.schema import ModelCard
 from service.settings import Settings
-from service.tracing import NO_TRACER, Tracer, open_tracer
+from service.tracing import NO_TRACER, Tracer
+from service.tracing.opening import open_tracer
 from service.workers.messages import Adopted, Leave, Message, Reload, Reloaded, ReportWanted, Serving
 from service.workers.metering import WorkerMetrics
 from service.workers.remote import Link, QueueView, RemoteEngine

@@ -14,9 +14,9 @@ import pytest
 
 from benchmarks import contenders, gpu
 from rdt_core import RDT
-from service import garbage
 from service.engine import static_batch
 from service.engine.types import Job
+from service.process import garbage
 
 ROOT = Path(__file__).parents[2]
 

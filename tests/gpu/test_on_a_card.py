@@ -20,7 +20,7 @@ from service.engine.cuda_graph import CapturedPasses, can_capture
 from service.engine.eager import EagerBackend
 from service.engine.lookahead import LookaheadBackend
 from service.engine.reference import run_reference
-from tests.service.test_eager import LIMITS, random_job, run_all
+from tests.service.engine.test_eager import LIMITS, random_job, run_all
 from training.config import TrainingSection
 from training.data import Batch
 from training.losses import unroll_losses

@@ -11,8 +11,9 @@ from unittest.mock import Mock
 
 import pytest
 
-from service import cli, logs
+from service import cli, commands
 from service.cli import denoise, serve
+from service.process import logs
 
 OUTPUT = re.compile(r"Input: (.*)\nOutput: (.*)\nSteps: (\d+)/(\d+)\n")
 
@@ -89,7 +90,8 @@ def test_ctrl_c_ends_it_without_a_traceback(
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("the [MASK]\n"))
     monkeypatch.setattr("service.local.run_reference", Mock(side_effect=KeyboardInterrupt))
-    assert denoise([*checkpoint, *source]) == 130
+    monkeypatch.setattr("sys.argv", ["rdt-denoise", *checkpoint, *source])
+    assert commands.denoise() == 130
     assert capsys.readouterr() == ("", "")
 
 

@@ -17,7 +17,7 @@ from service.engine.scheduler import SchedulerLimits
 from service.rpc.pb import denoiser_pb2 as pb
 from service.rpc.pb.denoiser_pb2_grpc import DenoiserStub
 from tests.fakes import MAX_BODY_BYTES, Service
-from tests.service.scripted import HeldBackend
+from tests.service.engine.scripted import HeldBackend
 
 MAX_LIVE, MAX_WAITING, N_EACH = 2, 5, 12
 N_ACCEPTED = 1 + MAX_WAITING  # the first is alone in its tick, which stands still

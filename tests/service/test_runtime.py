@@ -19,9 +19,9 @@ from torch import Tensor
 from rdt_core import RDT, Packing, State, checkpoint
 from rdt_core.devices import pick_device
 from service import cli, hosting, runtime
-from service.addresses import address
 from service.client import AsyncClient, ProblemError
 from service.metrics import Metrics
+from service.process.addresses import address
 from service.runtime import listen, serve
 from service.settings import Settings
 from tests.fakes import FakeClock

@@ -1,0 +1,146 @@
+"""What the engine expects work to take, and deadlines kept by it."""
+
+from __future__ import annotations
+
+import pytest
+
+from service.engine.pace import Pace
+from service.engine.scheduler import ANSWER_SECONDS, Scheduler, SchedulerLimits
+from service.engine.types import Job, Outcome, Plan, Result
+from tests.service.engine.scripted import ScriptedBackend, put, scripted_job
+
+LIMITS = SchedulerLimits(token_budget=1000, max_live=100, max_waiting=1000, max_waiting_tokens=10**6)
+
+
+def test_nothing_known_and_nothing_to_do_take_no_time() -> None:
+    pace = Pace()
+    assert pace.expected(100) == 0.0
+    pace.took(0, 5.0)
+    assert pace.expected(100) == 0.0
+    pace.took(100, 1.0)
+    assert pace.expected(0) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("amount", "seconds"),
+    [(16, 1.0), (20, 1.25), (100, 3.0), (127, 3.81), (40, 2.5), (8, 0.5), (300, 9.0)],
+    ids=["known", "of that order", "known", "of that order", "of none", "less than ever", "more than ever"],
+)
+def test_what_is_not_known_is_in_proportion_to_what_is(amount: int, seconds: float) -> None:
+    pace = Pace()
+    pace.took(100, 3.0)
+    pace.took(16, 1.0)
+    assert pace.expected(amount) == pytest.approx(seconds)
+
+
+def test_a_slow_turn_is_believed_at_once_and_forgotten_by_halves() -> None:
+    pace = Pace()
+    for seconds in (1.0, 9.0):
+        pace.took(64, seconds)
+        assert pace.expected(64) == seconds
+    pace.took(64, 1.0)
+    assert pace.expected(64) == 5.0
+    pace.took(96, 1.5)
+    assert pace.expected(64) == 3.0, "it is of the same order: half of 7.5 and 1.5"
+
+
+def test_a_turn_that_stood_still_says_nothing_of_lighter_ones() -> None:
+    pace = Pace()
+    pace.took(40, 0.01)
+    pace.took(300, 60.0)
+    assert pace.expected(60) == pytest.approx(0.015)
+
+
+class Machine:
+    """A backend whose passes and decoding take simulated time in proportion, and a scheduler that learns it."""
+
+    PASS, DECODE = 0.01, 0.02  # seconds a token, a row
+
+    def __init__(self) -> None:
+        self.scheduler, self.backend, self.now = Scheduler(LIMITS), ScriptedBackend(), 0.0
+
+    def submit(self, job: Job) -> None:
+        put(self.scheduler.queue, job, self.now)
+
+    def run(self, *jobs: Job) -> dict[float, Result]:
+        """All of them at once until the last is done: results by the time of the answer."""
+        for job in jobs:
+            self.submit(job)
+        results: dict[float, Result] = {}
+        while not self.scheduler.idle:
+            plan = self.scheduler.plan(self.now)
+            outcome = self._cost(plan, self.backend.run(plan))
+            for _, result in self.scheduler.commit(plan, outcome, self.now):
+                results[self.now] = result
+        return results
+
+    def _cost(self, plan: Plan, outcome: Outcome) -> Outcome:
+        decoding = self.DECODE * outcome.n_decoded
+        self.now += self.PASS * plan.n_tokens + decoding
+        return Outcome(outcome.readings, outcome.n_decoded, decoding)
+
+
+def endless(n_tokens: int, deadline: float) -> Job:
+    return scripted_job(n_tokens, depth=100, deadline=deadline)
+
+
+@pytest.fixture
+def machine() -> Machine:
+    """It has seen a tick of 50 tokens that decoded all of them."""
+    machine = Machine()
+    machine.run(scripted_job(50, depth=1))
+    return machine
+
+
+@pytest.mark.parametrize(
+    ("seconds", "steps"), [(2.5, 2), (2.1, 2), (2.0 + ANSWER_SECONDS / 2, 1), (1.9, 1)], ids="{}".format
+)
+def test_the_time_to_decode_and_to_answer_is_kept_free(machine: Machine, seconds: float, steps: int) -> None:
+    deadline = machine.now + seconds  # two passes and all rows take 2.0
+    [(answered, result)] = machine.run(endless(50, deadline)).items()
+    assert (result.reason, result.steps) == ("deadline", steps)
+    assert answered <= deadline
+
+
+def test_after_a_heavy_tick_a_light_one_is_not_cut_short(machine: Machine) -> None:
+    deadline = machine.now + 2.0
+    [(answered, result)] = machine.run(endless(2, deadline)).items()
+    assert result.steps > 90
+    assert answered <= deadline
+
+
+def test_with_a_heavy_newcomer_the_tick_at_hand_counts(machine: Machine) -> None:
+    machine.run(endless(2, machine.now + 1.0))  # light ticks are known too
+    began = machine.now
+    machine.submit(scripted_job(100, depth=100, max_steps=3))
+    answered, _ = next(iter(machine.run(endless(2, began + 2.5)).items()))
+    assert answered <= began + 2.5
+
+
+@pytest.mark.parametrize("apart", [0.0, 0.1], ids=["one deadline", "deadlines that follow each other"])
+def test_many_that_end_together_are_decoded_in_time(machine: Machine, apart: float) -> None:
+    jobs = [endless(20, machine.now + 20.0 + apart * i) for i in range(10)]
+    results = machine.run(*jobs)
+    assert {result.reason for result in results.values()} == {"deadline"}
+    assert max(results) <= min(job.deadline or 0.0 for job in jobs)
+
+
+def test_what_is_due_much_later_takes_no_time_from_it(machine: Machine) -> None:
+    began = machine.now
+    results = machine.run(endless(2, began + 5.0), endless(100, began + 1000.0))
+    assert results[min(results)].steps == 4, "4 passes of 102 tokens and 2 rows take 4.1 s"
+
+
+def test_a_stream_is_decoded_in_every_tick(machine: Machine) -> None:
+    deadline = machine.now + 4.2
+    machine.submit(scripted_job(50, depth=100, deadline=deadline, stream=True))
+    [(answered, result)] = machine.run().items()
+    assert (result.steps, answered <= deadline) == (2, True), "1.5 s each"
+
+
+def test_rows_that_are_sure_to_be_decoded_before_count(machine: Machine) -> None:
+    began = machine.now
+    others = [scripted_job(40, depth=100, max_steps=2) for _ in range(2)]
+    deadline = began + 2 * Machine.PASS * 82 + Machine.DECODE * 40  # too early for two passes and all that ends then
+    [result] = [r for r in machine.run(*others, endless(2, deadline)).values() if r.reason == "deadline"]
+    assert result.steps == 1

@@ -26,6 +26,7 @@ from service.limits import Limits
 from service.metrics import Metrics, Transport
 from service.pump import pumped
 from service.schema import (
+    ITEMS,
     BatchItem,
     DenoiseAnswer,
     DenoisePass,
@@ -78,9 +79,9 @@ class Denoiser:
         """Raises `InvalidArgument` naming every bad field."""
         return read_request(fields, self.limits)
 
-    def read_batch(self, fields: object, options_at: str = "") -> list[BatchItem]:
+    def read_batch(self, fields: object, options_at: str = "", items_at: str = ITEMS) -> list[BatchItem]:
         """Raises `InvalidArgument` for what is wrong with the batch as a whole; a bad item is returned as its error."""
-        return read_batch(fields, self.limits, options_at)
+        return read_batch(fields, self.limits, options_at, items_at)
 
     async def denoise(
         self,
@@ -106,6 +107,7 @@ class Denoiser:
         transport: Transport,
         seconds_left: float | None = None,
         cut_at: float | None = None,
+        items_at: str = ITEMS,
     ) -> list[DenoiseAnswer | ServiceError]:
         """All items at once. The queue and the metrics count each as a request. An item's error is its result.
 
@@ -123,7 +125,7 @@ class Denoiser:
                     with self._metrics.failure(transport):
                         raise item
             except ServiceError as error:
-                return error if error is item else error.at(f"items[{index}]")
+                return error if error is item else error.at(f"{items_at}[{index}]")
             except Exception:
                 log.exception("an item of a batch failed")
                 return Internal()

@@ -4,6 +4,7 @@
     ├── InvalidArgument       invalid_argument      a field has a value that is not allowed
     │   ├── Malformed         malformed             the request cannot be read at all
     │   └── UnsupportedFormat unsupported_format    the request is in a format nobody reads here
+    ├── NotFound              not_found             no model of that name is served
     ├── TooLarge              too_large             more text, or more bytes, than the server takes
     ├── Unauthenticated       unauthenticated       no key, or a wrong one
     ├── Refused
@@ -29,6 +30,7 @@ Code = Literal[
     "invalid_argument",
     "malformed",
     "unsupported_format",
+    "not_found",
     "too_large",
     "unauthenticated",
     "resource_exhausted",
@@ -91,6 +93,10 @@ class Malformed(InvalidArgument):
 
 class UnsupportedFormat(InvalidArgument):
     code: ClassVar[Code] = "unsupported_format"
+
+
+class NotFound(ServiceError):
+    code: ClassVar[Code] = "not_found"
 
 
 class TooLarge(ServiceError):

@@ -165,13 +165,19 @@ class ModelCard(BaseModel):
     limits: dict[str, int]
 
     @property
+    def version(self) -> str:
+        """The first digits of the digest."""
+        return self.digest[:12]
+
+    @property
     def label(self) -> str:
-        return f"{self.name}@{self.digest[:12]}"
+        return f"{self.name}@{self.version}"
 
 
 BatchItem = DenoiseRequest | InvalidArgument
 """An item of a batch: a request, or what is wrong with it. Items fail one by one."""
 
+ITEMS = "items"
 OPTIONS = tuple(name for name in DenoiseRequest.model_fields if name != "text")
 """What the items of a batch may share."""
 
@@ -183,21 +189,22 @@ def read_request(fields: object, limits: Limits) -> DenoiseRequest:
     return _validated(fields, limits)
 
 
-def read_batch(fields: object, limits: Limits, options_at: str = "") -> list[BatchItem]:
+def read_batch(fields: object, limits: Limits, options_at: str = "", items_at: str = ITEMS) -> list[BatchItem]:
     """`{"items": [...], ...}` -> requests; the fields beside `items` are options of every item that does not give its
-    own, and null is one of its own. `options_at` is where these options stand for the caller, if not beside `items`.
+    own, and null is one of its own. `options_at` is where these options stand for the caller, if not beside `items`;
+    `items_at` is where the items stand.
 
     Raises `InvalidArgument` for what is wrong with the whole; what is wrong with an item stands in its place.
     """
     if not isinstance(fields, Mapping):
         raise InvalidArgument(f"the request is {shown(fields)}: want an object with the field items")
     shared = {name: fields[name] for name in OPTIONS if name in fields}
-    problems = _unknown(fields, ("items", *OPTIONS))
+    problems = unknown_fields(fields, ("items", *OPTIONS))
     problems += _list_problems(fields, limits)
     problems += [problem.under(options_at) for problem in _problems({"text": "-", **shared}, limits)]
     if problems:
         raise InvalidArgument.of(problems)
-    return [_read_item(item, shared, f"items[{index}]", limits) for index, item in enumerate(fields["items"])]
+    return [_read_item(item, shared, f"{items_at}[{index}]", limits) for index, item in enumerate(fields["items"])]
 
 
 def _read_item(item: object, shared: Mapping[str, object], path: str, limits: Limits) -> BatchItem:
@@ -234,7 +241,7 @@ def _problems(fields: Mapping[str, object], limits: Limits) -> list[FieldProblem
     """Everything that is wrong with the fields of a request."""
     known = {name: fields[name] for name in DenoiseRequest.model_fields if name in fields}
     wanted = _wanted(limits)
-    problems = _unknown(fields, DenoiseRequest.model_fields)
+    problems = unknown_fields(fields, DenoiseRequest.model_fields)
     problems += limits.above(known, wanted)
     try:
         DenoiseRequest.model_validate(known)
@@ -243,7 +250,7 @@ def _problems(fields: Mapping[str, object], limits: Limits) -> list[FieldProblem
     return problems
 
 
-def _unknown(fields: Mapping[str, object], known: Collection[str]) -> list[FieldProblem]:
+def unknown_fields(fields: Mapping[str, object], known: Collection[str]) -> list[FieldProblem]:
     """One problem for each unknown field. Of very many, only those that will be shown are written out."""
     unknown = [name for name in fields if name not in known]
     shown = [FieldProblem.unknown(str(name), fields[name], known) for name in unknown[:MAX_SHOWN_PROBLEMS]]

@@ -15,7 +15,8 @@ from service.access import ApiKey
 from service.errors import ServiceError
 from service.lifecycle import Lifecycle
 from service.metrics import Metrics
-from service.rest import batch, denoise, health, metrics, model, playground, stream
+from service.open_inference import InferRequest
+from service.rest import batch, denoise, health, metrics, model, open_inference, playground, stream
 from service.rest.errors import on_crash, on_http_error, on_service_error
 from service.rest.middleware import BodyLimit, Door, RequestId
 from service.rest.observe import Observer
@@ -64,7 +65,7 @@ def create_app(
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )  # fmt: skip
     app.router.route_class = PlainRoute
-    for routes in (denoise, batch, stream):
+    for routes in (denoise, batch, stream, open_inference):
         routes.add_routes(app, lifecycle, measures)
     health.add_routes(app, lifecycle)
     metrics.add_routes(app, measures)
@@ -77,7 +78,8 @@ def create_app(
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(Exception, on_crash)
     app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
-    open_paths = (health.LIVE_PATH, health.READY_PATH, playground.PATH, PATH)  # the last has a key of its own
+    probes = (health.LIVE_PATH, health.READY_PATH, open_inference.LIVE_PATH, open_inference.READY_PATH)
+    open_paths = (*probes, playground.PATH, PATH)  # the last has a key of its own
     if api_key is not None:
         app.add_middleware(Door, key=ApiKey(api_key), open_paths=open_paths, metrics=measures)
     if tracer is not NO_TRACER or logging.getLogger(Observer.__module__).isEnabledFor(logging.DEBUG):
@@ -101,7 +103,7 @@ def _document_bodies(app: FastAPI) -> None:
 def _document_components(app: FastAPI) -> None:
     """Add the schemas that routes refer to and FastAPI does not see."""
     components = app.openapi()["components"]["schemas"]
-    for document in (Problem, DenoisePass):
+    for document in (Problem, DenoisePass, InferRequest):
         schema = document.model_json_schema(ref_template="#/components/schemas/{model}")
         components.update(schema.pop("$defs", {}))
         components[document.__name__] = schema

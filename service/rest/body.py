@@ -27,13 +27,22 @@ async def received(request: Request, lifecycle: Lifecycle) -> tuple[Denoiser, ob
 
 async def read_json(request: Request) -> object:
     """The body as plain values. Raises `UnsupportedFormat`, `Malformed`, `Cancelled`, and what `BodyLimit` raises."""
+    return json_of(request, await read_body(request, JSON_TYPE))
+
+
+async def read_body(request: Request, *media_types: str) -> bytes:
+    """The body, if it is of one of these types. Raises as `read_json` does."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != JSON_TYPE:
-        raise UnsupportedFormat(f"the content type is {media_type[:80] or 'missing'}: want {JSON_TYPE}")
+    if media_type not in media_types:
+        raise UnsupportedFormat(f"the content type is {media_type[:80] or 'missing'}: want {media_types[0]}")
     try:
-        body = await request.body()
+        return await request.body()
     except ClientDisconnect:
         raise Cancelled("the caller left while sending the request") from None
+
+
+def json_of(request: Request, body: bytes) -> object:
+    """The values of this body, or part of it. Raises `Malformed`, or `UnsupportedFormat` if it is compressed."""
     try:
         return parse_json(body)
     except Malformed:

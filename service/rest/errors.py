@@ -17,6 +17,7 @@ STATUS: dict[Code, int] = {
     "invalid_argument": 422,
     "malformed": 400,
     "unsupported_format": 415,
+    "not_found": 404,
     "too_large": 413,
     "unauthenticated": 401,
     "resource_exhausted": 429,
@@ -30,6 +31,7 @@ TITLE: dict[Code, str] = {
     "invalid_argument": "A field has a value that is not allowed",
     "malformed": "The request cannot be read",
     "unsupported_format": "The request is in a format that is not read here",
+    "not_found": "No such model is served",
     "too_large": "The request is too large",
     "unauthenticated": "A valid key is needed",
     "resource_exhausted": "The queue is full",
@@ -46,7 +48,8 @@ TITLE_OF_REASON: dict[RefusalReason, str] = {
 }
 """Where the code says too little."""
 
-DENOISE_CODES: tuple[Code, ...] = tuple(code for code in STATUS if code not in ("cancelled", "failed_precondition"))
+_ELSEWHERE = ("not_found", "failed_precondition", "cancelled")
+DENOISE_CODES: tuple[Code, ...] = tuple(code for code in STATUS if code not in _ELSEWHERE)
 """Errors that a caller of the denoising routes can be answered with."""
 
 
@@ -72,7 +75,8 @@ def _title(error: ServiceError) -> str:
     return title or TITLE[error.code]
 
 
-def problem_response(error: ServiceError, request_id: str) -> Response:
+def problem_response(error: ServiceError, request_id: str, extensions: Mapping[str, str] | None = None) -> Response:
+    """The document, with more members for those who look for them there (RFC 9457, 3.2)."""
     headers = {}
     if isinstance(error, Refused):
         headers["Retry-After"] = str(error.retry_seconds)
@@ -80,7 +84,7 @@ def problem_response(error: ServiceError, request_id: str) -> Response:
             headers["Connection"] = "close"  # the next try should reach another server, by a new connection
     if error.code == "unauthenticated":
         headers["WWW-Authenticate"] = "Bearer"
-    return _response(problem_of(error, request_id), headers)
+    return _response(problem_of(error, request_id), headers, extensions)
 
 
 async def on_service_error(request: Request, error: Exception) -> Response:
@@ -114,7 +118,7 @@ async def on_crash(request: Request, _error: Exception) -> Response:
     return response
 
 
-def _response(problem: Problem, headers: Mapping[str, str]) -> Response:
+def _response(problem: Problem, headers: Mapping[str, str], extensions: Mapping[str, str] | None = None) -> Response:
     # Escaped to ASCII: whatever a caller sent, it can be written back.
-    body = json.dumps(problem.model_dump(), allow_nan=False)
+    body = json.dumps({**problem.model_dump(), **(extensions or {})}, allow_nan=False)
     return Response(body, status_code=problem.status, media_type=PROBLEM_JSON, headers=headers)

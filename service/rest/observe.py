@@ -15,7 +15,7 @@ from service.tracing import CONTEXT_HEADERS, NO_TRACER, Tracer
 
 log = logging.getLogger(__name__)
 
-OUTCOMES = {status: code for code, status in STATUS.items()}
+OUTCOMES = {status: code for code, status in STATUS.items() if code != "not_found"}  # which any wrong path answers
 
 
 class Observer:

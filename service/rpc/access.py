@@ -1,4 +1,4 @@
-"""Asks for the key on every call but those to the health service."""
+"""Asks for the key on every call but those that ask whether the server is well."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from service.access import ApiKey
 from service.errors import Unauthenticated
 from service.metrics import Metrics
 from service.rpc.calls import Details, Handler, refusal
+from service.rpc.convert import INFERENCE_SERVICE
+
+OPEN = (f"/{health.SERVICE_NAME}/", f"/{INFERENCE_SERVICE}/ServerLive", f"/{INFERENCE_SERVICE}/ServerReady")
 
 
 class Door(grpc.aio.ServerInterceptor):
@@ -21,7 +24,7 @@ class Door(grpc.aio.ServerInterceptor):
     async def intercept_service(
         self, continuation: Callable[[Details], Awaitable[Handler]], handler_call_details: Details
     ) -> Handler:
-        if handler_call_details.method.startswith(f"/{health.SERVICE_NAME}/"):
+        if handler_call_details.method.startswith(OPEN):
             return await continuation(handler_call_details)
         sent = dict(handler_call_details.invocation_metadata)
         presented = [_bytes(sent.get(name, "")) for name in ("authorization", "x-api-key")]

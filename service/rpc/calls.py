@@ -12,7 +12,7 @@ import grpc
 from service import calls
 from service.errors import ServiceError
 from service.process.logs import fields
-from service.rpc.convert import SERVICE
+from service.rpc.convert import SERVICES
 from service.rpc.errors import STATUS, Context, fail
 from service.tracing import CONTEXT_HEADERS, Tracer
 
@@ -32,9 +32,13 @@ NUMBERS: Mapping[str, int] = {code: status.value[0] for code, status in STATUS.i
 
 
 def is_of_service(details: Details) -> bool:
-    """Whether the call is of ours, and not of health or reflection."""
+    """Whether the call is of a service that restores texts, and not of health or reflection."""
+    return service_of(details) in SERVICES
+
+
+def service_of(details: Details) -> str:
     method: str = details.method
-    return method.startswith(f"/{SERVICE}/")
+    return method.removeprefix("/").rpartition("/")[0]
 
 
 def refusal(error: ServiceError) -> Handler:
@@ -71,7 +75,7 @@ class Calls(grpc.aio.ServerInterceptor):
             began = time.monotonic()
             call = calls.begin(sent.get(ID_KEY, ""))
             context.set_trailing_metadata(((ID_KEY, call.id),))
-            attributes = {"rpc.system": "grpc", "rpc.service": SERVICE, "rpc.method": name}
+            attributes = {"rpc.system": "grpc", "rpc.service": service_of(details), "rpc.method": name}
             headers = {key: sent.get(key, "") for key in CONTEXT_HEADERS}
             with self._tracer.call(call, details.method[1:], attributes, headers) as span:
                 try:

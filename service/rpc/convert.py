@@ -8,17 +8,23 @@ from google.protobuf.json_format import ParseDict
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.struct_pb2 import Struct
 
-from service.errors import Malformed, ServiceError
+from service.errors import Malformed, ServiceError, TooLarge
 from service.rpc.pb import denoiser_pb2 as pb
+from service.rpc.pb import open_inference_pb2
 from service.schema import DenoiseAnswer, DenoisePass, ModelCard
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Denoiser"].full_name
+INFERENCE_SERVICE = open_inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+SERVICES = (SERVICE, INFERENCE_SERVICE)
+"""Those that restore texts."""
 
 Parsed = TypeVar("Parsed", bound=Message)
 
 
-def parse(kind: type[Parsed], message: bytes) -> Parsed:
-    """Raises `Malformed`; with gRPC's own parsing, the status would blame the server."""
+def parse(kind: type[Parsed], message: bytes, max_bytes: int) -> Parsed:
+    """Raises `TooLarge` and `Malformed`; with gRPC's own parsing, the status would blame the server."""
+    if len(message) > max_bytes:
+        raise TooLarge(f"the message is larger than {max_bytes} bytes")
     try:
         return kind.FromString(message)
     except DecodeError:

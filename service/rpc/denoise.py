@@ -10,7 +10,6 @@ from contextlib import aclosing
 
 import grpc
 
-from service.errors import TooLarge
 from service.lifecycle import Lifecycle
 from service.metrics import Metrics
 from service.rpc.convert import (
@@ -81,9 +80,7 @@ class DenoiserCalls:
             return to_model(self._lifecycle.denoiser.card).SerializeToString()
 
     def _parsed(self, kind: type[Parsed], message: bytes) -> Parsed:
-        if len(message) > self._max_message_bytes:
-            raise TooLarge(f"the message is larger than {self._max_message_bytes} bytes")
-        return parse(kind, message)
+        return parse(kind, message, self._max_message_bytes)
 
 
 def seconds_left(context: Context) -> float | None:

@@ -14,9 +14,9 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthServicer
 
 from service.lifecycle import Lifecycle, State
-from service.rpc.convert import SERVICE
+from service.rpc.convert import SERVICES
 
-NAMES = ("", SERVICE)  # the empty name is the whole server
+NAMES = ("", *SERVICES)  # the empty name is the whole server
 POLL_SECONDS = 0.25
 """How often a watched state is looked up."""
 MOST_WATCHERS = 1000

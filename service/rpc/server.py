@@ -19,9 +19,10 @@ from service.process.addresses import address, bound, cannot_listen
 from service.rpc.access import Door
 from service.rpc.arrival import Arrivals
 from service.rpc.calls import Calls
-from service.rpc.convert import SERVICE
+from service.rpc.convert import SERVICES
 from service.rpc.denoise import DenoiserCalls
 from service.rpc.health import Health
+from service.rpc.open_inference import InferenceCalls
 from service.settings import INT32_MAX
 from service.tracing import NO_TRACER, Tracer
 
@@ -88,10 +89,12 @@ class RpcServer:
                 ("grpc.so_reuseport", int(self._shares_port)),  # else another server could share the port unnoticed
             ],
         )
-        service = DenoiserCalls(self._lifecycle, self._metrics, self._max_message_bytes)
-        made.add_generic_rpc_handlers((service.handler(),))
+        services = (DenoiserCalls, InferenceCalls)
+        made.add_generic_rpc_handlers(
+            [calls(self._lifecycle, self._metrics, self._max_message_bytes).handler() for calls in services]
+        )
         add_HealthServicer_to_server(Health(self._lifecycle), made)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), made)
+        reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), made)
         return made
 
     async def _listen(self, host: str, port: int) -> None:

@@ -167,7 +167,11 @@ def test_grpc_beside_rest(tiny_checkpoint: Path, tmp_path: Path) -> None:
             assert "rdt.v1.Denoiser" in ProtoReflectionDescriptorDatabase(channel).get_services()
             text = "The Quick [MASK]  fox"
             assert stub.Denoise(pb.DenoiseRequest(text=text)).text == client.denoise(text).text
-            assert stub.GetModel(pb.GetModelRequest()).digest == client.model().digest
+            model = client.model()
+            assert stub.GetModel(pb.GetModelRequest()).digest == model.digest
+            tensor = {"name": "text", "shape": [1], "datatype": "BYTES", "data": [text]}
+            inferred = httpx.post(f"{running.url}/v2/models/{model.name}/infer", json={"inputs": [tensor]}).json()
+            assert inferred["outputs"][0]["data"] == [client.denoise(text).text]
 
             answer = answer_before_the_deadline(stub, endless)
             assert answer.halt_reason == "deadline"

@@ -187,6 +187,7 @@ async def test_a_line_for_every_http_request(observed: Service, log: Log) -> Non
         await post(client, "two", max_steps=0)
         await client.get(f"/nowhere?{KEY}", headers={"X-API-Key": KEY})
         await client.get("/model")
+        await client.get("/v2/models/other", headers={"X-API-Key": KEY})
         observed.engine.error = RuntimeError("broken")
         await post(client, "five")
     lines = log.entries("service.rest.observe")
@@ -198,10 +199,11 @@ async def test_a_line_for_every_http_request(observed: Service, log: Log) -> Non
         ("POST", "/denoise", 422, "invalid_argument"),
         ("GET", "", 404, "http_404"),
         ("GET", "", 401, "unauthenticated"),
+        ("GET", "/v2/models/{name}", 404, "not_found"),
         ("POST", "/denoise", 500, "internal"),
     ]
     ids = [line["request_id"] for line in lines]
-    assert (ids[0], ids[1], ids[4]) == ("one", "two", "five")
+    assert (ids[0], ids[1], ids[5]) == ("one", "two", "five")
     assert re.fullmatch(r"POST /denoise: 200 ok after [\d.]+ ms", str(lines[0]["message"]))
     assert KEY not in str(log)
     assert TEXT not in str(log)

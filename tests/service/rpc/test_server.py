@@ -20,7 +20,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from rdt_core import ModelConfig, Tokenizer
 from service.rpc import denoise, health, server
-from service.rpc.convert import SERVICE
+from service.rpc.convert import SERVICE, SERVICES
 from service.rpc.denoise import DenoiserCalls, seconds_left
 from service.rpc.pb import denoiser_pb2 as pb
 from service.rpc.pb.denoiser_pb2_grpc import DenoiserStub
@@ -60,7 +60,7 @@ async def test_no_call_fails_when_its_connection_has_grown_old(
 def test_the_checked_in_code_is_what_proto_says(tmp_path: Any) -> None:
     subprocess.run([sys.executable, ROOT / "proto" / "generate.py", tmp_path], check=True)
     made = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    assert len(made) == 3
+    assert len(made) == 5
     assert made == {
         path.name: path.read_text()
         for path in (ROOT / "service" / "rpc" / "pb").glob("*_pb2*.py*")
@@ -134,7 +134,7 @@ async def test_health_follows_the_lifecycle(
         async def check(name: str = "") -> int:
             listed = (await stub.List(HealthListRequest())).statuses
             status: int = (await stub.Check(HealthCheckRequest(service=name))).status
-            assert set(listed) == {"", SERVICE}
+            assert set(listed) == {"", *SERVICES}
             assert listed[name].status == status
             return status
 
@@ -199,7 +199,7 @@ async def test_reflection_lists_the_service(service: Service) -> None:
 
     services, source = await asyncio.to_thread(reflected)
     await server.stop(0)
-    assert services == {SERVICE, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
+    assert services == {*SERVICES, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
     assert source == "rdt/v1/denoiser.proto"
 
 

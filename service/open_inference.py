@@ -41,7 +41,7 @@ BINARY = "binary_data_output"
 """The parameter that asks for all outputs in binary form; of a single output it is `binary_data`."""
 
 DATA = "inputs[0].data"
-MOST_DIMENSIONS = 8
+MOST_DIMENSIONS, MOST_IN_ONE = 8, 2**31 - 1
 
 
 class InputTensor(BaseModel):
@@ -50,7 +50,9 @@ class InputTensor(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     name: Literal["text"]
-    shape: list[Annotated[int, Field(ge=0)]] = Field(description="As many as there are texts: `[2]`, or `[2, 1]`.")
+    shape: list[Annotated[int, Field(ge=0, le=MOST_IN_ONE)]] = Field(
+        max_length=MOST_DIMENSIONS, description="As many as there are texts: `[2]`, or `[2, 1]`."
+    )
     datatype: Literal["BYTES"]
     parameters: dict[str, Any] | None = None
     data: Any = Field(description="An array of strings, or of such arrays.")
@@ -75,7 +77,9 @@ class InferRequest(BaseModel):
     model_version: str | None = None
     parameters: dict[str, Any] | None = None
     inputs: list[InputTensor] = Field(min_length=1, max_length=1)
-    outputs: list[RequestedOutput] | None = Field(default=None, description="Those to send: all, if none is named.")
+    outputs: list[RequestedOutput] | None = Field(
+        default=None, max_length=len(OUTPUTS), description="Those to send: all, if none is named."
+    )
 
 
 WANTED = {
@@ -85,11 +89,11 @@ WANTED = {
     "parameters": "an object",
     "inputs": f"an array of one tensor, {INPUT}",
     "inputs.name": INPUT,
-    "inputs.shape": "an array of whole numbers",
+    "inputs.shape": f"an array of at most {MOST_DIMENSIONS} whole numbers",
     "inputs.datatype": "BYTES",
     "inputs.parameters": "an object",
     "inputs.data": "an array of strings",
-    "outputs": "an array of objects with the field name",
+    "outputs": f"an array of at most {len(OUTPUTS)} objects with the field name",
     "outputs.name": f"one of {', '.join(OUTPUTS)}",
     "outputs.parameters": "an object",
 }
@@ -172,8 +176,9 @@ def read_inference(fields: object, denoiser: Denoiser) -> Inference:
     check_name(denoiser.card, request.model_name or denoiser.card.name, request.model_version or "")
     options = dict(request.parameters or {})
     all_binary = options.pop(BINARY, False)
-    if unknown := unknown_fields(options, OPTIONS):
-        raise InvalidArgument.of([problem.under("parameters") for problem in unknown])
+    others = {f"parameters.{name}": value for name, value in options.items() if name not in OPTIONS}
+    if others:
+        raise InvalidArgument.of(unknown_fields(others, OPTIONS))
     texts, shape = _texts(request.inputs[0].data, denoiser.limits.max_batch_items), request.inputs[0].shape
     if math.prod(shape) != len(texts):
         raise _bad("inputs[0].shape", f"is {shape}, and data has {len(texts)} texts: want as many", str(shape))
@@ -189,7 +194,7 @@ def read_inference(fields: object, denoiser: Denoiser) -> Inference:
 
 def _texts(data: object, most: int) -> list[str]:
     """The strings of a tensor in order, whatever its shape."""
-    values = unpacked(data) if isinstance(data, bytes) else data
+    values = unpacked(data, most) if isinstance(data, bytes) else data
     if not isinstance(values, list):
         raise InvalidArgument.of([FieldProblem.of(DATA, values, WANTED["inputs.data"])])
     for _ in range(MOST_DIMENSIONS):
@@ -217,10 +222,12 @@ def packed(strings: Sequence[str]) -> bytes:
     return b"".join(len(one).to_bytes(4, "little") + one for one in encoded)
 
 
-def unpacked(raw: bytes) -> list[bytes]:
-    """The opposite of `packed`. Raises `InvalidArgument` if the bytes end within a string."""
+def unpacked(raw: bytes, most: int) -> list[bytes]:
+    """The opposite of `packed`. Raises `InvalidArgument` for bytes that end within a string, or hold more than `most`."""
     strings, place = [], 0
     while place < len(raw):
+        if len(strings) == most:
+            raise _bad(DATA, f"has more than {most} texts: want 1 to {most}")
         start = place + 4
         place = start + int.from_bytes(raw[place:start], "little")
         strings.append(raw[start:place])

@@ -92,12 +92,16 @@ def test_null_is_as_good_as_nothing(service: Service) -> None:
         ({"inputs": [{**of()["inputs"][0], "name": "texts"}]}, 'inputs[0].name is "texts": want text'),
         ({"inputs": [{**of()["inputs"][0], "datatype": "FP32"}]}, 'inputs[0].datatype is "FP32": want BYTES'),
         ({"inputs": [{**of()["inputs"][0], "x": 1}]}, "want one of name, shape, datatype, parameters, data"),
-        (of(shape=[2.5]), "inputs[0].shape[0] is 2.5: want an array of whole numbers"),
+        (of(shape=[2.5]), "inputs[0].shape[0] is 2.5: want an array of at most 8 whole numbers"),
+        (of(shape=[2] + [1] * 8), "inputs[0].shape is an array: want an array of at most 8 whole numbers"),
+        (of(shape=[2**31]), "inputs[0].shape[0] is 2147483648: want"),
+        (of(outputs=[{"name": "text"}] * 6), "outputs is an array: want an array of at most 5 objects"),
         (of(shape=[-1, -2]), "inputs[0].shape[0] is -1: want"),
         (of(shape=[3]), "inputs[0].shape is [3], and data has 2 texts: want as many"),
         (of(shape=[]), "inputs[0].shape is [], and data has 2 texts"),
         (of([]), "inputs[0].data has 0 texts: want 1 to 4"),
         (of(["a"] * 5, [5]), "inputs[0].data has 5 texts: want 1 to 4"),
+        (of(packed(["a"] * 5), [5]), "inputs[0].data has more than 4 texts: want 1 to 4"),
         (of("a", [1]), 'inputs[0].data is "a": want an array of strings'),
         (of(["a", 3]), "inputs[0].data[1] is 3: want a string"),
         (of([[[[[[[[[["a"]]]]]]]]]], [1]), "inputs[0].data[0] is an array: want a string"),
@@ -120,10 +124,11 @@ def test_what_is_wrong_is_named(service: Service, fields: object, message: str) 
 
 
 def test_thousands_of_mistakes_are_counted_and_not_written_out(service: Service) -> None:
-    wrong = of(**{f"x{index}": index for index in range(1000)})
-    with pytest.raises(InvalidArgument, match=r"x19 is not a field: .*; and 980 more$") as error:
-        read_inference(wrong, service.denoiser)
-    assert len(error.value.problems) == 20
+    many = {f"x{index}": index for index in range(1000)}
+    for wrong in (of(**many), of(parameters=many)):
+        with pytest.raises(InvalidArgument, match=r"x19 is not a field: .*; and 980 more$") as error:
+            read_inference(wrong, service.denoiser)
+        assert len(error.value.problems) == 20
 
 
 def test_the_body_may_name_the_model_too(service: Service) -> None:
@@ -135,7 +140,7 @@ def test_the_body_may_name_the_model_too(service: Service) -> None:
 
 @given(st.lists(st.text(st.characters(codec="utf-8"))))
 def test_packing_strings_is_undone(strings: list[str]) -> None:
-    assert [one.decode() for one in unpacked(packed(strings))] == strings
+    assert [one.decode() for one in unpacked(packed(strings), len(strings))] == strings
 
 
 def test_outputs_in_binary_form() -> None:

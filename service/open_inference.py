@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from service.denoiser import Denoiser
 from service.errors import MAX_SHOWN_PROBLEMS, FieldProblem, InvalidArgument, NotFound, ServiceError, shown
@@ -81,9 +81,15 @@ class InferRequest(BaseModel):
         default=None, max_length=len(OUTPUTS), description="Those to send: all, if none is named."
     )
 
+    @field_validator("id")
+    @classmethod
+    def _can_be_sent_back(cls, id_: str | None) -> str | None:
+        (id_ or "").encode()  # a UnicodeEncodeError is a ValueError
+        return id_
+
 
 WANTED = {
-    "id": "a string",
+    "id": "a string without lone surrogates",
     "model_name": "a string",
     "model_version": "a string",
     "parameters": "an object",
@@ -223,8 +229,9 @@ def packed(strings: Sequence[str]) -> bytes:
 
 
 def unpacked(raw: bytes, most: int) -> list[bytes]:
-    """The opposite of `packed`. Raises `InvalidArgument` for bytes that end within a string, or hold more than `most`."""
-    strings, place = [], 0
+    """The opposite of `packed`. Raises `InvalidArgument` if the bytes end within a string, or hold more than `most`."""
+    strings: list[bytes] = []
+    place = 0
     while place < len(raw):
         if len(strings) == most:
             raise _bad(DATA, f"has more than {most} texts: want 1 to {most}")
@@ -244,7 +251,9 @@ def _problem(fault: Mapping[str, Any]) -> FieldProblem:
     """A fault that pydantic has found, in the words of all other problems."""
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"])[1:]
     names = [part for part in fault["loc"] if isinstance(part, str)]
-    if fault["type"] == "extra_forbidden":
+    if fault["type"] == "string_unicode":  # the name of a field, with lone surrogates
+        names, path = [*names, fault["input"]], f"{path}.{fault['input']}".removeprefix(".")
+    if fault["type"] in ("extra_forbidden", "string_unicode"):
         known = [key.rpartition(".")[2] for key in WANTED if key.split(".")[:-1] == names[:-1]]
         return FieldProblem.unknown(path, fault["input"], known)
     wanted = WANTED[".".join(names)]

@@ -93,6 +93,7 @@ def test_rest_and_grpc_answer_as_a_single_server_does(
     running: Cluster, stub: DenoiserStub, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     texts = ["The Quick [MASK]  fox", "[MASK] [MASK]", "no masks at all"]
+    tensor = {"name": "text", "shape": [len(texts)], "datatype": "BYTES", "data": texts}
     requests: list[tuple[str, Any]] = [
         *(("/denoise", {"text": text, "top_k": 2, "trace": True, "max_steps": 5}) for text in texts),
         ("/denoise", {"text": "a", "max_steps": 0}),
@@ -100,6 +101,8 @@ def test_rest_and_grpc_answer_as_a_single_server_does(
         ("/denoise", {"text": "a " * 100}),
         ("/denoise/batch", {"items": [{"text": "a [MASK]"}, {"text": "a", "top_k": -1}]}),
         ("/denoise/stream", {"text": "the [MASK] fox"}),
+        ("/v2/models/tiny/infer", {"inputs": [tensor], "outputs": [{"name": "steps"}, {"name": "text"}]}),
+        ("/v2/models/other/infer", {"inputs": [tensor]}),
         ("/nowhere", {}),
     ]
     flags = ("--checkpoint", str(tiny_checkpoint), "--max_steps_limit", str(10**9), "--token_budget", "32")
@@ -137,8 +140,8 @@ def assert_both_are_visible(running: Cluster) -> None:
     def answered() -> dict[str, float] | None:
         found = re.findall(r'^rdt_request_duration_seconds_count\{replica="(\w+)"\} (\S+)', running.metrics(), re.M)
         counts = {name: float(count) for name, count in found}
-        # Five answers by REST and three by gRPC; the good item of a batch is one of either.
-        return counts if set(counts) == names and sum(counts.values()) == 8 else None
+        # Eight answers by REST and three by gRPC, of which the texts of a batch are some.
+        return counts if set(counts) == names and sum(counts.values()) == 11 else None
 
     running.wait_for(answered, seconds=30)
 

@@ -120,15 +120,38 @@ def add_routes(app: FastAPI, lifecycle: Lifecycle, metrics: Metrics) -> None:
         takes_requests = lifecycle.state == "ready"
         return JSONResponse({"ready": takes_requests}, status_code=200 if takes_requests else 503)
 
+    for path in MODEL_PATHS:
+        _add_model_routes(app, path, lifecycle, metrics)
+
+
+def _add_model_routes(app: FastAPI, path: str, lifecycle: Lifecycle, metrics: Metrics) -> None:
+    refusals = problem_responses("unauthenticated", "not_found", "unavailable")
+    named: dict[str, object] = {"parameters": _path_parameters(path)}
+
+    @app.get(path, summary="The model", response_model=ModelMetadata, responses=refusals, openapi_extra=named)
     @_telling_errors
     async def model(request: Request) -> Response:
         card = model_named(lifecycle, *_asked(request)).card
         return _written(ModelMetadata(name=card.name, versions=[card.version]))
 
+    @app.get(
+        f"{path}/ready",
+        summary="The model takes requests",
+        response_model=ModelReady,
+        responses=refusals,
+        openapi_extra=named,
+    )
     @_telling_errors
     async def model_ready(request: Request) -> Response:
         return _written(ModelReady(name=model_named(lifecycle, *_asked(request)).card.name, ready=True))
 
+    @app.post(
+        f"{path}/infer",
+        summary="Restore many texts, if none of them fails",
+        response_model=InferResponse,
+        responses=problem_responses(*DENOISE_CODES, "not_found"),
+        openapi_extra={**named, **json_body({"$ref": "#/components/schemas/InferRequest"}, EXAMPLE)},
+    )
     @_telling_errors
     async def infer(request: Request) -> Response:
         with metrics.failure("rest"):
@@ -139,20 +162,6 @@ def add_routes(app: FastAPI, lifecycle: Lifecycle, metrics: Metrics) -> None:
         del fields
         outputs = await unless_gone(request, inference.answered_by(denoiser, "rest"))
         return _infer_response(inference, outputs, denoiser.card)
-
-    for path in MODEL_PATHS:
-        found = problem_responses("unauthenticated", "not_found", "unavailable")
-        named: dict[str, object] = {"parameters": _path_parameters(path)}
-        app.get(path, summary="The model", response_model=ModelMetadata, responses=found, openapi_extra=named)(model)
-        app.get(
-            f"{path}/ready", summary="The model takes requests", response_model=ModelReady, responses=found,
-            openapi_extra=named,
-        )(model_ready)  # fmt: skip
-        app.post(
-            f"{path}/infer", summary="Restore many texts, if none of them fails", response_model=InferResponse,
-            responses=problem_responses(*DENOISE_CODES, "not_found"),
-            openapi_extra={**named, **json_body({"$ref": "#/components/schemas/InferRequest"}, EXAMPLE)},
-        )(infer)  # fmt: skip
 
 
 def _telling_errors(answer: Endpoint) -> Endpoint:

@@ -123,7 +123,7 @@ def to_infer_response(
     card: ModelCard, inference: Inference, outputs: Sequence[Tensor], *, raw: bool
 ) -> pb.ModelInferResponse:
     """With `raw` the data is in `raw_output_contents`."""
-    response = pb.ModelInferResponse(model_name=card.name, model_version=card.version, id=inference.id or "")
+    response = pb.ModelInferResponse(model_name=card.name, model_version=card.version, id=inference.id)
     for tensor in outputs:
         output = response.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
         if raw:

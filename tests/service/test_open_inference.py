@@ -177,7 +177,9 @@ async def test_what_is_said_of_server_and_model(client: httpx.AsyncClient, chann
 
 @pytest.mark.parametrize("raw", [False, True])
 async def test_the_same_answer_everywhere(client: httpx.AsyncClient, channel: grpc.aio.Channel, raw: bool) -> None:
-    assert set((await client.post(INFER, json=of())).json()) == {"model_name", "model_version", "outputs"}
+    plain = await client.post(INFER, json=of())
+    assert plain.headers["content-type"] == "application/json"
+    assert set(plain.json()) == {"model_name", "model_version", "outputs"}
     answer = (await client.post(INFER, json=of(id="7", parameters={"max_steps": 9}))).json()
     tensors = {output["name"]: output for output in answer["outputs"]}
     assert {name: output["datatype"] for name, output in tensors.items()} == {
@@ -228,6 +230,7 @@ async def test_binary_tensors_follow_the_json(client: httpx.AsyncClient) -> None
         (head + raw[:-1], len(head), "bytes of the body belong to no tensor"),
         (head, len(head) + 1, f"want a whole number up to {len(head)}, the size of the body"),
         (head, "-1", f'{JSON_SIZE} is "-1": want'),
+        (head, "9" * 5000, f"want a whole number up to {len(head)}"),
         (head, len(head), "inputs[0].data is missing: want an array of strings"),
     ):
         refused = await posted(body, given_size)
@@ -246,6 +249,8 @@ async def test_errors_are_where_clients_of_the_protocol_look(client: httpx.Async
         assert (await client.post(INFER, json=no_request)).status_code == 422
     bad = await client.post(INFER, json=of(parameters={"max_steps": 0}))
     assert (bad.status_code, bad.json()["errors"][0]["field"]) == (422, "parameters.max_steps")
+    long = await client.post(INFER, json=of(["a", "a " * 100]))
+    assert (long.status_code, long.json()["errors"][0]["field"]) == (413, "inputs[0].data[1].text")
     service.engine.error = ResourceExhausted("the queue is full", "queue_requests")
     full = await client.post(INFER, json=of())
     assert (full.status_code, full.json()["error"], full.headers["retry-after"]) == (429, "the queue is full", "1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 import grpc
 
@@ -28,6 +29,8 @@ from service.rpc.pb import open_inference_pb2 as pb
 from service.schema import ModelCard
 from service.version import release
 
+FRACTIONS = {"threshold", "mask_ratio"}
+"""Parameters that may be strings: KServe's client knows none that are numbers with a point."""
 CONTENTS: Mapping[Datatype, str] = {"BYTES": "bytes_contents", "INT32": "int_contents", "FP32": "fp32_contents"}
 
 
@@ -105,7 +108,12 @@ def infer_fields(request: pb.ModelInferRequest) -> dict[str, object]:
 
 def _values(parameters: Mapping[str, pb.InferParameter]) -> dict[str, object]:
     chosen = {name: parameter.WhichOneof("parameter_choice") for name, parameter in parameters.items()}
-    return {name: kind and getattr(parameters[name], kind) for name, kind in chosen.items()}
+    values = {name: kind and getattr(parameters[name], kind) for name, kind in chosen.items()}
+    for name, value in values.items():
+        if name in FRACTIONS and isinstance(value, str):
+            with suppress(ValueError):
+                values[name] = float(value)
+    return values
 
 
 def to_metadata(card: ModelCard) -> pb.ModelMetadataResponse:

@@ -294,6 +294,19 @@ async def test_errors_over_grpc(channel: grpc.aio.Channel, service: Service) -> 
         await channel.unary_unary(f"/{INFERENCE_SERVICE}/ModelInfer")(b"\xff\xff")
 
 
+async def test_fractions_may_be_strings_over_grpc(channel: grpc.aio.Channel, service: Service) -> None:
+    def value(text: str) -> pb.InferParameter:
+        return pb.InferParameter(string_param=text)
+
+    for quarter in (value("0.25"), pb.InferParameter(double_param=0.25)):
+        await call(channel, "ModelInfer", infer_request(threshold=quarter), pb.ModelInferResponse)
+        assert service.engine.jobs.pop().threshold == 0.25
+    for text, message in (("a lot", 'parameters.threshold is "a lot"'), ("nan", "parameters.threshold is NaN")):
+        request = infer_request(threshold=value(text))
+        with pytest.raises(grpc.aio.AioRpcError, match=f"{message}: want a finite number"):
+            await call(channel, "ModelInfer", request, pb.ModelInferResponse)
+
+
 async def test_readiness(client: httpx.AsyncClient, channel: grpc.aio.Channel, service: Service) -> None:
     async def over_grpc() -> list[bool]:
         model = pb.ModelReadyRequest(name="tiny")

@@ -71,7 +71,8 @@ async def test_all_polls_together_take_stuck_seconds(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(asyncio, "wait", wait)
     with pytest.raises(Stuck, match="has not come back for 8 s"):
         await replica.run(Plan())
-    assert sum(waited) == 8.0
+    await replica.stop()
+    assert sum(waited) == 8.0, "and stopping waits no more"
     held.let_go()
 
 

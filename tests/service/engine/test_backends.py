@@ -36,10 +36,10 @@ def test_passes_are_captured_where_attention_needs_no_host(
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     has_varlen_attention.cache_clear()
     try:
-        backend = backends.make_backend(model, 512, 64)
+        backend = backends.make_backend(model, 512, 65_534)
     finally:
         has_varlen_attention.cache_clear()
-    assert made == ([(model, 512, 64, ("captured", model))] if captures else [])
+    assert made == ([(model, 512, 65_534, ("captured", model))] if captures else [])
     assert isinstance(backend, EagerBackend) != captures
 
 

@@ -176,10 +176,10 @@ async def test_the_real_backend_answers_as_if_nothing_had_happened(
 @pytest.mark.parametrize(
     "error",
     [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        torch.OutOfMemoryError("Allocation on device 0 would exceed allowed memory"),
         RuntimeError("CUDA error: out of memory"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried to"),
-        MemoryError("no room"),
+        MemoryError(),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
     ],
@@ -197,7 +197,7 @@ def test_whatever_says_so_and_nothing_of_the_tick_stays_in_memory(
     monkeypatch.setattr(RDT, "forward", scarce)
     backend = EagerBackend(tiny_model) if kind is EagerBackend else LookaheadBackend(tiny_model, 64, 8)
     job = Job([2, 4, 3], [False, True, False], 3, 0.0, "gate")
-    with pytest.raises(OutOfMemory, match=re.escape(str(error))) as found:
+    with pytest.raises(OutOfMemory, match=re.escape(str(error)) or "out of memory") as found:
         backend.run(Plan((Admission(1, job, 3),), live=(1,)))
     assert found.value.__context__ is None
     error.__traceback__ = None  # this test holds the error, which a backend does not

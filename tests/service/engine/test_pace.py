@@ -17,8 +17,8 @@ def test_nothing_known_and_nothing_to_do_take_no_time() -> None:
     assert pace.expected(100) == 0.0
     pace.took(0, 5.0)
     assert pace.expected(100) == 0.0
-    pace.took(100, 1.0)
-    assert pace.expected(0) == 0.0
+    pace.took(1, 1.0)
+    assert [pace.expected(amount) for amount in (0, 1)] == [0.0, 1.0]
 
 
 @pytest.mark.parametrize(

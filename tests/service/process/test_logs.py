@@ -93,6 +93,11 @@ def test_a_traceback_cannot_pass_for_a_line() -> None:
     assert len(JsonLines().format(raised(FORGED)).splitlines()) == 1
 
 
+def test_a_stack_that_was_asked_for_is_told() -> None:
+    entry = json.loads(JsonLines().format(record("so", stack_info="Stack:\n  here")))
+    assert entry["exception"] == "Stack:\n  here"
+
+
 def test_why_a_program_ends_is_a_line_like_others_only_among_json(capsys: pytest.CaptureFixture[str]) -> None:
     root, out = logging.getLogger(), StringIO()
     for formatter in (TextLines(), JsonLines()):
@@ -202,6 +207,7 @@ async def test_a_line_for_every_http_request(observed: Service, log: Log) -> Non
         ("GET", "/v2/models/{name}", 404, "not_found"),
         ("POST", "/denoise", 500, "internal"),
     ]
+    assert "trace_id" not in lines[0], "nothing is traced"
     ids = [line["request_id"] for line in lines]
     assert (ids[0], ids[1], ids[5]) == ("one", "two", "five")
     assert re.fullmatch(r"POST /denoise: 200 ok after [\d.]+ ms", str(lines[0]["message"]))

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
-def asked_to_end(*numbers: signal.Signals) -> asyncio.Event:
-    """Set once the process has been sent one of these: SIGTERM and SIGINT unless told otherwise."""
+def asked_to_end() -> asyncio.Event:
+    """Set once the process has been sent SIGTERM or SIGINT."""
     stopped = asyncio.Event()
-    for number in numbers or (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     return stopped
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
-import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -36,12 +35,12 @@ def main() -> int:
 
 
 async def run(orders: Orders, settings: Settings) -> int:
-    # Imports come before the signal handler: until then, SIGTERM simply ends the process.
+    # Imports come before the signal handler: until then, a signal simply ends the process.
     if orders.role == "worker":
         from service.workers import worker  # noqa: PLC0415
     else:
         from service.workers import engine  # noqa: PLC0415
-    stopped = asked_to_end(signal.SIGTERM)
+    stopped = asked_to_end()
     start_pulse()
     orphaned, path = end_with_parent(stopped), Path(orders.socket)
     if orders.role == "worker":

@@ -13,9 +13,21 @@ from service.process import signals
 
 @pytest.fixture(autouse=True)
 def as_before() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)}
     yield
-    signal.signal(signal.SIGHUP, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_who_is_asked_to_end_is_told(number: signal.Signals) -> None:
+    signal.signal(number, signal.SIG_IGN)
+    stopped = signals.asked_to_end()
+    signal.raise_signal(number)
+    async with asyncio.timeout(5):
+        await stopped.wait()
+    for each in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().remove_signal_handler(each)
 
 
 async def test_a_hangup_that_comes_too_early_waits() -> None:

@@ -25,7 +25,7 @@ def halt_reason(
 
     `all_settled` is always false with `gate`: there, nothing is decoded before the end.
     """
-    if level < threshold and not (all_settled and step == max_steps):
+    if level < threshold and not all_settled:
         return "gate"
     if step >= max_steps:
         return "max_steps"

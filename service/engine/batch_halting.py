@@ -60,10 +60,10 @@ def reasons_of(
     level: Tensor, threshold: Tensor, last: Tensor, late: Tensor, all_settled: Tensor | None = None
 ) -> Tensor:
     """`rdt_core.halting.halt_reason` for all sequences at once: codes `(N,)`, indices into `REASONS`."""
-    below = level.double() < threshold
+    below = level < threshold
     code = torch.where(late, DEADLINE, GO_ON)
     if all_settled is not None:
-        below &= ~(all_settled & last)
+        below &= ~all_settled
         code = torch.where(all_settled, GATE, code)
     code = torch.where(last, MAX_STEPS, code)
     return torch.where(below, GATE, code)

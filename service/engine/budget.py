@@ -50,5 +50,5 @@ class TickBudget:
 
     def grow(self, now: float) -> None:
         """Double the budget if the last shortage was long enough ago."""
-        if self.tokens < self._full and now - self._short_at >= GROWING_SECONDS:
+        if now - self._short_at >= GROWING_SECONDS:
             self.tokens, self._short_at = min(self._full, 2 * self.tokens), now

@@ -34,7 +34,7 @@ def random_job(rng: random.Random, vocab_size: int) -> Job:
         max_steps=rng.randint(1, 10),
         threshold=rng.choice([0.0, 0.05, 0.2, 0.3, 0.5, 2.0]),
         halting=rng.choice(["gate", "settle"]),
-        top_k=rng.choice([0, 3]),
+        top_k=rng.choice([0, 2, 3]),
         decode_all=rng.random() < 0.2,
         stream=rng.random() < 0.2,
     )

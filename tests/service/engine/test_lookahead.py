@@ -351,6 +351,12 @@ def test_sizes_have_room_for_the_budget_and_the_batch() -> None:
     assert sizes_up_to(16_384, 512)[-1] == Size(16_384, 513), "attention looks at every slot, taken or not"
 
 
+@pytest.mark.parametrize("lengths", [[65], [4] * 9], ids=["rows", "slots"])
+def test_a_bucket_has_room_for_every_row_and_a_slot_for_every_sequence(tiny_model: RDT, lengths: list[int]) -> None:
+    """And one for the dead rows: 64 rows have 9 slots."""
+    assert LookaheadBackend(tiny_model, 200, 30)._fitting(lengths) == Size(96, 13)
+
+
 @pytest.mark.parametrize("changes", [{"stream": True}, {"halting": "settle"}])
 def test_what_is_read_after_every_pass_is_not_computed_twice(tiny_model: RDT, changes: dict[str, Any]) -> None:
     backend, scheduler = backend_of(tiny_model), Scheduler(LIMITS)

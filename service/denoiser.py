@@ -169,7 +169,7 @@ class Denoiser:
         """Every pass as it is made, and the answer last. Raises as `denoise` does; closing it frees the engine."""
         with self._metrics.request(transport), self.engine.reserve() as place:
             work = await self._prepare(request, seconds_left, stream=True)
-            draft = Draft(work.encoding, self.tokenizer, rewrite=work.job.decode_all)
+            draft = Draft(work.encoding, self.tokenizer)
             async with aclosing(follow(self.engine, work.job, place, work.timeline, cut_at)) as readings:
                 step = 0
                 async for reading in readings:
@@ -210,7 +210,7 @@ class Denoiser:
         self._metrics.answered(result, n_masked=sum(work.encoding.masked))
         if work.timeline is not None:
             work.timeline.answered(work.job, result, self.card.label)
-        written = write_back(work.encoding, result, self.tokenizer, rewrite=work.job.decode_all)
+        written = write_back(work.encoding, result, self.tokenizer)
         trace = [TracePoint(step=step, level=level) for step, level in enumerate(result.levels, start=1)]
         return DenoiseAnswer(
             text=written.text,

@@ -67,14 +67,14 @@ class WrittenText:
     restored: list[Restored]
 
 
-def write_back(encoding: Encoding, result: Result, tokenizer: Tokenizer, *, rewrite: bool = False) -> WrittenText:
+def write_back(encoding: Encoding, result: Result, tokenizer: Tokenizer) -> WrittenText:
     """Fill the masks, and leave every other character as it was sent.
 
-    With `rewrite`, visible tokens that the model reads differently are written over too, and the others of the same
+    Visible tokens that the model was asked for too, and reads differently, are written over, and the others of the same
     character with them.
     """
     place = {row: index for index, row in enumerate(result.rows)}
-    text, fills = _written(encoding, {row: result.tokens[row] for row in result.rows}, tokenizer, rewrite)
+    text, fills = _written(encoding, {row: result.tokens[row] for row in result.rows}, tokenizer)
     restored = []
     for row, start, end, piece in fills:
         index = place[row]
@@ -89,25 +89,22 @@ def write_back(encoding: Encoding, result: Result, tokenizer: Tokenizer, *, rewr
 class Draft:
     """The text of a stream: what a pass has fixed stays, and its guesses are replaced by those of the next pass."""
 
-    def __init__(self, encoding: Encoding, tokenizer: Tokenizer, *, rewrite: bool = False) -> None:
+    def __init__(self, encoding: Encoding, tokenizer: Tokenizer) -> None:
         self._encoding = encoding
         self._tokenizer = tokenizer
-        self._rewrite = rewrite
         self._fixed: dict[int, int] = {}  # row -> token
 
     def after(self, reading: Reading) -> str:
         """The text as it stands after one more pass."""
         self._fixed.update((choice.row, choice.token) for choice in reading.chosen)
         guesses = {choice.row: choice.token for choice in reading.guesses}
-        return _written(self._encoding, guesses | self._fixed, self._tokenizer, self._rewrite)[0]
+        return _written(self._encoding, guesses | self._fixed, self._tokenizer)[0]
 
 
-def _written(
-    encoding: Encoding, tokens: Mapping[int, int], tokenizer: Tokenizer, rewrite: bool
-) -> tuple[str, list[Fill]]:
-    """The tokens of some rows written into the text, over masks and, with `rewrite`, over what is read differently."""
+def _written(encoding: Encoding, tokens: Mapping[int, int], tokenizer: Tokenizer) -> tuple[str, list[Fill]]:
+    """The tokens of some rows written into the text, over masks and over what is read differently."""
     rows = {row for row in tokens if encoding.masked[row]}
-    if rewrite:
+    if len(tokens) > len(rows):  # some are visible
         rows |= encoding.with_sharers(row for row, token in tokens.items() if _is_reread(encoding, row, token))
     return fill(encoding, {row: tokenizer.piece(tokens[row]) for row in rows})
 

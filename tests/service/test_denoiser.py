@@ -119,10 +119,11 @@ async def test_trace_and_candidates(real: Service) -> None:
 async def test_server_side_masking_is_reproducible_and_shown(real: Service) -> None:
     text = "The quick brown fox jumps over the lazy dog."
     first, again = [await ask(real, text, mask_ratio=0.5, seed=3) for _ in range(2)]
-    other = await ask(real, text, mask_ratio=0.5, seed=4)
+    default, *others = [await ask(real, text, mask_ratio=0.5, seed=seed) for seed in (None, 0, 1)]
     assert first.corrupted_text is not None
     assert (first.corrupted_text, first.text) == (again.corrupted_text, again.text)
-    assert first.corrupted_text != other.corrupted_text
+    assert len({answer.corrupted_text for answer in (first, *others)}) == 3
+    assert default.corrupted_text == others[0].corrupted_text
     assert len(first.restored) == first.corrupted_text.count("[MASK]") == 6  # half of 11 tokens, rounded up
     check_kept(first.corrupted_text, first)
     by_hand = await ask(real, first.corrupted_text)

@@ -28,15 +28,15 @@ def test_of_a_character_that_is_several_tokens_none_is_lost(tokenizer: Tokenizer
     tokens[4] += 1
     shares = [0.5] * len(rows)
     result = Result(tokens, rows, shares, [1] * len(rows), [[]] * len(rows), 1, [0.1], "max_steps", 1)
-    written = write_back(encoding, result, tokenizer, rewrite=True)
+    written = write_back(encoding, result, tokenizer)
     assert normalize("NFC", written.text) == "the 학 fox"
     assert [written.text[r.start : r.end] for r in written.restored] == ["ᄒ", "ᅡ", "ᆨ"]
     reading = Reading(0.1, "max_steps", [Choice(row, tokens[row], 0.5, []) for row in rows], [])
-    assert Draft(encoding, tokenizer, rewrite=True).after(reading) == written.text
+    assert Draft(encoding, tokenizer).after(reading) == written.text
 
 
 def test_a_character_that_is_read_as_it_stands_stays_as_it_was_sent(tokenizer: Tokenizer) -> None:
     encoding = tokenizer.encode("the 한 fox")
     rows = list(range(len(encoding.ids)))
     reading = Reading(0.1, "max_steps", [Choice(row, encoding.ids[row], 0.5, []) for row in rows], [])
-    assert Draft(encoding, tokenizer, rewrite=True).after(reading) == "the 한 fox"
+    assert Draft(encoding, tokenizer).after(reading) == "the 한 fox"

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import re
-import socket
 import time
 from http import HTTPStatus
 
@@ -355,46 +354,3 @@ async def test_a_long_refused_request_gets_to_read_why(port: int) -> None:
         said = await everything(port, b"GET / HTTP/1.1\r\nx: " + b"y" * n_bytes + b"\r\n\r\n")
         assert statuses(said) == [431]
         assert b"the headers are longer than 65536 bytes" in said
-
-
-async def test_who_reads_nothing_is_left(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "READING_SECONDS", 0.1)
-    with socket.create_connection(("127.0.0.1", port)) as caller:
-        caller.setblocking(False)
-        asked = b"GET /openapi.json HTTP/1.1\r\nHost: rdt\r\n\r\n" * 50
-        gone = False
-        async with asyncio.timeout(10):
-            while not gone:
-                try:
-                    caller.send(asked)
-                except BlockingIOError:
-                    pass
-                except ConnectionError:
-                    gone = True
-                await asyncio.sleep(0.01)
-
-
-async def test_who_reads_late_and_then_goes_on_is_not_left(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    paused = asyncio.Event()
-    pause = protocol.Http.pause_writing
-    monkeypatch.setattr(protocol.Http, "pause_writing", lambda http: (pause(http), paused.set()))
-    monkeypatch.setattr(protocol, "READING_SECONDS", 0.3)
-    asked = b"GET /openapi.json HTTP/1.1\r\nHost: rdt\r\n\r\n"
-    async with asyncio.timeout(10):
-        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
-        n_asked = 0
-        while not paused.is_set():
-            writer.write(asked)
-            n_asked += 1
-            await asyncio.sleep(0.002)
-        n_answered = 0
-        while n_answered < n_asked:
-            head = await reader.readuntil(b"\r\n\r\n")
-            length = re.search(rb"content-length: (\d+)", head.lower())
-            assert length is not None
-            await reader.readexactly(int(length[1]))
-            n_answered += 1
-        await asyncio.sleep(0.5)
-        writer.write(asked)
-        assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 200")
-        writer.close()

@@ -1,0 +1,64 @@
+"""Callers who read what they are sent late, or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+
+import pytest
+
+from service.rest import protocol
+
+ASKED = b"GET /openapi.json HTTP/1.1\r\nHost: rdt\r\n\r\n"
+
+
+async def test_who_reads_nothing_is_left(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Meanwhile no more answers are made than one or two."""
+    held: list[int] = []
+    receive = protocol.Http.data_received
+
+    def received(http: protocol.Http, data: bytes) -> None:
+        receive(http, data)
+        held.append(http.transport.get_write_buffer_size())
+
+    monkeypatch.setattr(protocol.Http, "data_received", received)
+    monkeypatch.setattr(protocol, "READING_SECONDS", 0.1)
+    with socket.create_connection(("127.0.0.1", port)) as caller:
+        caller.setblocking(False)
+        gone = False
+        async with asyncio.timeout(10):
+            while not gone:
+                try:
+                    caller.send(ASKED * 50)
+                except BlockingIOError:
+                    pass
+                except ConnectionError:
+                    gone = True
+                await asyncio.sleep(0.01)
+    assert 0 < max(held) < 200_000, "64 KiB, and the answer that was one too many"
+
+
+async def test_who_reads_late_and_then_goes_on_is_not_left(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    paused = asyncio.Event()
+    pause = protocol.Http.pause_writing
+    monkeypatch.setattr(protocol.Http, "pause_writing", lambda http: (pause(http), paused.set()))
+    monkeypatch.setattr(protocol, "READING_SECONDS", 0.3)
+    async with asyncio.timeout(10):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+        n_asked = 0
+        while not paused.is_set():
+            writer.write(ASKED)
+            n_asked += 1
+            await asyncio.sleep(0.002)
+        n_answered = 0
+        while n_answered < n_asked:
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = re.search(rb"content-length: (\d+)", head.lower())
+            assert length is not None
+            await reader.readexactly(int(length[1]))
+            n_answered += 1
+        await asyncio.sleep(0.5)
+        writer.write(ASKED)
+        assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 200")
+        writer.close()

@@ -95,7 +95,7 @@ class Http(HttpToolsProtocol):
                 self.flow.pause_reading()
                 break
             data = self._read_body(data) if self._in_body else self._read_head(data)
-        if (self._head or self._in_body) and self._arrival_timer is None and not self._ignores_input:
+        if (self._head or self._in_body) and self._arrival_timer is None:
             self._arrival_timer = self.loop.call_later(ARRIVAL_SECONDS, self._arrival_timed_out)
 
     def _read_head(self, data: bytes) -> bytes:
@@ -137,7 +137,7 @@ class Http(HttpToolsProtocol):
             return rest
         self._n_since_body += len(data)
         self._parse(data)
-        if self._n_since_body > HEAD_BYTES and self._in_body and not self._ignores_input:
+        if self._n_since_body > HEAD_BYTES and self._in_body:
             self._refuse(431, f"the trailers are longer than {HEAD_BYTES} bytes")
         return b""
 

@@ -193,6 +193,28 @@ async def test_at_shutdown_a_request_that_is_still_arriving_is_told_so(
     assert [record for record in caplog.records if record.exc_info] == []
 
 
+@pytest.mark.parametrize("waits", [False, True], ids=["idle", "waiting for an answer"])
+async def test_at_shutdown_a_connection_ends_with_its_answer(
+    server: tuple[FrontEnd, int], service: Service, waits: bool
+) -> None:
+    front, port = server
+    service.engine.held = held = asyncio.Event()
+    async with asyncio.timeout(5):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(request(b""))
+        while service.engine.live == 0:
+            await asyncio.sleep(0.005)
+        if not waits:
+            held.set()
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
+        closing = asyncio.create_task(front.close())
+        await asyncio.sleep(0.2 * waits)  # the end is looked for ten times a second
+        held.set()
+        assert waits == (statuses(await reader.read()) == [200])
+        await closing
+    writer.close()
+
+
 @pytest.mark.usefixtures("impatient")
 async def test_a_shutdown_while_somebody_reads_why_changes_nothing(server: tuple[FrontEnd, int]) -> None:
     front, port = server

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import socket
 
@@ -40,14 +41,14 @@ async def test_who_reads_nothing_is_left(port: int, monkeypatch: pytest.MonkeyPa
 
 
 async def test_who_reads_late_and_then_goes_on_is_not_left(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    paused = asyncio.Event()
+    paused: list[protocol.Http] = []
     pause = protocol.Http.pause_writing
-    monkeypatch.setattr(protocol.Http, "pause_writing", lambda http: (pause(http), paused.set()))
+    monkeypatch.setattr(protocol.Http, "pause_writing", lambda http: (pause(http), paused.append(http)))
     monkeypatch.setattr(protocol, "READING_SECONDS", 0.3)
     async with asyncio.timeout(10):
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
         n_asked = 0
-        while not paused.is_set():
+        while not paused:
             writer.write(ASKED)
             n_asked += 1
             await asyncio.sleep(0.002)
@@ -61,4 +62,8 @@ async def test_who_reads_late_and_then_goes_on_is_not_left(port: int, monkeypatc
         await asyncio.sleep(0.5)
         writer.write(ASKED)
         assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 200")
+        monkeypatch.setattr(protocol, "READING_SECONDS", 0.05)
+        paused[0].pause_writing()  # who then reads nothing is left
+        with contextlib.suppress(ConnectionError):
+            await reader.read()
         writer.close()

@@ -54,7 +54,7 @@ class OtelTracer:
         self, call: Call, name: str, attributes: Mapping[str, str], headers: Mapping[str, str]
     ) -> Iterator[trace.Span]:
         sent = {name: headers.get(name, "") for name in CONTEXT_HEADERS}
-        parent = self._context.extract({k: v for k, v in sent.items() if 0 < len(v) <= MAX_CONTEXT_CHARACTERS})
+        parent = self._context.extract({k: v for k, v in sent.items() if len(v) <= MAX_CONTEXT_CHARACTERS})
         span = self._tracer.start_span(
             name, parent, trace.SpanKind.SERVER, {**attributes, "rdt.request_id": call.id}, record_exception=False
         )

@@ -86,6 +86,13 @@ def test_an_endpoint_without_the_extra_names_it(monkeypatch: pytest.MonkeyPatch)
         open_tracer("http://127.0.0.1:4317")
 
 
+def test_another_module_that_is_missing_is_not_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "service.version", None)
+    monkeypatch.delitem(sys.modules, "service.tracing.otel", raising=False)
+    with pytest.raises(ModuleNotFoundError, match="service"):
+        open_tracer("http://127.0.0.1:4317")
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

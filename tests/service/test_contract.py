@@ -242,16 +242,23 @@ async def test_a_bad_request(
 
 
 @pytest.mark.parametrize("error", ENGINE_ERRORS, ids=lambda error: type(error).__name__)
-async def test_an_error_of_the_engine(service: Service, callers: tuple[Rest, Rpc], error: Exception) -> None:
+async def test_an_error_of_the_engine(
+    service: Service, callers: tuple[Rest, Rpc], error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log has what a caller is not told."""
     service.engine.error = error
     failure = await both(callers, lambda caller: caller.one({"text": "a"}))
     assert failure.code == getattr(error, "code", "internal")
     assert "secret" not in failure.message
+    caplog.clear()
     assert await both(callers, lambda caller: caller.batch({"items": [{"text": "a"}] * 2})) == [failure] * 2
+    assert caplog.text.count("RuntimeError: a secret") == (4 if isinstance(error, RuntimeError) else 0)
     assert await both(callers, lambda caller: caller.stream({"text": "a"})) == [failure]
+    caplog.clear()
     service.engine.error_after_pass = 1
     first, end = await both(callers, lambda caller: caller.stream({"text": "a"}))
     assert (first["step"], end) == (1, failure)
+    assert caplog.text.count("RuntimeError: a secret") == (2 if isinstance(error, RuntimeError) else 0)
 
 
 async def test_shared_options_and_items_that_override_them(service: Service, callers: tuple[Rest, Rpc]) -> None:

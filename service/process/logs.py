@@ -32,10 +32,12 @@ def configure(level: str, form: Format) -> None:
 
 
 def _worth_a_line(record: logging.LogRecord) -> bool:
-    """False for two kinds of gRPC's records: of metadata that is not UTF-8, which it quotes in full, even a caller's
-    key; and of an answer that could not be sent, which only says that a caller has left.
+    """False for three kinds of gRPC's records: of metadata that is not UTF-8, which it quotes in full, even a caller's
+    key; of an answer that could not be sent, which only says that a caller has left; and of its event loop, at the
+    debug level with every call.
     """
-    return not str(record.msg).startswith(("Invalid encoding on", "ExecuteBatchError raised in core"))
+    unwanted = ("Invalid encoding on", "ExecuteBatchError raised in core", "[_cygrpc] Loaded running loop")
+    return not str(record.msg).startswith(unwanted)
 
 
 def complain(program: str, problem: object) -> None:

@@ -113,13 +113,14 @@ def test_why_a_program_ends_is_a_line_like_others_only_among_json(capsys: pytest
     assert (said["level"], said["logger"], said["message"]) == ("critical", "rdt-serve", "cannot start: no such file")
 
 
-def test_grpc_quotes_no_metadata_and_blames_nobody_for_a_caller_who_left() -> None:
+def test_grpc_quotes_no_metadata_blames_nobody_for_a_caller_who_left_and_adds_no_line_to_each_call() -> None:
     """grpcio logs metadata that is no text whole, and it may be a key in another encoding."""
     script = (
-        "import logging; from service.process import logs; logs.configure('info', 'json');"
+        "import logging; from service.process import logs; logs.configure('debug', 'json');"
         "log = logging.getLogger('grpc._cython.cygrpc');"
         "log.error('Invalid encoding on %s', b's\\xffcret');"
         "log.exception('ExecuteBatchError raised in core by servicer method [%s]', '/rdt.v1.Denoiser/Denoise');"
+        "log.debug('[_cygrpc] Loaded running loop: id(loop)=%s', 1);"
         "log.error('something else')"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -6,7 +6,8 @@ fitted to ticks of the real engine on this machine (`--model`) or given (`--cost
 (no mode)             traffic at a rate, or over a day, on any number of servers (of one replica each)
 --choose              the token budget and the queue's bounds that suit a machine
 --plan R --p99 S      how many servers of one replica (one core) answer R requests a second, 99 of 100 within S seconds
---check RESULT        a saved result of benchmarks.serve, measured beside simulated
+--check RESULT        a saved result of benchmarks.serve, measured beside simulated; ends with 1 if the pace, the
+                      rate or a p99 is more than 15 % off
 
 Flags that are not listed here are the server's (`--token-budget 1024`, `--max-waiting 256`, `--shed depth`).
 """

@@ -87,7 +87,7 @@ def test_a_file_system_that_does_not_answer_keeps_no_process(tiny_checkpoint: Pa
 
 
 def wait_for(process: subprocess.Popen[bytes], log: Path, words: str) -> None:
-    give_up = time.monotonic() + 30
+    give_up = time.monotonic() + 120
     while words not in log.read_text():
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < give_up, log.read_text()

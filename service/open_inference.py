@@ -41,7 +41,8 @@ BINARY = "binary_data_output"
 """The parameter that asks for all outputs in binary form; of a single output it is `binary_data`."""
 
 DATA = "inputs[0].data"
-MOST_DIMENSIONS, MOST_IN_ONE = 8, 2**31 - 1
+MOST_DIMENSIONS = 8
+LARGEST_DIMENSION = 2**31 - 1
 
 
 class InputTensor(BaseModel):
@@ -50,7 +51,7 @@ class InputTensor(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     name: Literal["text"]
-    shape: list[Annotated[int, Field(ge=0, le=MOST_IN_ONE)]] = Field(
+    shape: list[Annotated[int, Field(ge=0, le=LARGEST_DIMENSION)]] = Field(
         max_length=MOST_DIMENSIONS, description="As many as there are texts: `[2]`, or `[2, 1]`."
     )
     datatype: Literal["BYTES"]

@@ -18,15 +18,15 @@ from contextlib import aclosing
 from typing import Any
 
 import grpc
+from google.protobuf.descriptor import ServiceDescriptor
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import DeadlineExceeded, Internal, ResourceExhausted, ServiceError, Unavailable
 from service.pump import pumped
 from service.rest.errors import problem_response
-from service.rpc.convert import SERVICE
+from service.rpc.convert import DENOISER, INFERENCE
 from service.rpc.errors import status_of
-from service.rpc.pb import denoiser_pb2 as pb
 
 SECONDS_LEFT = "rdt-seconds-left"
 """Metadata that says how long the call has left: Serve's own context has no deadline."""
@@ -46,15 +46,19 @@ StreamCall = Callable[[bytes, Any], AsyncIterator[bytes]]
 
 
 def add_denoiser(_servicer: object, server: Any) -> None:
-    """Adds the service to Serve's gRPC server, which replaces the handlers by calls to its replicas."""
-    methods = pb.DESCRIPTOR.services_by_name["Denoiser"].methods
+    """Adds our services to Serve's gRPC server, which replaces the handlers by calls to its replicas."""
+    for service in (DENOISER, INFERENCE):
+        _add(service, server)
+
+
+def _add(service: ServiceDescriptor, server: Any) -> None:
     handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
         method.name: grpc.unary_stream_rpc_method_handler(_nothing)
         if method.server_streaming
         else grpc.unary_unary_rpc_method_handler(_nothing)
-        for method in methods
+        for method in service.methods
     }
-    handler: Any = grpc.method_handlers_generic_handler(SERVICE, handlers)
+    handler: Any = grpc.method_handlers_generic_handler(service.full_name, handlers)
     server.add_generic_rpc_handlers((handler,))
     handler._method_handlers = {
         name: serves._replace(unary_unary=unary(serves.unary_unary), unary_stream=stream(serves.unary_stream))

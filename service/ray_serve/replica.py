@@ -35,7 +35,7 @@ class EngineFailed(RuntimeError):
 
 
 class Replica:
-    """What Serve calls: its hooks, whose names are fixed, and the methods of the gRPC service.
+    """What Serve calls: its hooks, whose names are fixed, and the methods of the gRPC services.
 
     Serve ends a replica only when its requests are answered, so nothing has to be refused while it ends.
     """
@@ -111,3 +111,21 @@ class Replica:
 
     async def GetModel(self, message: bytes, grpc_context: ServeContext) -> Encoded:
         return await self._calls.unary("GetModel", message, grpc_context)
+
+    async def ServerLive(self, message: bytes, grpc_context: ServeContext) -> Encoded:
+        return await self._calls.unary("ServerLive", message, grpc_context)
+
+    async def ServerReady(self, message: bytes, grpc_context: ServeContext) -> Encoded:
+        return await self._calls.unary("ServerReady", message, grpc_context)
+
+    async def ModelReady(self, message: bytes, grpc_context: ServeContext) -> Encoded:
+        return await self._calls.unary("ModelReady", message, grpc_context)
+
+    async def ServerMetadata(self, message: bytes, grpc_context: ServeContext) -> Encoded:
+        return await self._calls.unary("ServerMetadata", message, grpc_context)
+
+    async def ModelMetadata(self, message: bytes, grpc_context: ServeContext) -> Encoded:
+        return await self._calls.unary("ModelMetadata", message, grpc_context)
+
+    async def ModelInfer(self, message: bytes, grpc_context: ServeContext) -> Encoded:
+        return await self._calls.unary("ModelInfer", message, grpc_context)

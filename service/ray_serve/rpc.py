@@ -19,13 +19,19 @@ from service.pump import pumped
 from service.ray_serve.proxy import SECONDS_LEFT
 from service.rpc.access import Door
 from service.rpc.calls import Calls
-from service.rpc.convert import SERVICE
+from service.rpc.convert import DENOISER, INFERENCE
 from service.rpc.denoise import DenoiserCalls
 from service.rpc.errors import Context
+from service.rpc.open_inference import InferenceCalls
 from service.tracing import NO_TRACER, Tracer
 
 Metadata = list[tuple[str, Any]]
 Answer = Callable[[bytes, Context], Awaitable[Any]]
+
+PATHS = {
+    call.name: f"/{service.full_name}/{call.name}" for service in (DENOISER, INFERENCE) for call in service.methods
+}
+"""Serve tells a replica the method alone."""
 
 
 class ServeContext(Protocol):
@@ -109,7 +115,8 @@ class ServeCalls:
         api_key: str | None = None,
         tracer: Tracer = NO_TRACER,
     ) -> None:
-        self._calls = DenoiserCalls(lifecycle, metrics, max_message_bytes).handler()
+        services = DenoiserCalls, InferenceCalls
+        self._handlers = [calls(lifecycle, metrics, max_message_bytes).handler() for calls in services]
         self._interceptors: list[grpc.aio.ServerInterceptor] = []
         if api_key is not None:
             self._interceptors.append(Door(ApiKey(api_key), metrics))
@@ -137,9 +144,10 @@ class ServeCalls:
         find: Any = self._find
         for interceptor in self._interceptors:
             find = partial(interceptor.intercept_service, find)
-        handler = await find(Details(f"/{SERVICE}/{method}", context.invocation_metadata()))
+        handler = await find(Details(PATHS[method], context.invocation_metadata()))
         answer: Answer = handler.unary_unary or handler.unary_stream or handler.stream_stream  # the last refuses
         return await answer(message, cast(Context, context))
 
     async def _find(self, details: Any) -> Any:
-        return self._calls.service(details)
+        found = (handler.service(details) for handler in self._handlers)
+        return next(handler for handler in found if handler is not None)

@@ -13,9 +13,9 @@ from service.rpc.pb import denoiser_pb2 as pb
 from service.rpc.pb import open_inference_pb2
 from service.schema import DenoiseAnswer, DenoisePass, ModelCard
 
-SERVICE = pb.DESCRIPTOR.services_by_name["Denoiser"].full_name
-INFERENCE_SERVICE = open_inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
-SERVICES = (SERVICE, INFERENCE_SERVICE)
+DENOISER = pb.DESCRIPTOR.services_by_name["Denoiser"]
+INFERENCE = open_inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
+SERVICES = SERVICE, INFERENCE_SERVICE = DENOISER.full_name, INFERENCE.full_name
 """Those that restore texts."""
 
 Parsed = TypeVar("Parsed", bound=Message)

@@ -26,7 +26,9 @@ from google.protobuf.message import Message
 from grpc_status import rpc_status
 
 from rdt_core import checkpoint
+from service.rpc.convert import INFERENCE_SERVICE
 from service.rpc.pb import denoiser_pb2 as pb
+from service.rpc.pb import open_inference_pb2 as oip
 from service.rpc.pb.denoiser_pb2_grpc import DenoiserStub
 from tests.e2e.ray_cluster import Cluster, cluster
 from tests.e2e.test_server import ROOT, answer_before_the_deadline, server, wait_for_grpc, wait_until_ready
@@ -89,9 +91,7 @@ def stub(running: Cluster) -> Iterator[DenoiserStub]:
         yield DenoiserStub(channel)
 
 
-def test_rest_and_grpc_answer_as_a_single_server_does(
-    running: Cluster, stub: DenoiserStub, tiny_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_rest_and_grpc_answer_as_a_single_server_does(running: Cluster, tiny_checkpoint: Path, tmp_path: Path) -> None:
     texts = ["The Quick [MASK]  fox", "[MASK] [MASK]", "no masks at all"]
     tensor = {"name": "text", "shape": [len(texts)], "datatype": "BYTES", "data": texts}
     requests: list[tuple[str, Any]] = [
@@ -114,8 +114,11 @@ def test_rest_and_grpc_answer_as_a_single_server_does(
                 assert many.headers.get(name) == alone.headers.get(name)
             assert len(many.headers.get_list("x-request-id")) == 1
         assert httpx.get(f"{running.url}/model").json() == httpx.get(f"{single.url}/model").json()
-        with grpc.insecure_channel(wait_for_grpc(single)) as channel:
-            for alone_call, many_call in zip(calls(DenoiserStub(channel)), calls(stub), strict=True):
+        with (
+            grpc.insecure_channel(wait_for_grpc(single)) as to_single,
+            grpc.insecure_channel(running.address) as to_many,
+        ):
+            for alone_call, many_call in zip(calls(to_single), calls(to_many), strict=True):
                 assert ended(many_call) == ended(alone_call)
     assert_both_are_visible(running)
 
@@ -140,8 +143,8 @@ def assert_both_are_visible(running: Cluster) -> None:
     def answered() -> dict[str, float] | None:
         found = re.findall(r'^rdt_request_duration_seconds_count\{replica="(\w+)"\} (\S+)', running.metrics(), re.M)
         counts = {name: float(count) for name, count in found}
-        # Eight answers by REST and three by gRPC, of which the texts of a batch are some.
-        return counts if set(counts) == names and sum(counts.values()) == 11 else None
+        # Eight answers by REST and five by gRPC, of which the texts of a batch are some.
+        return counts if set(counts) == names and sum(counts.values()) == 13 else None
 
     running.wait_for(answered, seconds=30)
 
@@ -151,8 +154,17 @@ def comparable(text: str) -> str:
     return re.sub(r'"timing_ms": ?\{.*?\}|"request_id": ?"[^"]*"', "", text)
 
 
-def calls(stub: DenoiserStub) -> list[Callable[[], Any]]:
+def calls(channel: grpc.Channel) -> list[Callable[[], Any]]:
+    stub = DenoiserStub(channel)
     fox, bad = pb.DenoiseRequest(text="the [MASK] fox", top_k=1), pb.DenoiseRequest(text="a", max_steps=0)
+    outputs = [oip.ModelInferRequest.InferRequestedOutputTensor(name=name) for name in ("text", "level")]
+    foxes = oip.ModelInferRequest(model_name="tiny", outputs=outputs)
+    foxes.inputs.add(name="text", datatype="BYTES", shape=[2]).contents.bytes_contents.extend([b"the [MASK]", b"fox"])
+
+    def inference(method: str, request: Message) -> Callable[[], Any]:
+        answer = getattr(oip, f"{method}Response").FromString
+        return lambda: channel.unary_unary(f"/{INFERENCE_SERVICE}/{method}", None, answer)(request.SerializeToString())
+
     return [
         lambda: stub.Denoise(fox),
         lambda: stub.Denoise(bad),
@@ -161,6 +173,13 @@ def calls(stub: DenoiserStub) -> list[Callable[[], Any]]:
         lambda: list(stub.DenoiseStream(fox)),
         lambda: list(stub.DenoiseStream(bad)),
         lambda: stub.GetModel(pb.GetModelRequest()),
+        inference("ServerLive", oip.ServerLiveRequest()),
+        inference("ServerReady", oip.ServerReadyRequest()),
+        inference("ModelReady", oip.ModelReadyRequest(name="tiny")),
+        inference("ServerMetadata", oip.ServerMetadataRequest()),
+        inference("ModelMetadata", oip.ModelMetadataRequest(name="tiny")),
+        inference("ModelInfer", foxes),
+        inference("ModelInfer", oip.ModelInferRequest(model_name="other")),
     ]
 
 

@@ -16,8 +16,10 @@ import pytest
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
 from google.rpc.status_pb2 import Status
 
+from service.rpc.convert import DENOISER, INFERENCE
 from service.rpc.errors import status_of
 from service.rpc.pb import denoiser_pb2 as pb
+from service.rpc.pb import open_inference_pb2 as oip
 from tests.fakes import MAX_BODY_BYTES, Service
 
 pytest.importorskip("ray")
@@ -27,6 +29,7 @@ with warnings.catch_warnings():
 
     from service.ray_serve import proxy
     from service.ray_serve.edge import Edge
+    from service.ray_serve.replica import Replica
     from service.ray_serve.rpc import ServeCalls
 
 KEY = "sesame"
@@ -92,6 +95,36 @@ async def test_answers_and_passes(service: Service) -> None:
     answered = await calls.unary("DenoiseBatch", batch, FakeServeContext())
     assert pb.DenoiseBatchResponse.FromString(answered.SerializeToString()).results[0].HasField("answer")
     assert service.sample("rdt_requests_total", transport="grpc", outcome="ok") == 3
+
+
+async def test_the_open_inference_protocol_is_there_too(service: Service) -> None:
+    """Every call answers as on a single server; of `ModelInfer` what it refuses, since answers have times."""
+    calls = calls_of(service)
+    requests = {
+        "ServerLive": b"", "ServerReady": b"", "ServerMetadata": b"", "ModelReady": oip.ModelReadyRequest(name="tiny"),
+        "ModelMetadata": oip.ModelMetadataRequest(name="tiny"), "ModelInfer": oip.ModelInferRequest(model_name="other"),
+    }  # fmt: skip
+    assert set(requests) == {call.name for call in INFERENCE.methods}
+    async with service.channel() as channel:
+        for method, request in requests.items():
+            message = request if isinstance(request, bytes) else request.SerializeToString()
+            context = FakeServeContext(x_request_id="mine")
+            answer = (await calls.unary(method, message, context)).SerializeToString()
+            call = channel.unary_unary(f"/{INFERENCE.full_name}/{method}")(
+                message, metadata=(("x-request-id", "mine"),)
+            )
+            if method == "ModelInfer":
+                assert (context.code, context.details) == (await call.code(), await call.details())
+                assert context.code == grpc.StatusCode.NOT_FOUND
+            else:
+                assert answer == await call
+                assert answer
+
+
+def test_a_replica_has_every_call() -> None:
+    for described in (DENOISER, INFERENCE):
+        for call in described.methods:
+            assert callable(getattr(Replica, call.name)), call.full_name
 
 
 async def test_a_stream_that_fails_ends_with_an_empty_message_and_a_status(service: Service) -> None:
@@ -189,17 +222,20 @@ class FakeProxyServer:
 
     def __init__(self, call: Callable[[bytes, Any], Any]) -> None:
         self._call = call
-        self.handler: Any = None
+        self._handlers: list[Any] = []
 
     def add_generic_rpc_handlers(self, handlers: tuple[Any, ...]) -> None:
-        (self.handler,) = handlers
-        self.handler._method_handlers = {
+        (added,) = handlers
+        self._handlers.append(added)
+        added._method_handlers = {
             name: handler._replace(unary_unary=self._call, unary_stream=self._call)
-            for name, handler in self.handler._method_handlers.items()
+            for name, handler in added._method_handlers.items()
         }
 
-    def find(self, method: str) -> Any:
-        return self.handler.service(SimpleNamespace(method=f"/rdt.v1.Denoiser/{method}"))
+    def find(self, method: str, service: str = DENOISER.full_name) -> Any:
+        found = [handler.service(SimpleNamespace(method=f"/{service}/{method}")) for handler in self._handlers]
+        (handler,) = [handler for handler in found if handler is not None]
+        return handler
 
 
 async def test_a_deadline_travels_on_as_metadata_and_cannot_be_forged() -> None:
@@ -218,6 +254,8 @@ async def test_a_deadline_travels_on_as_metadata_and_cannot_be_forged() -> None:
     assert seen == [{"a": "b", proxy.SECONDS_LEFT: "1.500000"}, {}]
     assert server.find("DenoiseStream").response_streaming
     assert not server.find("GetModel").response_streaming
+    assert await server.find("ModelInfer", INFERENCE.full_name).unary_unary(b"", FakeProxyContext(2)) == b"answer"
+    assert seen[2:] == [{proxy.SECONDS_LEFT: "2.000000"}]
 
 
 async def test_an_empty_message_stays_at_the_proxy() -> None:

@@ -18,7 +18,6 @@ from contextlib import aclosing
 from typing import Any
 
 import grpc
-from google.protobuf.descriptor import ServiceDescriptor
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -48,22 +47,18 @@ StreamCall = Callable[[bytes, Any], AsyncIterator[bytes]]
 def add_denoiser(_servicer: object, server: Any) -> None:
     """Adds our services to Serve's gRPC server, which replaces the handlers by calls to its replicas."""
     for service in (DENOISER, INFERENCE):
-        _add(service, server)
-
-
-def _add(service: ServiceDescriptor, server: Any) -> None:
-    handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
-        method.name: grpc.unary_stream_rpc_method_handler(_nothing)
-        if method.server_streaming
-        else grpc.unary_unary_rpc_method_handler(_nothing)
-        for method in service.methods
-    }
-    handler: Any = grpc.method_handlers_generic_handler(service.full_name, handlers)
-    server.add_generic_rpc_handlers((handler,))
-    handler._method_handlers = {
-        name: serves._replace(unary_unary=unary(serves.unary_unary), unary_stream=stream(serves.unary_stream))
-        for name, serves in handler._method_handlers.items()
-    }
+        handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
+            method.name: grpc.unary_stream_rpc_method_handler(_nothing)
+            if method.server_streaming
+            else grpc.unary_unary_rpc_method_handler(_nothing)
+            for method in service.methods
+        }
+        handler: Any = grpc.method_handlers_generic_handler(service.full_name, handlers)
+        server.add_generic_rpc_handlers((handler,))
+        handler._method_handlers = {
+            name: serves._replace(unary_unary=unary(serves.unary_unary), unary_stream=stream(serves.unary_stream))
+            for name, serves in handler._method_handlers.items()
+        }
 
 
 def unary(call: UnaryCall) -> UnaryCall:

@@ -3,8 +3,8 @@
 Two ways to spend passes. With `gate`, the hidden state is refined until the sequence's level is below the threshold,
 then every masked row is decoded once. With `settle`, text comes back gradually: after each pass the rows whose token
 level is below the threshold are decoded and become visible to the next pass. At least as many are decoded as keep the
-pace to `max_steps`, the surest first. Of two neighbours the surer goes first (compare Luxembourg et al., 2025, "Plan
-for Speed: Dilated Scheduling for Masked Diffusion Language Models").
+pace to `max_steps`, few at first and ever more, the surest first. Of two neighbours the surer goes first (compare
+Luxembourg et al., 2025, "Plan for Speed: Dilated Scheduling for Masked Diffusion Language Models").
 """
 
 from __future__ import annotations
@@ -35,11 +35,13 @@ def halt_reason(
 
 
 def due(n_masked: Count, step: Count, max_steps: Count) -> Count:
-    """How many of `n_masked` rows must be settled after `step` of `max_steps` passes: `ceil(n x step / max)`.
+    """How many of `n_masked` rows must be settled after `step` of `max_steps` passes.
 
-    Of one sequence, or as tensors of many.
+    Pass `k` has a share in proportion to `k`, so it is `ceil(n x step (step + 1) / (max (max + 1)))`: what is written
+    early is written with the least to go by (compare the cosine schedule of Chang et al., 2022, "MaskGIT: Masked
+    Generative Image Transformer", section 3.2). Of one sequence, or as int64 tensors of many.
     """
-    return -(-n_masked * step // max_steps)
+    return -(-n_masked * step * (step + 1) // (max_steps * (max_steps + 1)))
 
 
 def which_settle(token_level: Tensor, rows: Tensor, n_due: int, threshold: float) -> Tensor:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -11,12 +12,15 @@ from rdt_core.halting import due, halt_reason, settled_level, surest_apart, whic
 
 
 @given(st.integers(0, 600), st.integers(1, 40))
-def test_the_pace_is_even_monotone_and_ends_with_everything(n_masked: int, max_steps: int) -> None:
+def test_the_share_of_a_pass_grows_with_its_number_and_the_last_one_settles_the_rest(
+    n_masked: int, max_steps: int
+) -> None:
     pace = [due(n_masked, step, max_steps) for step in range(max_steps + 1)]
-    assert pace[0] == 0
-    assert pace[-1] == n_masked
-    assert pace == sorted(pace)
-    assert all(count == math.ceil(n_masked * step / max_steps - 1e-9) for step, count in enumerate(pace))
+    total = sum(range(max_steps + 1))
+    assert pace == [math.ceil(Fraction(n_masked * sum(range(step + 1)), total)) for step in range(max_steps + 1)]
+    assert (pace[0], pace[-1]) == (0, n_masked)
+    steps = torch.arange(max_steps + 1)
+    assert due(torch.tensor(n_masked), steps, torch.tensor(max_steps)).tolist() == pace
 
 
 @pytest.mark.parametrize(

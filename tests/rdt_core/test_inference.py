@@ -119,13 +119,19 @@ def test_threshold_zero_with_gate_runs_to_max_steps(build: Build) -> None:
     assert (found.steps, found.reason) == (7, "max_steps")
 
 
-@pytest.mark.parametrize(("max_steps", "steps", "reason"), [(3, 3, "max_steps"), (6, 6, "max_steps"), (7, 6, "gate")])
-def test_threshold_zero_with_settle_keeps_to_the_pace(build: Build, max_steps: int, steps: int, reason: str) -> None:
+@pytest.mark.parametrize(("max_steps", "fixed_at"), [(1, [1] * 6), (3, [1, 2, 2, 3, 3, 3]), (7, [1, 3, 4, 5, 6, 7])])
+def test_threshold_zero_with_settle_keeps_to_the_pace(build: Build, max_steps: int, fixed_at: list[int]) -> None:
     tokens, masked = sequence()
     assert masked.sum() == 6
     found = restore(build().eval(), tokens, masked, threshold=0, max_steps=max_steps, halting="settle")
-    assert (found.steps, found.reason) == (steps, reason)
-    assert sorted(found.fixed_at) == [step for step in range(1, 7) for _ in range(6 // steps)][:6]
+    assert (found.steps, found.reason) == (max_steps, "max_steps")
+    assert sorted(found.fixed_at) == fixed_at
+
+
+def test_a_single_gap_settles_after_its_first_pass(build: Build) -> None:
+    masked = torch.arange(12) == 5
+    found = restore(build().eval(), sequence()[0], masked, threshold=0, max_steps=7, halting="settle")
+    assert (found.steps, found.reason) == (1, "gate")
 
 
 @both_ways

@@ -68,10 +68,10 @@ def test_the_levels_of_the_reference_test_are_on_both_sides_of_its_thresholds(ev
 
 
 def test_settling_counts_passes_until_the_last_token_is_written(evaluation: Evaluation) -> None:
-    """9 masked tokens in 16 passes: the last is due after pass 15, and passes that settle nothing still run."""
+    """9 masked tokens in 16 passes: one in the first, and passes that settle nothing still run."""
     effort = evaluation.settling(0.5, 16).effort
     assert set(evaluation.masked(0.5).sum(1).tolist()) == {9}
-    assert set(effort.passes.tolist()) == {15}
+    assert set(effort.passes.tolist()) == {16}
     assert set(effort.decodes.tolist()) == {9}
     assert set(effort.rows.tolist()) == {9}
     asked = sum(9 - due(9, done, 16) for done in range(15))  # the level of every row still open, in each pass

@@ -102,7 +102,7 @@ def gate_jobs(tokens: Sequence[int], n: int, threshold: float, max_steps: int, s
 
 
 def settle_jobs(n: int, vocab_size: int, seed: int = 0) -> list[Job]:
-    """The requests of `mixed`, each settling evenly over its passes (a threshold of 0 leaves only what is due)."""
+    """The requests of `mixed`, each settling over its passes (with a threshold of 0, only what is due)."""
     return [replace(job, halting="settle") for job in make_jobs("mixed", n, vocab_size, seed)]
 
 

@@ -7,7 +7,7 @@ mask ratios are nested and the same for every model and every method. For every 
 - gate: every sequence stops when its level falls below a threshold;
 - table: a depth for each mask ratio, chosen on `--validation` text for a budget of mean passes;
 - unchanged: a sequence stops when at most this share of its best guesses changed in the last pass;
-- settle: masked tokens are written back at an even pace over a number of passes;
+- settle: masked tokens are written back at the pace of `rdt_core.halting.due` over a number of passes;
 - settle-gate: the same, and tokens whose own level is below a threshold are written at once;
 - mask-predict, ancestral, ancestral-greedy: decoders that run the model anew in every round, with
   `--round-depth` passes each.

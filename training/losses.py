@@ -75,7 +75,7 @@ class DeepRun(NamedTuple):
 
 @torch.no_grad()
 def deep_run(model: RDT, batch: Batch, packing: Packing, n_passes: int, settle: bool) -> DeepRun:
-    """`n_passes` over a batch; with `settle`, an even share of the surest rows becomes visible after each."""
+    """`n_passes` over a batch; with `settle`, more of the rows become visible after each, the surest first."""
     state = model.begin(batch.tokens, batch.masked, packing)
     rows = batch.masked.nonzero().squeeze(1)
     states: list[State] = []
@@ -99,7 +99,7 @@ def deep_run(model: RDT, batch: Batch, packing: Packing, n_passes: int, settle: 
 
 
 def surest(model: RDT, state: State, rows: Tensor, packing: Packing, *, step: int, n_passes: int) -> Tensor:
-    """Which of `rows` settle now, at an even pace: `rdt_core.halting.which_settle` for each sequence. `(M,)` bool."""
+    """Which of `rows` settle now, at the pace alone: `rdt_core.halting.which_settle` for each sequence. `(M,)` bool."""
     token_level = model.token_level(state.hidden, packing, rows)
     sequences = packing.sequence_ids[rows]
     settled = torch.zeros_like(rows, dtype=torch.bool)

@@ -147,7 +147,7 @@ class Evaluation:
     def settling(self, mask_ratio: float, n_passes: int, threshold: float = 0.0) -> Outcome:
         """Settle as the reference does with `halting="settle"`; each token is scored when it is written.
 
-        With threshold 0 an even share of the surest tokens settles after every pass, neighbours apart; above it,
+        With threshold 0 as many of the surest tokens settle as the pace asks for, neighbours apart; above it,
         also every token whose level is below the threshold, and all of them once the sequence's level is.
         """
         parts, efforts = [], []

@@ -207,7 +207,7 @@ def evaluate(
         if plan.thresholds:
             found.levels.extend(level_readings(deep.scores, deep.levels, deep.config, ratio))
         if settled and sure:
-            found.comparisons.extend(_sure_against_even(deep, sure, settled, judge.ground(ratio)))
+            found.comparisons.extend(_sure_against_pace(deep, sure, settled, judge.ground(ratio)))
         if scorer is not None:
             found.original_lm_bits[ratio] = judge.original_lm_bits(ratio)
     return found
@@ -250,7 +250,7 @@ def _gate_against_lookups(deep: Deep, held: Deep | None, ground: Ground) -> list
     )
 
 
-def _sure_against_even(deep: Deep, sure: list[Outcome], settled: list[Outcome], ground: Ground) -> list[Comparison]:
+def _sure_against_pace(deep: Deep, sure: list[Outcome], settled: list[Outcome], ground: Ground) -> list[Comparison]:
     rules = Rules.of(sure, deep.config, deep.length)
     lookups = {"settle": deep.settle_rules(settled)}
     return against_lookups("settle-gate", deep.plan.settle_thresholds, rules, lookups, ground=ground)

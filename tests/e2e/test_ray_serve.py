@@ -277,9 +277,7 @@ def test_taking_the_application_away_loses_nothing_that_was_accepted(running: Cl
     held = {**ENDLESS, "timeout_ms": 5000}
     with ThreadPoolExecutor(4) as threads:
         asked = [threads.submit(httpx.post, f"{running.url}/denoise", json=held, timeout=60) for _ in range(4)]
-        running.wait_for(
-            lambda: len(re.findall(r"^rdt_live_requests\{\S+ [1-9]", running.metrics(), re.M)) >= 2 or None
-        )
+        running.wait_for(lambda: _n_live(running) == 4 or None)
         running.config["applications"] = []
         running.deploy()
         assert [future.result().status_code for future in asked] == [200] * 4
@@ -335,3 +333,7 @@ def callers(
 def _idle(running: Cluster) -> bool:
     found = re.findall(r"^rdt_(?:live|waiting)_requests\{\S+ (\S+)", running.metrics(), re.M)
     return bool(found) and not any(map(float, found))
+
+
+def _n_live(running: Cluster) -> float:
+    return sum(map(float, re.findall(r"^rdt_live_requests\{\S+ (\S+)", running.metrics(), re.M)))

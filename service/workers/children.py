@@ -182,7 +182,11 @@ def end_with_parent(stopped: asyncio.Event) -> asyncio.Event:
     loop, pipe, orphaned = asyncio.get_running_loop(), sys.stdin.fileno(), asyncio.Event()
 
     def look() -> None:
-        if not os.read(pipe, 4096):
+        try:
+            heard = os.read(pipe, 4096)
+        except ConnectionResetError:  # the parent died with pulses unread
+            heard = b""
+        if not heard:
             loop.remove_reader(pipe)
             orphaned.set()
             stopped.set()

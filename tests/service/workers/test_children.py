@@ -8,12 +8,14 @@ import asyncio
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from service.process.loop import new_event_loop
 from service.settings import Settings
 from service.workers import children
 from service.workers.children import BAD_INPUT, Child, Orders
@@ -117,3 +119,20 @@ async def test_a_child_whose_supervisor_reads_nothing_goes_on(monkeypatch: pytes
     monkeypatch.setattr(Child, "_watch", reads_nothing)
     child = await born("await asyncio.sleep(2)", monkeypatch)
     assert await fate(child) == 0
+
+
+def test_a_child_ends_when_its_parent_dies_with_pulses_unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end then comes as a reset of the connection, after which uvloop never calls again."""
+
+    async def main() -> None:
+        children.start_pulse()
+        stopped = asyncio.Event()
+        orphaned = children.end_with_parent(stopped)
+        parents.close()
+        await asyncio.wait_for(stopped.wait(), 10)
+        assert orphaned.is_set()
+
+    parents, childs = socket.socketpair()
+    with parents, childs, asyncio.Runner(loop_factory=new_event_loop) as runner:
+        monkeypatch.setattr("sys.stdin", childs)
+        runner.run(main())

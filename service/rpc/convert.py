@@ -15,7 +15,8 @@ from service.schema import DenoiseAnswer, DenoisePass, ModelCard
 
 DENOISER = pb.DESCRIPTOR.services_by_name["Denoiser"]
 INFERENCE = open_inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
-SERVICES = SERVICE, INFERENCE_SERVICE = DENOISER.full_name, INFERENCE.full_name
+SERVICE, INFERENCE_SERVICE = DENOISER.full_name, INFERENCE.full_name
+SERVICES = (SERVICE, INFERENCE_SERVICE)
 """Those that restore texts."""
 
 Parsed = TypeVar("Parsed", bound=Message)

@@ -128,11 +128,11 @@ def test_a_child_ends_when_its_parent_dies_with_pulses_unread(monkeypatch: pytes
         children.start_pulse()
         stopped = asyncio.Event()
         orphaned = children.end_with_parent(stopped)
-        parents.close()
+        parents_end.close()
         await asyncio.wait_for(stopped.wait(), 10)
         assert orphaned.is_set()
 
-    parents, childs = socket.socketpair()
-    with parents, childs, asyncio.Runner(loop_factory=new_event_loop) as runner:
-        monkeypatch.setattr("sys.stdin", childs)
+    parents_end, childs_end = socket.socketpair()
+    with parents_end, childs_end, asyncio.Runner(loop_factory=new_event_loop) as runner:
+        monkeypatch.setattr("sys.stdin", childs_end)
         runner.run(main())

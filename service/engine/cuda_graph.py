@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Collection, Sequence
+from weakref import WeakSet
 
 import torch
 
@@ -27,6 +28,12 @@ _CAPTURING = threading.Lock()
 _FAILED: list[torch.cuda.CUDAGraph] = []
 """Graphs whose capture failed, kept for ever: torch's allocator (2.11) may go on using such a graph."""
 
+STREAMS = 32
+"""Of a card; torch hands out the same ones in turn."""
+
+_LIVING: WeakSet[CapturedPasses] = WeakSet()
+_CHOOSING = threading.Lock()  # a stream, by which ones the living have
+
 WARM_PASSES = 2
 """Before a capture: libraries choose their kernels and take their workspaces the first time, outside of a graph."""
 
@@ -42,7 +49,8 @@ def can_capture(model: RDT) -> bool:
 class CapturedPasses:
     """`Passes` by CUDA graphs; once a capture fails, by plain launches. One for each backend, since it holds addresses.
 
-    Raises `ValueError` for a model that it cannot capture: other attention would keep the lengths of one batch.
+    Raises `ValueError` for a model that it cannot capture: other attention would keep the lengths of one batch. And for
+    one more than its card has streams.
     """
 
     def __init__(self, model: RDT) -> None:
@@ -51,7 +59,9 @@ class CapturedPasses:
         self._model = model
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(model.device)  # torch's own may be of another card, the first to capture
+        with _CHOOSING:
+            self._stream = _free_stream(model.device)  # torch's own may be of another card, the first to capture
+            _LIVING.add(self)
         self._captures = True
         self._made: list[torch.cuda.CUDAGraph] = []  # failed ones too: deleting one frees the workspace of its stream
         self._plain: set[int] = set()  # sizes that there was memory to compute but not to capture
@@ -137,3 +147,14 @@ class CapturedPasses:
         """The same for all batches of the size: nothing of a layout but its slots is baked into a graph."""
         longest = min(size.n_rows, self._model.config.max_seq_len)
         return buffers.bucket(size, lengths=(longest,), longest_live=longest)
+
+
+def _free_stream(device: torch.device) -> torch.cuda.Stream:
+    """One that no other `CapturedPasses` has: where a graph goes, torch (2.13) frees the workspace of its stream, and
+    other graphs of that stream would write to it all the same.
+    """
+    taken = {passes._stream for passes in _LIVING}
+    free = next((one for one in (torch.cuda.Stream(device) for _ in range(STREAMS)) if one not in taken), None)
+    if free is None:
+        raise ValueError(f"{device} has {STREAMS} streams, all taken: want fewer replicas")
+    return free

@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 from types import SimpleNamespace
 from typing import Any, ClassVar
 from weakref import WeakSet
@@ -248,6 +249,24 @@ def test_no_memory_for_a_capture_is_no_reason_to_give_up_capturing(
     passes(buffers, passes._any_batch(buffers, sizes[1]))
     assert launched == [96], "there was memory for the pass itself, and it is not captured again in every tick"
     assert Recording.made == 3
+
+
+@pytest.mark.usefixtures("graphs_on_cpu")
+def test_passes_that_come_and_go_never_get_the_stream_of_those_that_serve(
+    tiny_model: RDT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch hands out a card's 32 streams in turn, and frees the workspace of a graph's stream when the graph goes."""
+    in_turn = cycle(range(32))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _device: next(in_turn))
+    serving = CapturedPasses(tiny_model)
+    for _ in range(40):  # as at reloads of a file that turns out to be unfit
+        assert CapturedPasses(tiny_model)._stream != serving._stream
+    side_by_side = [CapturedPasses(tiny_model) for _ in range(31)]
+    assert len({passes._stream for passes in (serving, *side_by_side)}) == 32
+    with pytest.raises(ValueError, match="cpu has 32 streams, all taken: want fewer replicas"):
+        CapturedPasses(tiny_model)
+    del side_by_side
+    CapturedPasses(tiny_model)
 
 
 @pytest.mark.usefixtures("graphs_on_cpu")

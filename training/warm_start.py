@@ -115,7 +115,11 @@ def _word_embeddings(folder: Path, tokenizer: Tokenizer, named: str) -> Tensor:
     from transformers import AutoModel  # noqa: PLC0415 - heavy, and only for a warm start
 
     try:
-        source = AutoModel.from_pretrained(folder, local_files_only=True)
+        source, report = AutoModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     except Exception as error:  # of many kinds: no weights, truncated ones, a model that nobody knows
         raise ConfigError(f"{named} is {str(folder)!r}: {one_line(error)[:300]}") from error
-    return source.get_input_embeddings().weight.detach().float()
+    table = source.get_input_embeddings().weight
+    lost = set(report["missing_keys"])  # these are random
+    if names := [name for name, weight in source.named_parameters() if weight is table and name in lost]:
+        raise ConfigError(f"{named} is {str(folder)!r}: it has no {names[0]}")
+    return table.detach().float()

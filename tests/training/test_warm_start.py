@@ -66,6 +66,19 @@ def test_a_folder_without_a_model_is_refused(model: RDT, tiny_tokenizer: Tokeniz
         warm_start(model, tmp_path, tiny_tokenizer)
 
 
+def test_a_folder_whose_weights_lack_the_table_is_refused(
+    model: RDT, tiny_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """`transformers` fills it with random numbers, as where a wrapper has changed the names of all weights."""
+    bert(tmp_path, tiny_tokenizer)
+    file = tmp_path / "model.safetensors"
+    safetensors: Any = pytest.importorskip("safetensors.torch")
+    weights = {f"wrapper.{name}": weight for name, weight in safetensors.load_file(file).items()}
+    safetensors.save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"training.init_from is .*: it has no embeddings\.word_embeddings\.weight"):
+        warm_start(model, tmp_path, tiny_tokenizer)
+
+
 def test_a_checkpoint_of_this_project_gives_everything(model: RDT, tiny_model: RDT, tiny_checkpoint: Path) -> None:
     saved = checkpoint.read(tiny_checkpoint)
     tokenizer = checkpoint.tokenizer_of(tiny_checkpoint, saved)

@@ -205,14 +205,20 @@ def tokenizer_of(path: str | Path, checkpoint: Checkpoint) -> Tokenizer:
         raise CheckpointError(path, f"tokenizer: {error}") from error
 
 
+def checked_name(name: object) -> str:
+    """What a model may be called. Raises `ValueError`."""
+    if not isinstance(name, str) or len(name) > NAME_CHARACTERS or not name.isprintable():
+        raise ValueError(f"name is {reprlib.repr(name)}: want at most {NAME_CHARACTERS} printable characters")
+    return name
+
+
 def _name(path: str | Path, config: Mapping[str, Any]) -> str:
     """What a model is called: what its configuration says, or else the folder it is in. Raises `CheckpointError`."""
     name = config.get("name") or Path(path).resolve().parent.name
-    if not isinstance(name, str) or len(name) > NAME_CHARACTERS or not name.isprintable():
-        raise CheckpointError(
-            path, f"its name is {reprlib.repr(name)}: want at most {NAME_CHARACTERS} printable characters"
-        )
-    return name
+    try:
+        return checked_name(name)
+    except ValueError as error:
+        raise CheckpointError(path, f"its {error}") from error
 
 
 def _described(path: str | Path, checkpoint: Checkpoint) -> tuple[RDT, Tokenizer]:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from rdt_core.checkpoint import checked_name
 from rdt_core.config import CHOICES
 from rdt_core.masking import SCHEDULES
 
@@ -260,6 +261,10 @@ def _check_names(config: TrainConfig) -> None:
     for key in LISTS_OF_NAMES:
         if (names := _get(config, key)) is not None and not all(name.strip() for name in names.split(",")):
             raise ConfigError(f"{key} is {names!r}: want a name, or several between commas")
+    try:
+        checked_name(config.name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _check_together(config: TrainConfig) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,12 @@ def test_a_value_out_of_its_range_is_refused(key: str, value: Any, wanted: str) 
 )
 def test_a_blank_name_is_refused(key: str, blank: str) -> None:
     assert refusal(key, blank).startswith(f"{key} is {blank!r}: want a name")
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "no-break\xa0space", "x" * 256])
+def test_a_name_that_no_checkpoint_may_have_is_refused(name: str) -> None:
+    assert re.fullmatch(r"name is '.*': want at most 255 printable characters", refusal("name", name))
+    assert parse_config({"name": "é" * 255}).name == "é" * 255
 
 
 @pytest.mark.parametrize("key", ["data.dataset_name", "data.validation_name"])

@@ -32,22 +32,25 @@ def validate(
     *,
     n_passes: int | None = None,
 ) -> Validation:
-    """After `n_passes`, by default `max_chain_length`. The same with any number of processes: each takes its share of
-    the batches.
+    """After `n_passes`, by default `max_chain_length`, over the batches that have a word to restore. The same with any
+    number of processes: each takes its share of the batches.
     """
     processes = processes or OneProcess()
     model.eval()
     section, device = config.training, model.device
     depth = n_passes or section.max_chain_length
-    sums = torch.zeros(4, dtype=torch.float64)
+    sums = torch.zeros(5, dtype=torch.float64)
     for index in share(range(1), config.output.eval_batches, processes):
         batch = batches[index].to(device)
         packing = batch.packing(device)
         rows = batch.masked.nonzero().squeeze(1)
+        if len(rows) == 0:
+            continue
         states = model.recursive_forward(batch.tokens, batch.masked, packing, depth, rows=rows)
         some = batch.first(section.gate_sequences)
         sums += torch.tensor(
             [
+                1.0,
                 reconstruction(model, states[-1].hidden, packing, rows, batch.targets).item(),
                 gate_losses(model, some, some.packing(device), section, settle=False).item(),
                 *(
@@ -56,7 +59,7 @@ def validate(
                 ),
             ]
         )
-    sums = processes.add_up(sums.to(device))
-    recon, gate, exact, exact_one = (sums / config.output.eval_batches).tolist()
+    n_batches, *of_all = processes.add_up(sums.to(device)).tolist()
+    recon, gate, exact, exact_one = (value / n_batches for value in of_all)
     total = section.loss_weight_recon * recon + section.loss_weight_gate * gate
     return Validation(total, recon, gate, exact, exact_one)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import cast
+
 import pytest
 import torch
 
@@ -55,6 +58,16 @@ def test_means_over_the_batches(trainer: Trainer, cpu: torch.device, n_passes: i
     assert found == pytest.approx((3.0 * recon + 0.25 * gate_loss, recon, gate_loss, exact, exact_one_pass), rel=1e-4)
     assert 0 < exact < 1
     assert gate_loss > 0
+
+
+def test_a_batch_without_a_word_to_mask_does_not_count(trainer: Trainer) -> None:
+    """As short stretches of text may be of which the tokenizer knows no word."""
+    model, batches, config = trainer.model, trainer.validation_batches, trainer.config
+    batch = batches[0]
+    empty = batch._replace(tokens=batch.targets, masked=torch.zeros_like(batch.masked))
+    one_batch = replace(config, output=replace(config.output, eval_batches=1))
+    found = validate(model, cast(Batches, [empty, batch, empty]), config)
+    assert found == pytest.approx(validate(model, batches, one_batch))
 
 
 def test_each_process_takes_its_share(trainer: Trainer) -> None:

@@ -59,7 +59,7 @@ def validate(
                 ),
             ]
         )
-    n_batches, *of_all = processes.add_up(sums.to(device)).tolist()
-    recon, gate, exact, exact_one = (value / n_batches for value in of_all)
+    sums = processes.add_up(sums.to(device))
+    recon, gate, exact, exact_one = (sums[1:] / sums[0]).tolist()
     total = section.loss_weight_recon * recon + section.loss_weight_gate * gate
     return Validation(total, recon, gate, exact, exact_one)

@@ -43,6 +43,7 @@ from training.evaluation.causal import Scorer, load_scorer
 from training.evaluation.restoring import Evaluation, cut_segments
 from training.evaluation.table import Evaluated, Plan, evaluate
 from training.files import make_folder, write_whole
+from training.optimise import average_note
 from training.options import check_batch_size, check_numbers, device_named, path_named
 from training.report import format_comparisons, format_levels, format_table, plot_lines, print_text
 from training.stopping import ends_quietly
@@ -59,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.output is not None:
             make_folder(options.output, "--output")
         loaded = _load(options)
+        if note := average_note(loaded.checkpoint):
+            print(f"rdt-evaluate: {options.checkpoint}{note}", file=sys.stderr)
         scorer = None if options.scorer is None else _scorer(options, loaded)
         if shared := _learned_from(loaded) & {path.name for path in named_files(options.text)}:
             print(f"rdt-evaluate: the model has learned from {', '.join(sorted(shared))}", file=sys.stderr)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 from dataclasses import replace
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from rdt_core import RDT, Tokenizer, flops
 from training.evaluate import main
@@ -73,6 +75,22 @@ def test_every_method_has_a_row_and_no_row_lacks_a_measure(evaluation: Evaluatio
         ("settle-gate", "settle", True)
     ]
     assert sum(one.best for one in found.comparisons if one.kind == "gate") == 1
+
+
+@pytest.mark.parametrize("with_tables", [True, False])
+def test_the_bar_counts_the_rows(
+    evaluation: Evaluation, validation: Evaluation, with_tables: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bars: list[tqdm[Any]] = []
+
+    def kept(*args: Any, **options: Any) -> tqdm[Any]:
+        bars.append(tqdm(*args, **options | {"disable": False, "file": io.StringIO()}))
+        return bars[-1]
+
+    monkeypatch.setattr(table, "tqdm", kept)
+    plan = replace(SMALL, mask_ratios=(0.3, 0.5), max_depth=4, thresholds=(0.1, 0.2, 0.3), ancestral=(2, 3))
+    found = evaluate(evaluation, plan, validation if with_tables else None)
+    assert bars[-1].total == bars[-1].n == len(found.rows)
 
 
 def test_the_table_is_chosen_on_validation_text_alone(
@@ -227,6 +245,19 @@ def test_the_command_computes_in_the_format_it_is_given(
     capsys.readouterr()
     assert bits["fp32"] != bits["bf16"]
     assert bits["fp32"] == pytest.approx(bits["bf16"], abs=0.05)
+
+
+def test_weights_that_their_average_has_not_replaced_are_told(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = torch.load(tiny_checkpoint, weights_only=True)
+    values["progress"] = {"average": [torch.zeros(2)], "averaged": False}
+    source, text = tmp_path / "source.pt", tmp_path / "text.txt"
+    torch.save(values, source)
+    text.write_text("the cat sat on the mat . " * 20)
+    assert main(brief(source, text, tmp_path)) == 0
+    note = f"rdt-evaluate: {source}, the weights as they stood and not their running average"
+    assert note in capsys.readouterr().err
 
 
 def test_what_was_found_is_printed_also_if_it_cannot_be_kept(

@@ -6,6 +6,7 @@ S: segments   P: passes   M: masked tokens   R: mask ratios
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -48,6 +49,12 @@ class Plan:
     mask_predict: Sequence[int] = (2, 4, 10)
     ancestral: Sequence[int] = (4, 10, 32)
     round_depth: int = 1
+
+    def n_rows(self, *, tables: bool) -> int:
+        """Of every mask ratio."""
+        read_off = self.max_depth + len(self.thresholds) + tables * len(self.budgets) + len(self.unchanged)
+        settling = len(self.settle_passes) + len(self.settle_thresholds)
+        return read_off + settling + len(self.mask_predict) + 2 * len(self.ancestral)
 
 
 @dataclass(frozen=True)
@@ -190,26 +197,26 @@ def evaluate(
         held = {ratio: Deep(validation, ratio, plan) for ratio in tqdm(ratios, desc="validation", disable=None)}
     tables = choose_tables(held, plan) if held else {}
     found = Evaluated([], [], tables)
-    for ratio in tqdm(ratios, desc="mask ratios", disable=None):
-        deep = Deep(evaluation, ratio, plan)
-        settled = [evaluation.settling(ratio, n_passes) for n_passes in plan.settle_passes]
-        sure = [evaluation.settling(ratio, plan.max_depth, threshold) for threshold in plan.settle_thresholds]
-        for point in [
-            *_read_off(deep, tables, ratio),
-            *(Point("settle", n, outcome) for n, outcome in zip(plan.settle_passes, settled, strict=True)),
-            *(Point("settle-gate", t, outcome) for t, outcome in zip(plan.settle_thresholds, sure, strict=True)),
-            *_rounds(evaluation, plan, ratio),
-        ]:
-            tallies = judge.tallies(ratio, point.outcome)
-            found.rows.append(judge.row(ratio, point, tallies))
-            found.tallies.append(tallies)
-        found.comparisons.extend(_gate_against_lookups(deep, held.get(ratio), judge.ground(ratio)))
-        if plan.thresholds:
-            found.levels.extend(level_readings(deep.scores, deep.levels, deep.config, ratio))
-        if settled and sure:
-            found.comparisons.extend(_sure_against_pace(deep, sure, settled, judge.ground(ratio)))
-        if scorer is not None:
-            found.original_lm_bits[ratio] = judge.original_lm_bits(ratio)
+    n_rows = len(ratios) * plan.n_rows(tables=bool(tables))
+    with tqdm(total=n_rows, desc="evaluation", unit="row", disable=None) as bar:
+        for ratio in ratios:
+            bar.set_postfix_str(f"mask ratio {ratio:g}")
+            deep = Deep(evaluation, ratio, plan)
+            outcomes: dict[str, list[Outcome]] = defaultdict(list)
+            for point in _points(evaluation, deep, tables, ratio):
+                tallies = judge.tallies(ratio, point.outcome)
+                found.rows.append(judge.row(ratio, point, tallies))
+                found.tallies.append(tallies)
+                outcomes[point.kind].append(point.outcome)
+                bar.update()
+            found.comparisons.extend(_gate_against_lookups(deep, held.get(ratio), judge.ground(ratio)))
+            if plan.thresholds:
+                found.levels.extend(level_readings(deep.scores, deep.levels, deep.config, ratio))
+            settled, sure = outcomes["settle"], outcomes["settle-gate"]
+            if settled and sure:
+                found.comparisons.extend(_sure_against_pace(deep, sure, settled, judge.ground(ratio)))
+            if scorer is not None:
+                found.original_lm_bits[ratio] = judge.original_lm_bits(ratio)
     return found
 
 
@@ -217,6 +224,16 @@ def choose_tables(held: dict[float, Deep], plan: Plan) -> dict[float, dict[float
     """For each budget of mean passes, the best depth at each mask ratio on validation text."""
     quality = [deep.quality for deep in held.values()]
     return {budget: dict(zip(held, best_depths(quality, budget), strict=True)) for budget in plan.budgets}
+
+
+def _points(evaluation: Evaluation, deep: Deep, tables: dict[float, dict[float, int]], ratio: float) -> Iterator[Point]:
+    """Every method, in the order of the rows."""
+    yield from _read_off(deep, tables, ratio)
+    for n_passes in deep.plan.settle_passes:
+        yield Point("settle", n_passes, evaluation.settling(ratio, n_passes))
+    for threshold in deep.plan.settle_thresholds:
+        yield Point("settle-gate", threshold, evaluation.settling(ratio, deep.plan.max_depth, threshold))
+    yield from _rounds(evaluation, deep.plan, ratio)
 
 
 def _read_off(deep: Deep, tables: dict[float, dict[float, int]], ratio: float) -> Iterator[Point]:

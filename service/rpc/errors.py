@@ -6,9 +6,12 @@ read; it costs two small packages of generated code.
 
 from __future__ import annotations
 
+import base64
 import logging
-from collections.abc import AsyncIterator
+import string
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from urllib.parse import quote
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
@@ -18,7 +21,7 @@ from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
 from service import calls
-from service.errors import Code, Internal, Refused, ServiceError
+from service.errors import Code, FieldProblem, Internal, Refused, ServiceError
 from service.rpc.convert import SERVICE
 
 log = logging.getLogger(__name__)
@@ -40,21 +43,45 @@ STATUS: dict[Code, grpc.StatusCode] = {
     "internal": grpc.StatusCode.INTERNAL,
 }
 
+STATUS_BYTES = 7_000
+"""Longest status, as it is sent. Clients take 8 KiB at the end of a call, all its headers together; what is longer they
+report as RESOURCE_EXHAUSTED, as if the queue were full.
+"""
+UNQUOTED = " " + string.punctuation.replace("%", "")
+"""What gRPC sends as it is in a message, beside letters and digits."""
+
 
 def status_of(error: ServiceError) -> grpc.Status:
-    """Code and message, and for programs: the neutral code, bad fields, and when to try again."""
+    """Code and message, and for programs: the neutral code, bad fields, and when to try again. Of very many bad fields
+    only as many as fit.
+    """
+    status = _status(error, error.message, error.problems)
+    for n_shown in range(len(error.problems) - 1, 0, -1):
+        if _n_bytes(status) <= STATUS_BYTES:
+            break
+        shown = error.problems[:n_shown]
+        status = _status(error, "; ".join(problem.message for problem in shown) + "; and more", shown)
+    return rpc_status.to_status(status)
+
+
+def _status(error: ServiceError, message: str, problems: Sequence[FieldProblem]) -> Status:
     details: list[Message] = [ErrorInfo(reason=error.code.upper(), domain=SERVICE)]
-    if error.problems:
+    if problems:
         violations = [
-            BadRequest.FieldViolation(field=problem.field, description=problem.message) for problem in error.problems
+            BadRequest.FieldViolation(field=problem.field, description=problem.message) for problem in problems
         ]
         details.append(BadRequest(field_violations=violations))
     if isinstance(error, Refused):
         details.append(RetryInfo(retry_delay=Duration(seconds=error.retry_seconds)))
-    status = Status(code=STATUS[error.code].value[0], message=error.message)
+    status = Status(code=STATUS[error.code].value[0], message=message)
     for detail in details:
         status.details.add().Pack(detail)
-    return rpc_status.to_status(status)
+    return status
+
+
+def _n_bytes(status: Status) -> int:
+    """The message once by itself, and once more in the details."""
+    return len(quote(status.message, safe=UNQUOTED)) + len(base64.b64encode(status.SerializeToString()))
 
 
 async def fail(context: Context, error: ServiceError) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import math
+from urllib.parse import quote
 
 import pytest
 from google.protobuf.message import Message
@@ -79,3 +81,18 @@ def test_a_grpc_status_tells_programs_what_is_wrong_and_when_to_try_again(
         retry = RetryInfo()
         details[1].Unpack(retry)
         assert retry.retry_delay.ToTimedelta().total_seconds() == seconds
+
+
+@pytest.mark.parametrize("name", ["x", "x" * 79, "é" * 79, "𝄞" * 79])
+def test_a_grpc_status_has_as_many_problems_as_clients_take(name: str) -> None:
+    error = InvalidArgument.of([FieldProblem.unknown(f"{index}{name}", 1, ["a", "b"]) for index in range(30)])
+    status = status_of(error)
+    packed = dict(status.trailing_metadata or ())["grpc-status-details-bin"]
+    assert len(base64.b64encode(packed)) + len(quote(status.details, safe=" ")) < 8000
+    told = Status.FromString(packed)
+    assert told.message == status.details, "or clients refuse it"
+    bad = BadRequest()
+    told.details[1].Unpack(bad)
+    messages = [violation.description for violation in bad.field_violations]
+    assert 1 <= len(messages) <= MAX_SHOWN_PROBLEMS
+    assert status.details.startswith("; ".join(messages) + "; and")

@@ -294,6 +294,17 @@ async def test_errors_over_grpc(channel: grpc.aio.Channel, service: Service) -> 
         await channel.unary_unary(f"/{INFERENCE_SERVICE}/ModelInfer")(b"\xff\xff")
 
 
+async def test_very_many_mistakes_over_grpc(channel: grpc.aio.Channel) -> None:
+    """Statuses travel as headers, of which clients take 8 KiB. They report more as if the queue were full."""
+    for name, n_names, n_told in (("x", 30, 10), ("x" * 79, 30, 5), ("𝄞" * 79, 9, 2)):
+        names = [f"{index}{name}" for index in range(n_names)]
+        request = infer_request(**dict.fromkeys(names, pb.InferParameter(int64_param=1)))
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await call(channel, "ModelInfer", request, pb.ModelInferResponse)
+        assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert str(error.value.details()).count("is not a field: want one of max_steps") >= n_told
+
+
 async def test_fractions_may_be_strings_over_grpc(channel: grpc.aio.Channel, service: Service) -> None:
     def value(text: str) -> pb.InferParameter:
         return pb.InferParameter(string_param=text)

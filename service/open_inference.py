@@ -252,9 +252,11 @@ def _problem(fault: Mapping[str, Any]) -> FieldProblem:
     """A fault that pydantic has found, in the words of all other problems."""
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"])[1:]
     names = [part for part in fault["loc"] if isinstance(part, str)]
-    if fault["type"] == "string_unicode":  # the name of a field, with lone surrogates
+    last = (0, *fault["loc"])[-1]
+    of_name = fault["type"] == "string_unicode" and isinstance(last, int)  # lone surrogates, and not in a value
+    if of_name:
         names, path = [*names, fault["input"]], f"{path}.{fault['input']}".removeprefix(".")
-    if fault["type"] in ("extra_forbidden", "string_unicode"):
+    if of_name or fault["type"] == "extra_forbidden":
         known = [key.rpartition(".")[2] for key in WANTED if key.split(".")[:-1] == names[:-1]]
         return FieldProblem.unknown(path, fault["input"], known)
     wanted = WANTED[".".join(names)]

@@ -116,6 +116,7 @@ def test_null_is_as_good_as_nothing(service: Service) -> None:
         (of(id=7), "id is 7: want a string"),
         (of(id="\ud800"), 'id is "\\\\ud800": want a string without lone surrogates'),
         ({"\ud800": 1}, "\\ud800 is not a field: want one of id, model_name"),
+        (of(outputs=[{"name": "\ud800"}]), 'outputs[0].name is "\\\\ud800": want one of text, steps'),
         ({"inputs": [{"\ud800": 1}]}, "inputs[0].\\ud800 is not a field: want one of name, shape"),
         (of(foo=1), "foo is not a field: want one of id, model_name, model_version, parameters, inputs, outputs"),
     ],

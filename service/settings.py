@@ -40,6 +40,13 @@ def _not_blank(name: object) -> object:
     return name
 
 
+def _encodable(host: str) -> str:
+    """Python's sockets raise a `TypeError` for a name that has no form in ASCII."""
+    if not host.isascii():
+        host.encode("idna")  # a UnicodeError is a ValueError
+    return host
+
+
 WORDS = {
     "checkpoint": "the name of a file",
     "device": "auto, cpu, cuda or cuda:N",
@@ -80,7 +87,7 @@ class Settings(BaseSettings):
         "last digit; the others are faster where the processor has instructions for them. auto: fp32 on a CPU, bf16 "
         "on CUDA, fp16 before Ampere.",
     )
-    host: Annotated[str, NotBlank] = Field(
+    host: Annotated[str, NotBlank, AfterValidator(_encodable)] = Field(
         "127.0.0.1",
         description="Address to listen on. The default serves this machine only; 0.0.0.0 serves whoever reaches the "
         "ports, so set RDT_API_KEY with it.",

@@ -69,6 +69,8 @@ def test_only_the_name_of_a_flag_is_rewritten() -> None:
         (["--log_level", "loud"], "log_level"),
         (["--host", ""], 'host (RDT_HOST) is "": want a name or an address'),
         (["--host", "  "], 'host (RDT_HOST) is "  ": want a name or an address'),
+        (["--host", "é..host"], 'host (RDT_HOST) is "é..host": want a name or an address'),
+        (["--host", "\udcff"], 'host (RDT_HOST) is "\\\\udcff": want a name or an address'),
         (["--checkpoint", ""], 'checkpoint (RDT_CHECKPOINT) is "": want the name of a file'),
         (["--checkpoint", "  "], 'checkpoint (RDT_CHECKPOINT) is "  ": want the name of a file'),
     ],

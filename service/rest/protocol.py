@@ -26,6 +26,10 @@ HEAD_BYTES = 65_536
 """Longest request line with headers, and longest trailers of a chunked body. uvicorn does not bound them."""
 MOST_HEADERS = 100
 """Headers of a request, and trailers. Each takes over 100 bytes of memory, however short it is."""
+UNREAD_BYTES = 65_536
+"""So much of what comes behind a request that waits for its turn is taken in. With more nothing is read until it is its
+turn, and if the caller hangs up, that is noticed only then.
+"""
 READING_SECONDS = 30.0
 """How long a caller may read nothing of what is sent to it."""
 PARTING_SECONDS = 1.0
@@ -92,7 +96,8 @@ class Http(HttpToolsProtocol):
         while data and not self._ignores_input:
             if self.pipeline:  # one request may wait behind the one being answered; further ones stay unread
                 self._unread = data
-                self.flow.pause_reading()
+                if len(data) > UNREAD_BYTES:
+                    self.flow.pause_reading()
                 break
             data = self._read_body(data) if self._in_body else self._read_head(data)
         if (self._head or self._in_body) and self._arrival_timer is None:
@@ -171,6 +176,8 @@ class Http(HttpToolsProtocol):
             shown = coding[:80].decode("ascii", "backslashreplace")
             raise BadHead(f"the transfer coding is {shown}: want chunked or none")
         super().on_headers_complete()
+        if self.pipeline:  # uvicorn has stopped reading, so that it would not notice a caller who hangs up
+            self.flow.resume_reading()
         self.cycle.transport = _Answering(self, self.cycle)  # type: ignore[assignment] # all that uvicorn uses
         headers = dict(self.headers)
         self.headers = []  # the parser adds trailers, which must not pass for headers

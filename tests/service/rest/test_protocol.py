@@ -358,13 +358,20 @@ async def test_chunks_in_any_letter_case(port: int) -> None:
     assert statuses(await everything(port, CHUNKED.replace(b"chunked", b"Chunked") + CHUNKS + b"\r\n")) == [200]
 
 
-async def test_who_hangs_up_with_a_request_behind_the_first_frees_the_engine(port: int, service: Service) -> None:
+@pytest.mark.parametrize("behind", [b"", request(b"")[:-9], request(b""), request(b"") * 9, CHUNKED + CHUNKS])
+@pytest.mark.parametrize("later", [False, True])
+async def test_who_hangs_up_with_a_request_behind_the_first_frees_the_engine(
+    port: int, service: Service, behind: bytes, later: bool
+) -> None:
     service.engine.held = asyncio.Event()
     _, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(request(b"") * 3)
+    writer.write(request(b"") + (b"" if later else behind))
     async with asyncio.timeout(5):
         while service.engine.live != 1:
             await asyncio.sleep(0.005)
+        if later:
+            writer.write(behind)
+            await asyncio.sleep(0.01)
         writer.close()
         while service.engine.live != 0:
             await asyncio.sleep(0.005)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import cast
 
@@ -68,6 +69,7 @@ def test_a_batch_without_a_word_to_mask_does_not_count(trainer: Trainer) -> None
     one_batch = replace(config, output=replace(config.output, eval_batches=1))
     found = validate(model, cast(Batches, [empty, batch, empty]), config)
     assert found == pytest.approx(validate(model, batches, one_batch))
+    assert all(map(math.isnan, validate(model, cast(Batches, [empty]), one_batch))), "nothing was measured"
 
 
 def test_each_process_takes_its_share(trainer: Trainer) -> None:

@@ -252,11 +252,11 @@ def _problem(fault: Mapping[str, Any]) -> FieldProblem:
     """A fault that pydantic has found, in the words of all other problems."""
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"])[1:]
     names = [part for part in fault["loc"] if isinstance(part, str)]
-    last = (0, *fault["loc"])[-1]
-    of_name = fault["type"] == "string_unicode" and isinstance(last, int)  # lone surrogates, and not in a value
-    if of_name:
+    in_value = bool(fault["loc"]) and isinstance(fault["loc"][-1], str)
+    in_name = fault["type"] == "string_unicode" and not in_value  # lone surrogates
+    if in_name:
         names, path = [*names, fault["input"]], f"{path}.{fault['input']}".removeprefix(".")
-    if of_name or fault["type"] == "extra_forbidden":
+    if in_name or fault["type"] == "extra_forbidden":
         known = [key.rpartition(".")[2] for key in WANTED if key.split(".")[:-1] == names[:-1]]
         return FieldProblem.unknown(path, fault["input"], known)
     wanted = WANTED[".".join(names)]

@@ -24,7 +24,7 @@ from service.rpc.calls import Details, Handler, is_of_service, refusal
 from service.rpc.errors import Context, mapped_errors
 
 METADATA_BYTES = 16_384
-"""Longest metadata of a call, by the measure of RFC 7541, 4.1. gRPC's own limits lie at 8 and 16 KiB."""
+"""Longest metadata of a call, by the measure of RFC 7541, 4.1. It is set as gRPC's limit, too."""
 SLOW_SECONDS = 2.0
 """A message that takes longer is a slow one."""
 MOST_SLOW = 64

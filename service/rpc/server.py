@@ -17,7 +17,7 @@ from service.limits import MAX_TIMEOUT_MS
 from service.metrics import Metrics
 from service.process.addresses import address, bound, cannot_listen
 from service.rpc.access import Door
-from service.rpc.arrival import Arrivals
+from service.rpc.arrival import METADATA_BYTES, Arrivals
 from service.rpc.calls import Calls
 from service.rpc.convert import SERVICES
 from service.rpc.denoise import DenoiserCalls
@@ -86,6 +86,8 @@ class RpcServer:
                 ("grpc.max_connection_age_ms", round(CONNECTION_MINUTES * 60_000)),
                 ("grpc.max_connection_age_grace_ms", round(PARTING_MINUTES * 60_000)),
                 ("grpc.max_concurrent_streams", MOST_STREAMS),
+                ("grpc.max_metadata_size", METADATA_BYTES),  # gRPC refuses at random between the two
+                ("grpc.absolute_max_metadata_size", METADATA_BYTES),
                 ("grpc.so_reuseport", int(self._shares_port)),  # else another server could share the port unnoticed
             ],
         )

@@ -174,6 +174,13 @@ async def test_answers_that_nobody_reads_do_not_stay_for_ever(
     await own.stop(0)
 
 
+async def test_no_call_with_less_metadata_than_the_limit_is_refused(channel: grpc.aio.Channel) -> None:
+    """gRPC by itself refuses from 8 KiB on, at random: of calls as long as this nearly all."""
+    metadata = (("x-long", "y" * (arrival.METADATA_BYTES - 1000)),)
+    for _ in range(10):
+        await DenoiserStub(channel).GetModel(pb.GetModelRequest(), metadata=metadata)
+
+
 async def test_a_call_with_too_much_metadata_does_not_stay_until_its_connection_ends(service: Service) -> None:
     own = RpcServer(service.lifecycle, service.metrics, max_message_bytes=MAX_BODY_BYTES)
     await own.start("127.0.0.1", 0)

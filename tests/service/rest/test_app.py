@@ -222,6 +222,18 @@ async def test_the_playground_allows_itself_and_nothing_else(service: Service) -
     assert not re.search(r"\sstyle=|\son\w+=|//\w", response.text)
 
 
+async def test_the_playground_serves_keyboards_screens_and_scripts_of_all_kinds(service: Service) -> None:
+    async with service.client() as client:
+        page = (await client.get("/")).text
+    assert page.count('dir="auto"') == 2, "the text that is typed and the one that is shown may run from right to left"
+    assert "color: var(--faint)" not in re.findall(r"^mark.*", page, re.MULTILINE)[-1], "too pale on its ground"
+    assert ".disabled" not in page, "a button that is disabled loses the focus"
+    assert re.findall(r"restore\(\)", page) == ["restore()"] * 2, "Ctrl + Enter submits as the button does"
+    assert ".requestSubmit()" in page, "with what the browser says of a number that is none"
+    assert "ended before the answer" in page, "also where the connection ends in good order"
+    assert 'get("Content-Type") === "application/problem+json"' in page, "a proxy's page is not read as a problem"
+
+
 async def test_the_openapi_document(service: Service) -> None:
     async with service.client() as client:
         schema = (await client.get("/openapi.json")).json()

@@ -36,6 +36,11 @@ learns of servers that have been added meanwhile."""
 PARTING_MINUTES = MAX_TIMEOUT_MS / 60_000
 """Then it has as long as a caller may give a request, and is closed: answers that nobody reads would stay for ever."""
 
+PING_SECONDS = 8.0
+"""How often a caller who waits for an answer may ask whether the connection still stands; who asks more often loses it.
+Clients may be set to ask every 10 s. gRPC's own five minutes would end a call with the third or fourth question.
+"""
+
 MOST_STREAMS = 1000
 """Calls of one connection at a time. gRPC holds what it receives of each: unbounded, one caller could fill memory."""
 POLL_SECONDS, REOPEN_SECONDS = 0.2, 1.0
@@ -85,6 +90,7 @@ class RpcServer:
                 ("grpc.max_receive_message_length", min(TOLERATED * self._max_message_bytes, INT32_MAX)),
                 ("grpc.max_connection_age_ms", round(CONNECTION_MINUTES * 60_000)),
                 ("grpc.max_connection_age_grace_ms", round(PARTING_MINUTES * 60_000)),
+                ("grpc.http2.min_ping_interval_without_data_ms", round(PING_SECONDS * 1000)),
                 ("grpc.max_concurrent_streams", MOST_STREAMS),
                 ("grpc.max_metadata_size", METADATA_BYTES),  # gRPC refuses at random between the two
                 ("grpc.absolute_max_metadata_size", METADATA_BYTES),

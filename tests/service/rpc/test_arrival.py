@@ -174,6 +174,23 @@ async def test_answers_that_nobody_reads_do_not_stay_for_ever(
     await own.stop(0)
 
 
+async def test_who_waits_may_ask_whether_the_connection_still_stands(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "PING_SECONDS", 0.04)
+    own = RpcServer(service.lifecycle, service.metrics, max_message_bytes=MAX_BODY_BYTES)
+    await own.start("127.0.0.1", 0)
+    reader, writer = await asyncio.open_connection("127.0.0.1", own.port)
+    writer.write(opened_without_a_window() + begun(1))
+    async with asyncio.timeout(5):
+        for _ in range(6):
+            await asyncio.sleep(0.05)
+            writer.write(frame(6, 0, 0, b"question"))
+            await reader.readuntil(frame(6, 1, 0, b"question"))
+    writer.close()
+    await own.stop(0)
+
+
 async def test_no_call_with_less_metadata_than_the_limit_is_refused(channel: grpc.aio.Channel) -> None:
     """gRPC by itself refuses from 8 KiB on, at random: of calls as long as this nearly all."""
     metadata = (("x-long", "y" * (arrival.METADATA_BYTES - 1000)),)

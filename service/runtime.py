@@ -25,7 +25,7 @@ from service.process.addresses import address, cannot_listen, family
 from service.process.signals import asked_to_end, on_hangup
 from service.process.watchdog import watch_event_loop
 from service.rest.app import create_app
-from service.rest.protocol import Http
+from service.rest.protocol import IDLE_SECONDS, Http
 from service.rest.reload import Change
 from service.rpc.server import RpcServer
 from service.settings import Settings, secret
@@ -65,6 +65,7 @@ class FrontEnd:
             uvicorn.Config(
                 self.app, http=Http, log_config=None, access_log=False, lifespan="off", ws="none",
                 server_header=False, proxy_headers=False, timeout_graceful_shutdown=FLUSH_SECONDS,
+                timeout_keep_alive=IDLE_SECONDS,
             )
         )  # fmt: skip
         self._answering: asyncio.Task[None] | None = None

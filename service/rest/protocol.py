@@ -30,6 +30,9 @@ UNREAD_BYTES = 65_536
 """So much of what comes behind a request that waits for its turn is taken in. With more nothing is read until it is its
 turn, and if the caller hangs up, that is noticed only then.
 """
+IDLE_SECONDS = 75
+"""How long a connection is kept between two requests. Proxies and clients keep theirs for up to a minute; a request
+that meets the end of one is lost."""
 READING_SECONDS = 30.0
 """How long a caller may read nothing of what is sent to it."""
 PARTING_SECONDS = 1.0

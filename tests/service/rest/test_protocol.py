@@ -227,6 +227,18 @@ async def test_a_shutdown_while_somebody_reads_why_changes_nothing(server: tuple
     assert statuses(said) == [408]
 
 
+async def test_an_idle_connection_is_kept_longer_than_proxies_keep_theirs(server: tuple[FrontEnd, int]) -> None:
+    front, port = server
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET /health/live HTTP/1.1\r\nHost: rdt\r\n\r\n")
+    await reader.readuntil(b"\r\n\r\n")
+    (connection,) = front._server.server_state.connections
+    assert isinstance(connection, protocol.Http)
+    assert connection.timeout_keep_alive_task is not None
+    assert connection.timeout_keep_alive_task.when() - asyncio.get_running_loop().time() > 65
+    writer.close()
+
+
 CHUNKED = b"POST /denoise HTTP/1.1\r\nHost: rdt\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
 CHUNKS = b"%x\r\n%s\r\n0\r\n" % (len(BODY), BODY)
 

@@ -10,10 +10,11 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from service.errors import ServiceError
+from service.errors import InvalidArgument, ServiceError
 from service.process import logs, loop
 from service.process.addresses import is_loopback
 from service.process.signals import hangup_held
@@ -101,7 +102,8 @@ def denoise(arguments: Sequence[str] | None = None) -> int:
     A bad line of a file, or one that is typed, is reported and the others are restored.
     """
     options = _denoise_parser().parse_args(arguments)
-
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for characters that its encoding does not have
     try:
         from service.local import LocalDenoiser  # noqa: PLC0415 - torch takes seconds; --help and bad flags do not wait
 
@@ -110,6 +112,7 @@ def denoise(arguments: Sequence[str] | None = None) -> int:
         status = 0
         for place, text in _texts(options):
             try:
+                _check_decoded(text)
                 _print_answer(text, denoiser.denoise(text, **wanted))
             except ServiceError as error:
                 complaint = _complain("rdt-denoise", f"{place}{error}", EXIT_BAD_INPUT)
@@ -150,34 +153,43 @@ def _file(name: str) -> Path:
 def _texts(options: argparse.Namespace) -> Iterable[tuple[str, str]]:
     """Texts, each with the prefix of its error messages."""
     if options.interactive:
-        return (("", line) for line in _typed_lines())
+        return _typed_lines()
     if options.file is not None:
         return _lines(options.file)
     return [("", options.text)]
 
 
 def _lines(file: Path) -> Iterator[tuple[str, str]]:
-    # A byte that is no UTF-8 becomes a lone surrogate, which is refused with its line, as any bad text is.
+    # A byte that is no UTF-8 becomes a lone surrogate, for `_check_decoded`: only its line is refused.
     with file.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield f"{file}:{number}: ", line.rstrip("\n")
 
 
-def _typed_lines() -> Iterator[str]:
+def _typed_lines() -> Iterator[tuple[str, str]]:
     if sys.stdin is None:  # closed before the program began
         return
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # as in a file: only the bad line is refused
-    while True:
+        sys.stdin.reconfigure(errors="surrogateescape")  # as in a file
+    typed = sys.stdin.isatty()
+    for number in count(1):
         try:
-            line = input("> " if sys.stdin.isatty() else "")
+            line = input("> " if typed else "")
         except (EOFError, KeyboardInterrupt):
             return
         if line.strip().lower() == "exit":
             return
         if line.strip():
-            yield line
+            yield "" if typed else f"line {number}: ", line
+
+
+def _check_decoded(text: str) -> None:
+    """Raise `InvalidArgument` for bytes that are not in the encoding of the input, as `surrogateescape` keeps them."""
+    for place, character in enumerate(text, start=1):
+        if "\udc80" <= character <= "\udcff":
+            byte = ord(character) - 0xDC00
+            raise InvalidArgument(f"text has the byte 0x{byte:02x} at character {place}, which cannot be decoded")
 
 
 def _print_answer(text: str, answer: LocalAnswer) -> None:

@@ -71,6 +71,19 @@ def test_bad_lines_of_a_file_are_named_and_the_others_restored(
     assert [line.partition(": text ")[0] for line in problems] == [
         f"rdt-denoise: {file}:{number}" for number in (3, 5, 6)
     ]
+    assert problems[2].endswith(":6: text has the byte 0xe9 at character 4, which cannot be decoded")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "printed"), [("ascii", b"Input: caf\\xe9 \\u0151 fox\n"), ("latin-1", b"Input: caf\xe9 \\u0151 fox\n")]
+)
+def test_characters_that_cannot_be_printed_are_escaped(
+    checkpoint: list[str], encoding: str, printed: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bytes_out = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(bytes_out, encoding=encoding))
+    assert denoise([*checkpoint, "--text", "café ő fox"]) == 0
+    assert bytes_out.getvalue().startswith(printed)
 
 
 def test_a_reader_who_has_seen_enough_is_no_error(
@@ -123,7 +136,7 @@ def test_a_typed_line_that_is_no_text_is_left_out(
     assert denoise([*checkpoint, "--interactive"]) == 0
     printed = capsys.readouterr()
     assert [found[0] for found in OUTPUT.findall(printed.out)] == ["the [MASK]", "fox [MASK]"]
-    assert printed.err.count("\n") == 1
+    assert printed.err == "rdt-denoise: line 2: text has the byte 0xff at character 5, which cannot be decoded\n"
 
 
 @pytest.mark.parametrize(
@@ -131,7 +144,8 @@ def test_a_typed_line_that_is_no_text_is_left_out(
     [
         (["--text", ""], "text"),
         (["--text", "a " * 40], "42 tokens"),
-        (["--text", "a\udcff"], "surrogates"),
+        (["--text", "a\udcff"], "text has the byte 0xff at character 2"),
+        (["--text", "a\ud800"], "surrogates"),
         (["--text", "a", "--max_steps", "0"], "max_steps is 0"),
         (["--text", "a", "--max_steps", "x"], "max_steps"),
         (["--text", "a", "--threshold", "nan"], "threshold is NaN"),

@@ -12,11 +12,11 @@ from training.config_file import load_config
 from training.learner import TrainingDiverged
 from training.options import device_named, path_named
 from training.processes import meet
-from training.stopping import INTERRUPTED, ends_quietly
+from training.stopping import INTERRUPTED, command
 from training.trainer import Trainer
 
 
-@ends_quietly
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="rdt-train", description="Train a Recursive Denoising Transformer.")
     parser.add_argument("--config", required=True, type=path_named, help="YAML file, see training/configs")

@@ -25,7 +25,7 @@ from training.evaluation.results import Row
 from training.files import write_whole
 from training.options import path_named
 from training.report import MEASURES, Measure, number, plot_lines, print_text
-from training.stopping import ends_quietly
+from training.stopping import command
 
 DEFAULT_MEASURES = ("exact_match", "run_2", "bleu", "passes", "flops_per_token")
 SAME = ("masks", "segments", "length", "seed", "precision", "scorer", "round_depth", "settle_depth")
@@ -184,7 +184,7 @@ def _cell(measure: Measure, row: Row) -> str:
     return number(measure.value(row)) + ("" if half is None else f" ± {half:.2f}")
 
 
-@ends_quietly
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="rdt-compare", description="Put evaluations of several models side by side.")
     parser.add_argument("evaluations", nargs="+", type=path_named, metavar="EVALUATION.json")

@@ -46,13 +46,13 @@ from training.files import make_folder, write_whole
 from training.optimise import average_note
 from training.options import check_batch_size, check_numbers, device_named, path_named
 from training.report import format_comparisons, format_levels, format_table, plot_lines, print_text
-from training.stopping import ends_quietly
+from training.stopping import command
 
 PLAN = Plan()
 LENGTH = 128
 
 
-@ends_quietly
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:

@@ -16,10 +16,10 @@ from rdt_core.config import HALTINGS, REQUEST_DEFAULTS
 from training.files import make_folder
 from training.optimise import average_note
 from training.options import path_named
-from training.stopping import ends_quietly
+from training.stopping import command
 
 
-@ends_quietly
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="rdt-release", description="Write the weights alone, in half precision.")
     parser.add_argument("--checkpoint", required=True, type=path_named, help="of a training run")

@@ -29,7 +29,7 @@ from training.evaluation.restoring import cut_segments
 from training.files import make_folder
 from training.mixed_precision import autocast
 from training.options import check_batch_size, check_numbers, device_named, path_named
-from training.stopping import ends_quietly
+from training.stopping import command
 from training.vocabulary import vocabulary_loss
 from training.warm_start import copy_embeddings
 
@@ -84,7 +84,7 @@ def bits_a_token(model: CausalLM, segments: Sequence[Tensor]) -> float:
     return sum(nats) / len(nats) / math.log(2)
 
 
-@ends_quietly
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="rdt-scorer", description="Train a left-to-right model to score text with.")
     parser.add_argument("--text", required=True, help=TEXTS)

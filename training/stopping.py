@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,14 +51,18 @@ def leave_signals_to_the_trainer(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def ends_quietly(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
-    """A command that Ctrl-C ends without a traceback."""
+def command(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
+    """A command that Ctrl-C ends without a traceback, and that writes characters which the encoding of standard output
+    does not have as escapes.
+    """
 
     @wraps(main)
-    def quiet(*arguments: Arguments.args, **options: Arguments.kwargs) -> int:
+    def run(*arguments: Arguments.args, **options: Arguments.kwargs) -> int:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return main(*arguments, **options)
         except KeyboardInterrupt:
             return INTERRUPTED
 
-    return quiet
+    return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import multiprocessing
 import os
@@ -20,7 +21,7 @@ from training.data import Batch
 from training.learner import Learner, TrainingDiverged
 from training.losses import Losses
 from training.processes import OneProcess
-from training.stopping import SAME_REQUEST_SECONDS, ends_quietly, stop_signal
+from training.stopping import SAME_REQUEST_SECONDS, command, stop_signal
 from training.trainer import Trainer
 
 Own: TypeAlias = Sequence[tuple[int, Batch]]
@@ -93,7 +94,14 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_their_batch(
 
 @pytest.mark.usefixtures("interruptible")
 def test_a_command_that_is_interrupted_has_no_traceback() -> None:
-    assert ends_quietly(lambda: signal.raise_signal(signal.SIGINT) or 0)() == 130
+    assert command(lambda: signal.raise_signal(signal.SIGINT) or 0)() == 130
+
+
+def test_a_command_escapes_what_cannot_be_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(printed, encoding="ascii"))
+    assert command(lambda: print("25.00 ± 1.10", flush=True) or 0)() == 0  # type: ignore[func-returns-value]
+    assert printed.getvalue() == b"25.00 \\xb1 1.10\n"
 
 
 @pytest.fixture

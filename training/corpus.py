@@ -27,6 +27,9 @@ TEXTS = "local text files, also compressed (.xz), separated by commas"
 PARAGRAPHS_A_BLOCK = 4096
 MAX_VOCAB_SIZE = 65_536  # ids that uint16 holds
 VALIDATION_TOKENS = 50_000
+CACHED_AS = 1
+"""Raise it with any change of what tokens a text becomes or how they are kept: what was cached before is not read then.
+"""
 
 _AT = re.compile(r" @([-,.])@ ")
 _ON_A_HUB = re.compile(r"[\w-]+|[\w-][\w.-]*/[\w.-]+|(hf://|buckets/).+")  # name, owner/name
@@ -116,7 +119,7 @@ def local_corpus(names: str, tokenizer: Tokenizer, cache_dir: str | Path, named:
         if not path.is_file():
             wanted = f"{path} is a folder, want {TEXTS}" if path.is_dir() else f"no file {path}"
             raise ConfigError(f"{named} is {names!r}: {wanted}")
-    key = hashlib.sha256(tokenizer.json.encode())
+    key = hashlib.sha256(f"{CACHED_AS}|{tokenizer.json}\n".encode())
     for path in paths:
         stat = path.stat()
         # ctime too: unlike mtime, it cannot be set, which archives and copies do.

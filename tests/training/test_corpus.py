@@ -85,6 +85,10 @@ def test_a_text_is_tokenised_once(tiny_tokenizer: Tokenizer, tmp_path: Path, mon
     second = local_corpus(str(path), tiny_tokenizer, tmp_path / "cache")
     assert np.array_equal(first.tokens, second.tokens)
     assert np.array_equal(first.starts, second.starts)
+    with monkeypatch.context() as changed:
+        changed.setattr(module, "CACHED_AS", module.CACHED_AS + 1)  # as where the code has changed
+        with pytest.raises(AssertionError, match="tokenised again"):
+            local_corpus(str(path), tiny_tokenizer, tmp_path / "cache")
     path.write_text("another fox\n", encoding="utf-8")
     with pytest.raises(AssertionError, match="tokenised again"):
         local_corpus(str(path), tiny_tokenizer, tmp_path / "cache")

@@ -6,6 +6,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from training.config import ConfigError, TrainConfig, one_line
 
 
 def load_config(path: str | Path, override: str | Path | None = None, assignments: Sequence[str] = ()) -> TrainConfig:
-    """Read a YAML file, lay an override file over it, then `section.key=value` assignments."""
+    """Read a YAML file, lay an override file over it, then assignments `section.key=value`, which are not YAML."""
     values = _read_yaml(path)
     if override is not None:
         values = _merge(values, _read_yaml(override))
@@ -51,7 +52,7 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError) as error:  # not UTF-8, or what only looks like a date or a number
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # not UTF-8, a date or number that is none, ...
         raise ConfigError(f"{path}: not YAML: {one_line(error)}") from error
     if values is None:
         return {}
@@ -60,14 +61,26 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
+class _Said(str):
+    """The value of an assignment. Its setting tells whether it is a number, a truth value or text. By YAML's rules 010
+    would be 8, 1:30 90, and `run #2` would end at the blank.
+    """
+
+    def as_one_of(self, kinds: Sequence[type]) -> Any:
+        meant = {"null": None, "true": True, "false": False}.get(self.lower(), self)
+        if type(meant) in kinds:
+            return meant
+        if int in kinds:
+            with suppress(ValueError):
+                return int(self)
+        return str(self)
+
+
 def _parse_assignment(assignment: str) -> dict[str, Any]:
     key, equals, text = assignment.partition("=")
     if not equals or not key:
         raise ConfigError(f"{assignment!r}: want section.key=value")
-    try:
-        value: Any = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{assignment!r}: not YAML: {one_line(error)}") from error
+    value: Any = _Said(text)
     for part in reversed(key.split(".")):
         value = {part: value}
     assert isinstance(value, dict)
@@ -101,6 +114,8 @@ def _build(kind: type, values: Any, prefix: str) -> Any:
 
 def _typed(hint: Any, value: Any, key: str) -> Any:
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if isinstance(value, _Said):
+        value = value.as_one_of(kinds)
     if value is None and type(None) in kinds:
         return None
     if float in kinds and not isinstance(value, bool):

@@ -50,8 +50,7 @@ stage() {
 
 mkdir -p "$folder"
 resumed=$(newest)
-quoted=${folder//"'"/"''"} # as YAML has it
 stage training "${training[@]}" ${resumed:+--checkpoint "$resumed"} \
-    "output.checkpoint_dir='$quoted'" "output.log_dir='$quoted/logs'"
+    "output.checkpoint_dir=$folder" "output.log_dir=$folder/logs"
 stage training.release --checkpoint "$(newest)" --output "$folder/release.pt"
 stage training.evaluate --checkpoint "$folder/release.pt" --text "$text" --output "$folder/evaluation" "$@"

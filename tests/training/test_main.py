@@ -35,7 +35,7 @@ def test_a_run_from_the_command_line(config_file: Path, tmp_path: Path) -> None:
     [
         (["training.colour=red"], "training.colour is not a setting"),
         (["training.batch_size=many"], "training.batch_size is 'many'"),
-        (["training.batch_size=["], "not YAML"),
+        (["training.batch_size=["], "training.batch_size is '['"),
         (["model.n_heads=3"], "model.d_model is 16"),
         (["data.dataset_name=none.txt"], "no file none.txt"),
         (["data.tokenizer_name=none.json"], "data.tokenizer_name is 'none.json'"),

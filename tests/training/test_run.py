@@ -85,7 +85,7 @@ def run_pretending(folder: Path, limit: float, **stages: str) -> subprocess.Comp
 
 
 def test_a_folder_may_be_called_as_one_likes(tmp_path: Path) -> None:
-    """What YAML would take for a comment, a mapping or an end of quotes."""
+    """Also what YAML would take for a comment, a mapping or an end of quotes."""
     folder = tmp_path / "it's run: 'one'  #2"
     folder.mkdir()
     *_, checkpoints, logs = run_pretending(folder, 0, training="printf '%s\\n' \"$@\"").stdout.splitlines()

@@ -48,6 +48,11 @@ def validation(tiny_model: RDT, tiny_tokenizer: Tokenizer) -> Evaluation:
     return evaluation_of(tiny_model, tiny_tokenizer, seed=1)
 
 
+def test_by_default_settling_has_the_paces_that_the_card_speaks_of() -> None:
+    plan = Plan()
+    assert {2, 3, 4, plan.max_depth} <= set(plan.settle_passes), "the last as a rival of settle-gate at equal passes"
+
+
 def test_a_threshold_above_every_level_is_a_depth_of_one(evaluation: Evaluation) -> None:
     plan = replace(SMALL, max_depth=4, thresholds=(2.0, 0.0), settle_passes=(1, 4), settle_thresholds=(2.0, 0.0))
     rows = {(row.kind, row.setting): row for row in evaluate(evaluation, plan).rows}

@@ -44,7 +44,8 @@ class Plan:
     thresholds: Sequence[float] = (0.01, 0.02, 0.05, 0.1, 0.2)
     unchanged: Sequence[float] = (0.0, 0.02, 0.05, 0.1, 0.2)
     budgets: Sequence[float] = (1.5, 2, 3, 4)
-    settle_passes: Sequence[int] = (2, 4, 8, 16)
+    settle_passes: Sequence[int] = (2, 3, 4, 8, 16)
+    """Up to `max_depth`, so that what `settle_thresholds` make has its equal in mean passes."""
     settle_thresholds: Sequence[float] = (0.4, 0.5, 0.6, 0.7)
     mask_predict: Sequence[int] = (2, 4, 10)
     ancestral: Sequence[int] = (4, 10, 32)

@@ -10,7 +10,7 @@ The gate is fresh. BERT never learnt to continue from the hidden state of a firs
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from logging import CRITICAL
 from pathlib import Path
@@ -47,7 +47,8 @@ def copy_bert(model: RDT, folder: Path, named: str) -> str:
     source, missing = _loaded(folder, where)
     source = source.float()  # it may be stored in another format
     _check_shape(model.config, source.config, where)
-    scale = _copy_embeddings(model, source.bert.embeddings)
+    check_numbers(source.named_parameters(), where)
+    scale = _copy_embeddings(model, source.bert.embeddings, where)
     for ours, theirs in zip(model.encoder, source.bert.encoder.layer, strict=False):  # there may be more of theirs
         assert isinstance(ours, EncoderLayer)
         _copy_layer(ours, theirs)
@@ -125,11 +126,24 @@ def _check_shape(config: ModelConfig, theirs: Any, where: str) -> None:
         raise ConfigError(f"{where}: its type_vocab_size is {theirs.type_vocab_size}: want 1 or more")
 
 
-def _copy_embeddings(model: RDT, theirs: nn.Module) -> Tensor:
+def check_numbers(weights: Iterable[tuple[str, Tensor]], where: str) -> None:
+    """Raise `ConfigError` for a weight, given with its name, that has values which are no finite numbers."""
+    for name, weight in weights:
+        if not torch.isfinite(weight).all():
+            raise ConfigError(f"{where}: its {name} holds values that are not finite numbers")
+
+
+def embedding_scale(table: Tensor, where: str) -> Tensor:
+    """What makes the variance of a table `(V, D)` that of a fresh one, `1 / D`. Raises `ConfigError`."""
+    if (spread := table.std()) == 0:
+        raise ConfigError(f"{where}: all values of its embeddings are the same")
+    return table.shape[1] ** -0.5 / spread
+
+
+def _copy_embeddings(model: RDT, theirs: nn.Module, where: str) -> Tensor:
     """Copy the embeddings, scaled to the variance of a fresh table, which the next norm undoes. Returns the factor."""
     words, types = (_weight(theirs, f"{name}_embeddings") for name in ("word", "token_type"))
-    width = model.config.d_model
-    scale = width**-0.5 / words.std()
+    width, scale = model.config.d_model, embedding_scale(words, where)
     model.embedding.weight.copy_(words * scale)
     assert model.position_embedding is not None
     positions = (_weight(theirs, "position_embeddings") + types[0])[: model.config.max_seq_len]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from rdt_core import checkpoint
 from rdt_core.model import RDT
 from rdt_core.tokenizer import Tokenizer
-from training.bert import copy_bert, has_its_shape
+from training.bert import check_numbers, copy_bert, embedding_scale, has_its_shape
 from training.config import ConfigError, one_line
 from training.optimise import average_note
 
@@ -86,7 +86,7 @@ def copy_embeddings(table: nn.Embedding, folder: Path, tokenizer: Tokenizer, nam
     wanted = tuple(table.weight.shape)
     if tuple(found.shape) != wanted:
         raise ConfigError(f"{named} is {str(folder)!r}: its embeddings are {tuple(found.shape)}, want {wanted}")
-    table.weight.copy_(found / found.std() * table.embedding_dim**-0.5)
+    table.weight.copy_(found * embedding_scale(found, f"{named} is {str(folder)!r}"))
 
 
 def _check_folder(folder: Path, tokenizer: Tokenizer, named: str) -> None:
@@ -120,6 +120,9 @@ def _word_embeddings(folder: Path, tokenizer: Tokenizer, named: str) -> Tensor:
         raise ConfigError(f"{named} is {str(folder)!r}: {one_line(error)[:300]}") from error
     table = source.get_input_embeddings().weight
     lost = set(report["missing_keys"])  # these are random
-    if names := [name for name, weight in source.named_parameters() if weight is table and name in lost]:
-        raise ConfigError(f"{named} is {str(folder)!r}: it has no {names[0]}")
-    return table.detach().float()
+    name = next(name for name, weight in source.named_parameters() if weight is table)
+    if name in lost:
+        raise ConfigError(f"{named} is {str(folder)!r}: it has no {name}")
+    found = table.detach().float()  # it may be stored in another format
+    check_numbers([(name, found)], f"{named} is {str(folder)!r}")
+    return found

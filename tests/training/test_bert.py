@@ -174,3 +174,15 @@ def test_a_bert_that_lost_weights_is_refused(
     source.save_pretrained(tmp_path, state_dict=weights)
     with pytest.raises(ConfigError, match=r"it has no bert\.encoder\.layer\.1\.attention\.output\.dense\.bias"):
         warm_start(RDT(config), tmp_path, tiny_tokenizer)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bert_with_values_that_are_no_numbers_is_refused(
+    transformers: Any, config: ModelConfig, tiny_tokenizer: Tokenizer, tmp_path: Path, value: float
+) -> None:
+    source = saved(transformers, "BertModel", config, tmp_path)
+    source.encoder.layer[2].output.dense.bias.data[3] = value
+    source.save_pretrained(tmp_path)
+    problem = r"its bert\.encoder\.layer\.2\.output\.dense\.bias holds values that are not finite numbers"
+    with pytest.raises(ConfigError, match=f"training.init_from is .*: {problem}"):
+        warm_start(RDT(config), tmp_path, tiny_tokenizer)

@@ -79,6 +79,26 @@ def test_a_folder_whose_weights_lack_the_table_is_refused(
         warm_start(model, tmp_path, tiny_tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        (float("nan"), r"its embeddings\.word_embeddings\.weight holds values that are not finite numbers"),
+        (0.5, "all values of its embeddings are the same"),
+    ],
+)
+def test_a_table_that_cannot_be_learnt_from_is_refused(
+    model: RDT, tiny_tokenizer: Tokenizer, tmp_path: Path, value: float, problem: str
+) -> None:
+    table = bert(tmp_path, tiny_tokenizer)
+    file = tmp_path / "model.safetensors"
+    safetensors: Any = pytest.importorskip("safetensors.torch")
+    weights = safetensors.load_file(file)
+    weights["embeddings.word_embeddings.weight"] = torch.full_like(table, value)
+    safetensors.save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=f"training.init_from is .*: {problem}"):
+        warm_start(model, tmp_path, tiny_tokenizer)
+
+
 def test_a_checkpoint_of_this_project_gives_everything(model: RDT, tiny_model: RDT, tiny_checkpoint: Path) -> None:
     saved = checkpoint.read(tiny_checkpoint)
     tokenizer = checkpoint.tokenizer_of(tiny_checkpoint, saved)

@@ -90,8 +90,10 @@ def _parse_assignment(assignment: str) -> dict[str, Any]:
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        below = merged.get(key)
+        if isinstance(below, dict) and not isinstance(value, dict):
+            raise ConfigError(f"{key} is {value!r}: want keys under it")
+        merged[key] = _merge(below, value) if isinstance(below, dict) else value
     return merged
 
 

@@ -50,6 +50,15 @@ def test_the_override_file_beats_the_config_and_assignments_beat_both(tmp_path: 
     assert load_config(base).training.num_steps == 4
 
 
+def test_a_section_without_keys_does_not_take_the_place_of_another(tmp_path: Path) -> None:
+    """As where all its keys were made comments."""
+    base, over = tmp_path / "base.yaml", tmp_path / "over.yaml"
+    base.write_text("training: {num_epochs: 3}")
+    over.write_text("training:\n")
+    with pytest.raises(ConfigError, match=r"^training is None: want keys under it$"):
+        load_config(base, over, ["training.batch_size=2"])
+
+
 def test_an_empty_file_means_the_defaults(tmp_path: Path) -> None:
     (tmp_path / "empty.yaml").write_text("")
     assert load_config(tmp_path / "empty.yaml") == parse_config({})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import lzma
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -123,7 +124,8 @@ def local_corpus(names: str, tokenizer: Tokenizer, cache_dir: str | Path, named:
     for path in paths:
         stat = path.stat()
         # ctime too: unlike mtime, it cannot be set, which archives and copies do.
-        key.update(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}\n".encode())
+        key.update(os.fsencode(path.resolve()))
+        key.update(f"|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}\n".encode())
     stem = Path(cache_dir) / key.hexdigest()[:16]
     tokens_file, starts_file = stem.with_suffix(".tokens.npy"), stem.with_suffix(".starts.npy")
     if (kept := _kept(tokens_file, starts_file)) is None:

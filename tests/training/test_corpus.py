@@ -73,6 +73,16 @@ def test_packed_and_several_files_read_as_one_text(tiny_tokenizer: Tokenizer, tm
     assert words(tiny_tokenizer, corpus.tokens) == "the fox lazy dog"
 
 
+def test_a_file_may_have_any_name(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Also one that is not UTF-8, as an archive may give it, or any with an accent where the locale is none."""
+    path = tmp_path / "caf\udce9.txt"
+    try:
+        path.write_text("the fox\n", encoding="utf-8")
+    except OSError:
+        pytest.skip("the file system takes no such name")
+    assert words(tiny_tokenizer, local_corpus(str(path), tiny_tokenizer, tmp_path).tokens) == "the fox"
+
+
 def test_a_text_is_tokenised_once(tiny_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "text.txt"
     path.write_text("the fox\n", encoding="utf-8")

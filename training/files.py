@@ -12,6 +12,8 @@ from training.config import ConfigError
 
 def make_folder(path: Path, named: str) -> None:
     """Make the folder if need be. Raises `ConfigError`, with the setting called `named`, if it takes no files."""
+    if path.parts[:1] == ("~",):  # no shell expands it inside a setting, and who removed that folder might remove more
+        raise ConfigError(f"{named} is {str(path)!r}: ~ does not stand for anything here, want the path in full")
     try:
         path.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=path):

@@ -45,6 +45,7 @@ def test_a_run_from_the_command_line(config_file: Path, tmp_path: Path) -> None:
         (["output.checkpoint_dir=/dev/null/runs"], "output.checkpoint_dir is '/dev/null/runs': want a folder to write"),
         (["output.log_dir=/dev/null"], "output.log_dir is '/dev/null': want a folder to write in: File exists"),
         (["data.cache_dir=/dev/null"], "data.cache_dir is '/dev/null': want a folder to write in: File exists"),
+        (["output.log_dir=~/logs"], "output.log_dir is '~/logs': ~ does not stand for anything here, want the path in"),
         (["training.init_from=none.pt"], "training.init_from is 'none.pt': no such file or folder"),
         (["--device", "abacus"], "--device is abacus: want auto, cpu, cuda or cuda:N"),
     ],

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from training.config import ConfigError
+from training.config import ConfigError, one_line
 
 Made = TypeVar("Made")
 
@@ -80,16 +81,36 @@ class ManyProcesses:
         return wanted if wanted.type == "cpu" else self._state.device
 
     def add_up(self, values: Tensor) -> Tensor:
-        torch.distributed.all_reduce(values)
+        with _together():
+            torch.distributed.all_reduce(values)
         return values
 
     def first_before_others(self, work: Callable[[], Made]) -> Made:
-        with self._state.main_process_first():
-            return work()
+        if not self.first:
+            self._wait()
+        made = work()
+        if self.first:
+            self._wait()
+        return made
 
     def close(self) -> None:
-        self._state.wait_for_everyone()
+        self._wait()
         self._state.destroy_process_group()
+
+    def _wait(self) -> None:
+        with _together():
+            self._state.wait_for_everyone()
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Around what all processes do at once. Raises `ConnectionError` if that fails, most often because one of them has
+    ended, which has said why.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionError(f"the processes of this run cannot go on together: {one_line(error)[:300]}") from error
 
 
 def meet(wanted: torch.device) -> Processes:

@@ -49,12 +49,12 @@ class Second:
         pass
 
 
-def in_two_processes(config: TrainConfig, *flags: str) -> None:
+def in_two_processes(config: TrainConfig, *flags: str) -> subprocess.CompletedProcess[str]:
     path = Path(config.output.checkpoint_dir).with_suffix(".yaml")
     path.write_text(yaml.safe_dump(config.to_mapping()))
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["-m", "training", "--config", str(path), "--device", "cpu", *flags]
-    run = subprocess.run(
+    return subprocess.run(
         [sys.executable, *command],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
@@ -63,7 +63,6 @@ def in_two_processes(config: TrainConfig, *flags: str) -> None:
         timeout=120,
         check=False,
     )
-    assert run.returncode == 0, run.stderr
 
 
 def curve(config: TrainConfig, name: str) -> list[float]:
@@ -93,7 +92,8 @@ def test_two_processes_follow_the_curve_of_one_and_continue_its_run(
         return train_settings(**CHANGES, **places)
 
     two = elsewhere("two", **{"data.cache_dir": str(tmp_path / "cache of two")})  # which tokenise the text themselves
-    in_two_processes(two)
+    ended = in_two_processes(two)
+    assert ended.returncode == 0, ended.stderr
     for name in ("train/recon_loss", "train/gate_loss", "val/total_loss", "val/exact_match"):
         expected = curve(one, name)
         assert len(expected) == {"train/recon_loss": 8, "train/gate_loss": 4}.get(name, 2)  # every second step
@@ -101,11 +101,22 @@ def test_two_processes_follow_the_curve_of_one_and_continue_its_run(
 
     continued = elsewhere("continued")
     (half,) = Path(one.output.checkpoint_dir).glob("checkpoint_epoch_*_step_4.pt")
-    in_two_processes(continued, "--checkpoint", str(half))
+    ended = in_two_processes(continued, "--checkpoint", str(half))
+    assert ended.returncode == 0, ended.stderr
     assert curve(continued, "train/recon_loss") == pytest.approx(curve(one, "train/recon_loss")[4:], abs=1e-4)
     for name, tensor in weights(one, 8).items():
         for other in (two, continued):
             torch.testing.assert_close(weights(other, 8)[name], tensor, atol=1e-4, rtol=0)
+
+
+def test_what_one_process_cannot_do_is_no_traceback_of_the_other(train_settings: Settings, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    config = train_settings(**{"data.dataset_name": str(empty), "training.gradient_accumulation_steps": 2})
+    ended = in_two_processes(config)
+    assert ended.returncode != 0
+    assert f"rdt-train: data.dataset_name is '{empty}': no text in it" in ended.stderr
+    assert "[rank1]: Traceback" not in ended.stderr
 
 
 @pytest.mark.parametrize(("rank", "batches"), [(0, [6, 8, 9, 11]), (1, [7, 10])])

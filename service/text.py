@@ -37,25 +37,28 @@ def encode(text: str, tokenizer: Tokenizer, limits: Limits) -> Encoding:
 
 def hide(encoding: Encoding, tokenizer: Tokenizer, ratio: float, seed: int) -> Encoding:
     """Mask a share of the tokens, the same ones for the same seed, and write `[MASK]` in their place in the text. Every
-    other token keeps its id, even where the rest of a word alone would be read as another word.
+    other token keeps its id, even where the rest of a word alone would be read as another word. Tokens that share
+    characters are hidden together, by one mask.
     """
     maskable = maskable_rows(torch.tensor(encoding.ids), tokenizer.special_ids)
     ranks = mask_ranks(maskable, torch.Generator().manual_seed(seed))
-    hidden_by: dict[int, int] = {}  # character -> row
-    for row in masked_at(ranks, ratio).nonzero().squeeze(1).tolist():
-        hidden_by |= {character: row for character in range(*encoding.spans[row]) if character not in hidden_by}
-    hiding = set(hidden_by.values())  # of tokens that share a character, only the first hides it
+    hidden = encoding.with_sharers(masked_at(ranks, ratio).nonzero().squeeze(1).tolist())
     text, ids, spans, masked, read = "", [], [], [], 0
     for row, (start, end) in enumerate(encoding.spans):
-        if row not in hiding and any(character in hidden_by for character in range(start, end)):
+        if row not in hidden:
+            text += encoding.text[read:end]
+            read = max(read, end)
+            shift = len(text) - read
+            spans.append((start + shift, end + shift))
+        elif start >= read:
+            text += encoding.text[read:start] + MASK_TOKEN
+            read = end
+            spans.append((len(text) - len(MASK_TOKEN), len(text)))
+        else:  # the mask before it stands for this token, too
+            read = max(read, end)
             continue
-        if start >= read:  # else it is another token on the same character
-            text += encoding.text[read:start]
-            begins, read = len(text), end
-            text += MASK_TOKEN if row in hiding else encoding.text[start:end]
-        ids.append(tokenizer.mask_id if row in hiding else encoding.ids[row])
-        spans.append((begins, len(text)))
-        masked.append(encoding.masked[row] or row in hiding)
+        ids.append(tokenizer.mask_id if row in hidden else encoding.ids[row])
+        masked.append(encoding.masked[row] or row in hidden)
     return Encoding(text + encoding.text[read:], ids, spans, masked)
 
 

@@ -9,15 +9,16 @@ import pytest
 
 from rdt_core import Tokenizer
 from service.engine.types import Choice, Reading, Result
-from service.text import Draft, write_back
+from service.text import Draft, hide, write_back
 
 LETTERS = ["ᄒ", "##ᅡ", "##ᆫ", "##ᆨ"]  # 한 is the first three, 학 has the last in place of the third
+ACROSS = ["##ᆫᄀ", "##ᅮ"]  # of 한국: the first is the end of one syllable and the beginning of the next
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_tokenizer: Tokenizer) -> Tokenizer:
     fields = json.loads(tiny_tokenizer.json)
-    fields["model"]["vocab"] |= {letter: tiny_tokenizer.vocab_size + i for i, letter in enumerate(LETTERS)}
+    fields["model"]["vocab"] |= {letter: tiny_tokenizer.vocab_size + i for i, letter in enumerate(LETTERS + ACROSS)}
     return Tokenizer(json.dumps(fields))
 
 
@@ -40,3 +41,19 @@ def test_a_character_that_is_read_as_it_stands_stays_as_it_was_sent(tokenizer: T
     rows = list(range(len(encoding.ids)))
     reading = Reading(0.1, "max_steps", [Choice(row, encoding.ids[row], 0.5, []) for row in rows], [])
     assert Draft(encoding, tokenizer).after(reading) == "the 한 fox"
+
+
+def test_a_token_across_characters_is_hidden_with_all_that_share_one_of_them(tokenizer: Tokenizer) -> None:
+    encoding = tokenizer.encode("the 한국 fox")
+    assert encoding.ids[4] == tokenizer.vocab_size - len(ACROSS)
+    texts = set()
+    for seed in range(40):
+        hidden = hide(encoding, tokenizer, 0.15, seed)
+        texts.add(hidden.text)
+        assert hidden.ids.count(tokenizer.mask_id) == sum(hidden.masked) == hidden.text.count("[MASK]")
+        visible = {token: span for token, span in zip(hidden.ids, hidden.spans, strict=True) if span[0] < span[1]}
+        for token, span in zip(encoding.ids, encoding.spans, strict=True):
+            if token in visible:
+                assert hidden.text[slice(*visible[token])] == encoding.text[slice(*span)]
+    assert {"the [MASK] fox", "[MASK] 한국 [MASK]"} <= texts
+    assert {text.replace("[MASK]", "") for text in texts} <= {"the  fox", "the  ", "  fox", " 한국 "}

@@ -22,9 +22,7 @@ async def unless_gone(request: Request, work: Awaitable[Value]) -> Value:
 
     def leave(ended: asyncio.Task[None]) -> None:
         nonlocal left
-        if not ended.cancelled():
-            ended.exception()  # retrieved, or the loop would report it
-            left = waits and working.cancel()
+        left = waits and not ended.cancelled() and working.cancel()
 
     listening.add_done_callback(leave)
     try:
@@ -35,7 +33,7 @@ async def unless_gone(request: Request, work: Awaitable[Value]) -> Value:
         raise
     finally:
         waits = False  # `leave` may still be called, if the caller has just hung up
-        listening.cancel()
+        listening.cancel()  # and if it has failed, the loop does not report that
 
 
 async def _disconnected(request: Request) -> None:

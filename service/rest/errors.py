@@ -105,9 +105,8 @@ async def on_http_error(request: Request, error: Exception) -> Response:
         request_id=request.state.request_id,
     )
     headers = dict(error.headers or {})
-    methods = headers.get("Allow", "").split(", ")
-    if "GET" in methods and "HEAD" not in methods:
-        headers["Allow"] = ", ".join([*methods, "HEAD"])
+    if headers.get("Allow") == "GET":  # the only method of its route, which answers HEAD, too
+        headers["Allow"] = "GET, HEAD"
     return _response(problem, headers)
 
 

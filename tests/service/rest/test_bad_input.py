@@ -76,7 +76,7 @@ BAD_BODIES: list[tuple[str, bytes, dict[str, str], int]] = [
         {"Content-Type": "application/json", "Content-Encoding": "gzip"},
         415,
     ),
-    ("not compressed", b"{", {"Content-Type": "application/json", "Content-Encoding": "identity"}, 400),
+    ("not compressed", b"{", {"Content-Type": "application/json", "Content-Encoding": "Identity"}, 400),
     ("too many bytes", b'{"text": "' + b"a" * MAX_BODY_BYTES + b'"}', JSON, 413),
 ]
 
@@ -203,7 +203,9 @@ async def test_paths_and_methods_that_do_not_exist(service: Service) -> None:
         problem_of(await client.get("/nowhere"), 404)
         problem_of(await client.post("/denoise/", json={"text": "a"}), 404)
         response = await client.get("/denoise")
-    problem_of(response, 405)
+    problem = problem_of(response, 405)
+    assert (problem["type"], problem["title"]) == ("about:blank", "Method Not Allowed")
+    assert problem["detail"] == "GET /denoise: method not allowed"
     assert response.headers["allow"] == "POST"
 
 

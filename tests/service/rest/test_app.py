@@ -18,6 +18,7 @@ from service.rest.app import create_app
 from service.rest.errors import STATUS, TITLE
 from service.rest.open_inference import MODEL_PATHS
 from service.schema import DenoiseAnswer, DenoiseRequest
+from service.tracing import NoTracer
 from tests.fakes import Service
 from tests.service.rest.test_bad_input import problem_of
 
@@ -117,7 +118,7 @@ async def test_health_follows_the_lifecycle(tiny_tokenizer: Tokenizer, tiny_conf
             return response.status_code, response.json()["status"]
 
         assert await ready() == (503, "loading")
-        problem_of(await client.post("/denoise", json={"text": "a"}), 503)
+        problem_of(await client.post("/denoise", content=b"not even read"), 503)
         problem_of(await client.get("/model"), 503)
         service.open()
         assert await ready() == (200, "ready")
@@ -162,6 +163,23 @@ async def test_the_key(
         assert response.status_code == status
         open_paths = ("/health/live", "/health/ready", "/")
         assert [(await client.get(path)).status_code for path in open_paths] == [200, 200, 200]
+
+
+async def test_the_beginning_and_the_end_of_a_server_pass_every_door(
+    tiny_tokenizer: Tokenizer, tiny_config: ModelConfig
+) -> None:
+    """Ray Serve tells the application of them."""
+    service = Service(tiny_tokenizer, tiny_config, api_key=KEY, tracer=NoTracer())
+    told, answers = [{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}], []
+
+    async def receive() -> dict[str, object]:
+        return told.pop(0)
+
+    async def send(message: dict[str, object]) -> None:
+        answers.append(message["type"])
+
+    await service.app({"type": "lifespan"}, receive, send)  # type: ignore[arg-type] # plain dicts
+    assert answers == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
 
 
 async def test_a_callers_request_id_is_kept_if_it_is_sane(service: Service) -> None:

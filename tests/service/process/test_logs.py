@@ -191,6 +191,7 @@ async def test_a_line_for_every_http_request(observed: Service, log: Log) -> Non
     async with observed.client() as client:
         await post(client, "one")
         await post(client, "two", max_steps=0)
+        await client.post("/denoise", content=b"{", headers={"X-API-Key": KEY, "Content-Type": "application/json"})
         await client.get(f"/nowhere?{KEY}", headers={"X-API-Key": KEY})
         await client.get("/model")
         await client.get("/v2/models/other", headers={"X-API-Key": KEY})
@@ -203,6 +204,7 @@ async def test_a_line_for_every_http_request(observed: Service, log: Log) -> Non
     assert told == [
         ("POST", "/denoise", 200, "ok"),
         ("POST", "/denoise", 422, "invalid_argument"),
+        ("POST", "/denoise", 400, "malformed"),
         ("GET", "", 404, "http_404"),
         ("GET", "", 401, "unauthenticated"),
         ("GET", "/v2/models/{name}", 404, "not_found"),
@@ -210,7 +212,7 @@ async def test_a_line_for_every_http_request(observed: Service, log: Log) -> Non
     ]
     assert "trace_id" not in lines[0], "nothing is traced"
     ids = [line["request_id"] for line in lines]
-    assert (ids[0], ids[1], ids[5]) == ("one", "two", "five")
+    assert (ids[0], ids[1], ids[6]) == ("one", "two", "five")
     assert re.fullmatch(r"POST /denoise: 200 ok after [\d.]+ ms", str(lines[0]["message"]))
     assert KEY not in str(log)
     assert TEXT not in str(log)
@@ -248,8 +250,22 @@ async def test_a_line_for_every_grpc_call(observed: Service, log: Log) -> None:
     assert TEXT not in str(log)
 
 
-async def test_a_stream_that_fails_midway_says_so(observed: Service, log: Log) -> None:
-    observed.engine.error, observed.engine.error_after_pass = Internal("broken"), 1
+async def test_a_request_that_the_end_of_the_server_cancels_says_so(observed: Service, log: Log) -> None:
+    observed.engine.held = asyncio.Event()
+    async with observed.client() as client:
+        asked = asyncio.create_task(post(client, "one"))
+        async with asyncio.timeout(5):
+            while observed.engine.live == 0:
+                await asyncio.sleep(0.005)
+        asked.cancel()
+        await asyncio.wait([asked])
+    (line,) = log.entries("service.rest.observe")
+    assert (line["request_id"], line["outcome"]) == ("one", "cancelled")
+
+
+@pytest.mark.parametrize("error", [Internal("broken"), RuntimeError("broken")])
+async def test_a_stream_that_fails_midway_says_so(observed: Service, log: Log, error: Exception) -> None:
+    observed.engine.error, observed.engine.error_after_pass = error, 1
     async with observed.client() as client:
         headers = {"X-API-Key": KEY}
         response = await client.post("/denoise/stream", json={"text": TEXT}, headers=headers)

@@ -245,6 +245,13 @@ async def test_a_bad_trace_context_is_no_context(
     assert caplog.text == ""
 
 
+async def test_a_trace_state_may_come_in_several_headers(traced: Service, recorded: Recorded) -> None:
+    async with traced.client() as client:
+        headers = [("traceparent", TRACEPARENT), ("tracestate", "a=1"), ("tracestate", "b=2")]
+        await client.post("/denoise", json={"text": TEXT}, headers=headers)
+    assert dict(recorded.span().context.trace_state) == {"a": "1", "b": "2"}
+
+
 @pytest.mark.parametrize("tracestate", ["no pairs", "a=1," * 200, "ä=1"])
 async def test_a_bad_trace_state_is_left_out(
     traced: Service, recorded: Recorded, tracestate: str, caplog: pytest.LogCaptureFixture

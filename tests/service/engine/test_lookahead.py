@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from rdt_core import RDT, ModelConfig, packing
+from rdt_core.layers import packed_attention, padded_attention
+from rdt_core.packing import Packing
 from rdt_core.precision import prepare
 from service.engine import lookahead, static_batch
 from service.engine.eager import GO_ON, REASONS, Decoded, EagerBackend
@@ -170,6 +173,15 @@ def test_decoding_is_timed_without_the_pass_before_it(tiny_model: RDT, monkeypat
     outcomes = [backend.run(Plan(admitted, live=(0, 1)))]
     outcomes += [backend.run(Plan(live=live)) for live in ((0, 1), (1,))]
     assert [(outcome.n_decoded, outcome.decode_seconds) for outcome in outcomes] == [(0, 0.0), (2, 0.25), (0, 0.0)]
+
+
+def test_decoding_beside_the_bucket_counts_too(tiny_model: RDT, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = backend_of(tiny_model)
+    admitted = Admission(0, plain_job(depth=1), 1), Admission(1, plain_job(n_masked=3, depth=2, stream=True), 2)
+    backend.run(Plan(admitted, live=(0, 1)))
+    monkeypatch.setattr(time, "perf_counter", count().__next__)
+    outcome = backend.run(Plan(live=(0, 1)))
+    assert (outcome.n_decoded, outcome.decode_seconds) == (2 + 3, 1 + 1)
 
 
 @pytest.mark.parametrize("deadline", [20.0, 20.25, 20.75])
@@ -332,6 +344,13 @@ def test_a_tick_in_which_all_kinds_of_things_happen_sends_the_device_five_copies
         scheduler.commit(plan, backend.run(plan), now=0.0)
         copies.append(len(sent))
     assert copies == [3, 0, 1, 5, 2]
+
+
+def test_padding_takes_the_dead_rows_of_a_bucket_for_a_sequence_without_tokens(tiny_model: RDT) -> None:
+    bucket = lay_out(Buffers.of(tiny_model, 64, 9), [5, 7, 4], Size(64, 9))
+    heads = torch.randn(3, 64, 2, 8, generator=torch.Generator().manual_seed(0))
+    alone = packed_attention(*heads[:, :16], Packing.of([5, 7, 4]))
+    torch.testing.assert_close(padded_attention(*heads, bucket)[:16], alone)
 
 
 def test_closing_up_moves_rows_and_slots_together(tiny_model: RDT) -> None:

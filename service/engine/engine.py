@@ -171,6 +171,8 @@ class BatchingEngine:
         self._drop_all(Unavailable.shut_down)
         for loop in self._loops:
             loop.cancel()
+        if self._loops:
+            await asyncio.wait(self._loops)  # the threads' ends may take no turn of the event loop
         self._loops.clear()  # breaks the reference cycle between them and this engine
         for replica in self._replicas:
             await replica.stop()

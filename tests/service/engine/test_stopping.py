@@ -7,6 +7,7 @@ import gc
 import threading
 import time
 import weakref
+from collections.abc import Callable
 
 import pytest
 
@@ -35,8 +36,15 @@ async def test_retiring_waits_for_what_was_accepted() -> None:
     assert not engine.ready
 
 
-async def test_a_stopped_engine_is_let_go_of_at_once() -> None:
+@pytest.mark.parametrize("thread_ends", ["later", "at once"])
+async def test_a_stopped_engine_is_let_go_of_at_once(thread_ends: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With its model: neither its loops hold it, nor a deadline that is an hour away."""
+    if thread_ends == "at once":
+
+        async def in_no_turn(call: Callable[..., None], *args: object, **named: object) -> None:
+            call(*args, **named)
+
+        monkeypatch.setattr(asyncio, "to_thread", in_no_turn)
     engine = BatchingEngine([ScriptedBackend()], LIMITS)
     await engine.start()
     await submit(engine, scripted_job(1, depth=1, deadline=time.monotonic() + 3600))

@@ -7,6 +7,7 @@ resumed run needs to continue bit for bit.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -179,12 +180,14 @@ class Trainer:
         return bool(self._signals) if self.processes.count == 1 else self.learner.stop_asked
 
     def _steps(self) -> Iterator[Losses]:
-        accumulate = self.config.training.gradient_accumulation_steps
+        accumulate, n_workers = self.config.training.gradient_accumulation_steps, self.config.data.num_workers
         loader = DataLoader(
             self.batches,
             batch_size=None,
             sampler=share(range(self.step, self.n_steps), accumulate, self.processes),
-            num_workers=self.config.data.num_workers,
+            num_workers=n_workers,
+            # Forked, they share the text and start at once. From Python 3.14 on that is not the default of Linux.
+            multiprocessing_context="fork" if n_workers and sys.platform == "linux" else None,
             pin_memory=self.config.data.pin_memory and self.device.type == "cuda",
             worker_init_fn=leave_signals_to_the_trainer,
         )

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from rdt_core import checkpoint, restore
 from rdt_core.checkpoint import Checkpoint, export_release
 from tests.training.conftest import Settings, saved_at
 from training.config import ConfigError, TrainConfig
+from training.corpus import Corpus
 from training.learner import Learner
 from training.losses import Losses
 from training.optimise import trunk_parameters
@@ -79,6 +81,14 @@ def test_an_interrupted_run_continues_bit_for_bit(
     assert_same(found.optimizer_state_dict, expected.optimizer_state_dict)
     assert_same(found.scheduler_state_dict, expected.scheduler_state_dict)
     assert_same(found.progress, expected.progress)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere every process has a copy")
+def test_processes_that_prepare_batches_share_the_text(
+    train_settings: Settings, cpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Corpus, "__reduce__", lambda _: pytest.fail("is copied"))
+    assert Trainer(train_settings(**{"data.num_workers": 1}), cpu).fit()
 
 
 def test_a_small_text_is_learnt(train_settings: Settings, cpu: torch.device) -> None:

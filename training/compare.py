@@ -1,6 +1,7 @@
 """`python -m training.compare A.json B.json`: evaluations of several models as Markdown tables and one picture.
 
-The files are those of `python -m training.evaluate --output`, on the same text with the same masks. With `--against
+The files are those of `python -m training.evaluate --output`, on the same text with the same masks; of one model there
+may be several. With `--against
 MODEL KIND:SETTING` the tables hold differences from that model's method, segment by segment, with paired 95 %
 intervals; that takes the `.npz` beside each `.json`, too.
 """
@@ -12,7 +13,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,13 @@ SAME = ("masks", "segments", "length", "seed", "precision", "scorer", "round_dep
 
 @dataclass(frozen=True)
 class EvaluationFile:
-    """One file: a model, what it restored, and how well."""
+    """A model, what it restored, and how well: one file, or several of one model."""
 
     name: str
     digest: str
     of: dict[str, Any]
     rows: list[Row]
-    path: Path
+    paths: tuple[Path, ...]
 
     @classmethod
     def read(cls, path: Path) -> EvaluationFile:
@@ -52,11 +53,23 @@ class EvaluationFile:
             if not all(map(_is_typed, rows)):
                 raise TypeError("a row has text for a number, or no number where there has to be one")
             of = {name: values.get(name) for name in SAME} | _plan_of(values, {row.kind for row in rows})
-            return cls(str(values["model"]), str(values["digest"]), of, rows, path)
+            return cls(str(values["model"]), str(values["digest"]), of, rows, (path,))
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path}: no evaluation.json of training.evaluate") from error
+
+    @property
+    def model(self) -> tuple[str, str]:
+        return self.name, self.digest
+
+    def joined(self, other: EvaluationFile) -> EvaluationFile:
+        """With the rows of another file of the model. Raises `ConfigError` where the two tell different figures."""
+        rows = {row.key: row for row in self.rows}
+        for row in other.rows:
+            if rows.setdefault(row.key, row) != row:
+                raise ConfigError(f"{other.paths[0]}: other figures of {row.key} than {self.paths[0]}, for one model")
+        return replace(self, rows=list(rows.values()), paths=self.paths + other.paths)
 
 
 def _is_typed(row: Row) -> bool:
@@ -85,12 +98,12 @@ def read_all(paths: Sequence[Path]) -> dict[str, EvaluationFile]:
         for one in told[1:]:
             if one.of[name] != told[0].of[name]:
                 wanted = "the same text, segments, length, seed, precision, scorer and depths of rounds"
-                raise ConfigError(f"{one.path}: other {name} than {told[0].path}: want {wanted}")
-    names = [one.name for one in found]
-    labels = [one.name if names.count(one.name) == 1 else f"{one.name}@{one.digest[:8]}" for one in found]
-    if len(set(labels)) < len(labels):
-        raise ConfigError("one model was given twice")
-    return dict(zip(labels, found, strict=True))
+                raise ConfigError(f"{one.paths[0]}: other {name} than {told[0].paths[0]}: want {wanted}")
+    models: dict[tuple[str, str], EvaluationFile] = {}
+    for one in found:
+        models[one.model] = models[one.model].joined(one) if one.model in models else one
+    names = [name for name, _ in models]
+    return {name if names.count(name) == 1 else f"{name}@{digest[:8]}": one for (name, digest), one in models.items()}
 
 
 def chosen(rows: Sequence[Row], only: Sequence[str], mask_ratios: Sequence[float]) -> list[Row]:
@@ -140,15 +153,17 @@ class Against:
 
 def _tallies_of(one: EvaluationFile) -> dict[str, tallies.Tallies]:
     """The tallies beside an evaluation. Raises `ConfigError` unless they add up to its rows, and so belong to it."""
-    path = one.path.with_suffix(".npz")
-    found = tallies.read(path)
+    paths = [path.with_suffix(".npz") for path in one.paths]
+    found: dict[str, tallies.Tallies] = {}
+    for path in reversed(paths):  # of rows that are in two, those of the first
+        found |= tallies.read(path)
     for row in one.rows:
         for name, tally in found.get(row.key, {}).items():
             said, counted = getattr(row, name, None), tallies.total(tally)
             if said is None or not math.isclose(said, counted, rel_tol=1e-5, abs_tol=1e-5):  # float32 is kept
                 raise ConfigError(
-                    f"{path}: of another evaluation than {one.path.name}: {name} of {row.key} is {counted:.6g} by it, "
-                    f"{said} in the table; evaluate anew with --output"
+                    f"{paths[0]}: of another evaluation than {one.paths[0].name}: {name} of {row.key} is {counted:.6g} "
+                    f"by it, {said} in the table; evaluate anew with --output"
                 )
     return found
 

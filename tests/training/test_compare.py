@@ -91,7 +91,10 @@ def test_an_evaluation_from_before_the_new_measures_is_read(tmp_path: Path, caps
     [
         ({"masks": "other"}, "other masks than"),
         ({"masks": None, "segments": 9}, "other segments than"),
-        ({"model": "ours", "digest": "1" * 64}, "one model was given twice"),
+        (
+            {"model": "ours", "digest": "1" * 64, "rows": [row("fixed", 1, 0.15, bits=4.0)]},
+            "c.json: other figures of fixed:1@0.15 than ",
+        ),
         ({"rows": [{"kind": "fixed"}]}, "no evaluation.json"),
         ({"rows": [row("fixed", 1, 0.15, passes="two")]}, "no evaluation.json"),
         ({"rows": [row("fixed", 1, 0.15, bits=None)]}, "no evaluation.json"),
@@ -107,6 +110,13 @@ def test_what_cannot_be_compared_is_one_line(
     printed = capsys.readouterr().err
     assert problem in printed
     assert printed.count("\n") == 1
+
+
+def test_several_files_of_one_model_are_one_evaluation(files: list[str], tmp_path: Path) -> None:
+    more = write(tmp_path / "c.json", "ours", "1" * 64, [row("fixed", 1, 0.15), row("settle", 3, 0.15)])
+    found = read_all([*map(Path, files), Path(more)])
+    assert [one.key for one in found["ours"].rows] == ["fixed:1@0.15", "gate:0.2@0.15", "gate:0.2@0.5", "settle:3@0.15"]
+    assert list(found) == ["ours", "theirs"]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"rows": 3}'])

@@ -107,7 +107,9 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def add_routes(app: FastAPI, lifecycle: Lifecycle, metrics: Metrics) -> None:
-    @app.get("/v2", summary="The server", response_model=ServerMetadata)
+    refusal = problem_responses("unauthenticated")
+
+    @app.get("/v2", summary="The server", response_model=ServerMetadata, responses=refusal)
     async def server(_: Request) -> Response:
         return _written(ServerMetadata(version=release()))
 

@@ -17,8 +17,10 @@ from service.errors import CODES, DeadlineExceeded, Internal, ResourceExhausted,
 from service.rest.app import create_app
 from service.rest.errors import STATUS, TITLE
 from service.rest.open_inference import MODEL_PATHS
-from service.schema import DenoiseAnswer, DenoiseRequest
+from service.rest.playground import PAGE
+from service.schema import OPTIONS, DenoiseAnswer, DenoiseRequest
 from service.tracing import NoTracer
+from service.version import release
 from tests.fakes import Service
 from tests.service.rest.test_bad_input import problem_of
 
@@ -28,7 +30,7 @@ KEY = "s3cret-ключ"
 async def test_one_text_one_answer(service: Service) -> None:
     async with service.client() as client:
         response = await client.post("/denoise", json={"text": "The quick [MASK]!", "top_k": 1, "trace": True})
-    assert response.status_code == 200
+    assert (response.status_code, response.headers["content-type"]) == (200, "application/json")
     assert response.json() == {
         "text": "The quick fox!",
         "corrupted_text": None,
@@ -227,9 +229,10 @@ async def test_the_playground_allows_itself_and_nothing_else(service: Service) -
     policy = response.headers["content-security-policy"]
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
-    assert {"connect-src 'self'", "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"} <= {
-        *policy.split("; ")
-    }
+    assert {"connect-src 'self'", "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"} | {
+        "img-src data:"
+    } <= {*policy.split("; ")}
+    assert response.content == PAGE.read_bytes()
     assert response.headers["referrer-policy"] == "no-referrer"
     assert response.headers["x-content-type-options"] == "nosniff"
     for element in ("script", "style"):
@@ -290,7 +293,9 @@ async def test_bounds_in_the_openapi_document_are_whole_numbers(service: Service
 
 async def test_the_model_card(service: Service, tiny_config: ModelConfig) -> None:
     async with service.client() as client:
-        card = (await client.get("/model")).json()
+        response = await client.get("/model")
+    assert response.headers["content-type"] == "application/json"
+    card = response.json()
     assert card["digest"] == "0123456789abcdef"
     assert card["configuration"]["max_seq_len"] == tiny_config.max_seq_len
 
@@ -323,7 +328,58 @@ def test_the_openapi_document_says_where_a_key_is_wanted(service: Service, keys:
     schema = app.openapi()
     keyed = {path for path, methods in schema["paths"].items() if all("security" in one for one in methods.values())}
     assert keyed == wanted
-    assert set(schema["components"]["securitySchemes"]) == {"bearer", "key"}
+    assert schema["components"]["securitySchemes"] == {
+        "bearer": {"type": "http", "scheme": "bearer"},
+        "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+    }
+
+
+ANSWERS = {
+    "/denoise": "DenoiseAnswer", "/denoise/batch": "BatchAnswer", "/denoise/stream": "text/event-stream",
+    "/health/live": "Liveness", "/health/ready": "Readiness", "/metrics": "text/plain", "/model": "ModelCard",
+    "/model/reload": "ReloadAnswer", "/v2": "ServerMetadata", "/v2/health/live": "Live", "/v2/health/ready": "Ready",
+    **dict.fromkeys(MODEL_PATHS, "ModelMetadata"),
+    **{f"{path}/ready": "ModelReady" for path in MODEL_PATHS},
+    **{f"{path}/infer": "InferResponse" for path in MODEL_PATHS},
+}  # fmt: skip
+PROBLEM = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+
+
+def test_the_openapi_document_has_every_answer(service: Service) -> None:
+    async def reload() -> Any: ...
+
+    app = create_app(service.lifecycle, service.metrics, max_body_bytes=9, reload=reload, api_key="a", admin_key="b")
+    schema = app.openapi()
+    assert schema["info"] == {"title": "RDT", "version": release()}
+    found = {}
+    for path, operations in schema["paths"].items():
+        (told,) = operations.values()
+        answer = told["responses"].pop("200")["content"]
+        ((media_type, content),) = answer.items()
+        found[path] = content["schema"].get("$ref", media_type).removeprefix("#/components/schemas/")
+        assert ("401" in told["responses"]) == ("security" in told)
+        assert told.get("security") in (None, [{"bearer": []}, {"key": []}])
+        bad = answer if path.endswith("health/ready") else PROBLEM
+        assert all(response["content"] == bad for response in told["responses"].values())
+        assert "503" in told["responses"] or path in ("/health/live", "/v2", "/v2/health/live")
+    assert found == ANSWERS
+    paths = schema["paths"]
+    assert paths["/denoise/stream"]["post"]["responses"].keys() == paths["/denoise"]["post"]["responses"].keys()
+    batch = paths["/denoise/batch"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert (batch["title"], batch["required"], batch["additionalProperties"]) == ("BatchRequest", ["items"], False)
+    assert set(batch["properties"]) == {"items", *OPTIONS}
+
+
+async def test_the_examples_in_the_openapi_document_are_answered(service: Service) -> None:
+    answered = []
+    async with service.client() as client:
+        for path, operations in service.app.openapi()["paths"].items():
+            if body := operations.get("post", {}).get("requestBody"):
+                assert body["required"] is True
+                example = body["content"]["application/json"]["example"]
+                response = await client.post(path.format(name="tiny", version="0123456789ab"), json=example)
+                answered.append(response.status_code)
+    assert answered == [200] * 5
 
 
 def test_null_is_allowed_where_it_is_taken() -> None:

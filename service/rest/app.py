@@ -35,7 +35,7 @@ class PlainRoute(APIRoute):
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """HEAD is handled as GET; the server leaves the body out."""
-        if scope["method"] == "HEAD" and "GET" in (self.methods or ()):
+        if scope["method"] == "HEAD":
             scope = {**scope, "method": "GET"}
         await super().handle(scope, receive, send)
 

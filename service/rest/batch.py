@@ -22,7 +22,6 @@ def add_routes(app: FastAPI, lifecycle: Lifecycle, metrics: Metrics) -> None:
         "/denoise/batch",
         summary="Restore many texts",
         response_model=BatchAnswer,
-        response_model_exclude_unset=True,
         responses=problem_responses(*CODES),
         openapi_extra=json_body(request_schema(), EXAMPLE),
     )

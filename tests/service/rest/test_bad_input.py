@@ -115,6 +115,11 @@ async def test_a_bad_body_is_refused(service: Service, body: bytes, headers: dic
     assert service.engine.jobs == []
 
 
+def test_what_is_no_utf8_is_named() -> None:
+    with pytest.raises(Malformed, match="the body is not UTF-8: byte 10 is 0xff"):
+        parse_json(b'{"text": "\xff"}')
+
+
 def test_a_number_of_too_many_digits() -> None:
     with pytest.raises(Malformed, match="4300 digits"):
         parse_json(b'{"text": "a", "seed": ' + b"9" * 5000 + b"}")
@@ -203,6 +208,7 @@ async def test_paths_and_methods_that_do_not_exist(service: Service) -> None:
         problem_of(await client.get("/nowhere"), 404)
         problem_of(await client.post("/denoise/", json={"text": "a"}), 404)
         response = await client.get("/denoise")
+        assert (await client.head("/denoise")).status_code == 405
     problem = problem_of(response, 405)
     assert (problem["type"], problem["title"]) == ("about:blank", "Method Not Allowed")
     assert problem["detail"] == "GET /denoise: method not allowed"
@@ -213,6 +219,7 @@ async def test_paths_and_methods_that_do_not_exist(service: Service) -> None:
 async def test_the_methods_that_are_allowed(service: Service, path: str) -> None:
     async with service.client() as client:
         response = await client.post(path)
+        assert (await client.head(path)).status_code == 200
     assert sorted(response.headers["allow"].split(", ")) == ["GET", "HEAD"]
 
 

@@ -22,6 +22,7 @@ async def test_the_shape_of_a_batch_answer(service: Service) -> None:
     async with service.client() as client:
         response = await client.post("/denoise/batch", json={"items": items}, headers={"X-Request-Id": "mine"})
         single = await client.post("/denoise", json=items[0])
+    assert response.headers["content-type"] == "application/json"
     first, second, third = response.json()["results"]
     assert first == {"answer": single.json()}
     assert second == {

@@ -69,6 +69,7 @@ class SecondProcess(OneProcess):
     first = False
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")  # about forking; lost as an error before 3.15
 def test_a_signal_to_the_whole_group_leaves_the_workers_their_batch(
     train_settings: Settings, cpu: torch.device
 ) -> None:

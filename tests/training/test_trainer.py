@@ -84,6 +84,7 @@ def test_an_interrupted_run_continues_bit_for_bit(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere every process has a copy")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")  # about forking; lost as an error before 3.15
 def test_processes_that_prepare_batches_share_the_text(
     train_settings: Settings, cpu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -83,6 +83,15 @@ async def test_who_sends_no_more_is_given_up(server: tuple[FrontEnd, int]) -> No
             await front.close()
 
 
+async def test_after_a_refusal_the_end_comes_before_the_connection_is_given_up(
+    port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.rest.protocol.PARTING_SECONDS", 60.0)
+    async with connected(port) as (reader, writer):
+        writer.write(b"\x16\x03\x01 no HTTP")
+        assert statuses(await reader.read()) == [400]
+
+
 async def test_who_breaks_off_is_forgotten(port: int, caplog: pytest.LogCaptureFixture) -> None:
     async with connected(port) as (reader, writer):
         writer.write(head(b"Content-Type: text/plain", b"Connection: close"))

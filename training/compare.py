@@ -1,9 +1,8 @@
 """`python -m training.compare A.json B.json`: evaluations of several models as Markdown tables and one picture.
 
 The files are those of `python -m training.evaluate --output`, on the same text with the same masks; of one model there
-may be several. With `--against
-MODEL KIND:SETTING` the tables hold differences from that model's method, segment by segment, with paired 95 %
-intervals; that takes the `.npz` beside each `.json`, too.
+may be several. With `--against MODEL KIND:SETTING` the tables hold differences from that model's method, segment by
+segment, with paired 95 % intervals; that takes the `.npz` beside each `.json`, too.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 
+from tests.ports import free_ports
+
 
 class Collector(trace_service_pb2_grpc.TraceServiceServicer):
     """Takes exports and keeps them."""
@@ -39,8 +41,7 @@ def collecting(collector: Collector) -> Iterator[str]:
 @contextmanager
 def nobody() -> Iterator[str]:
     """An address that refuses connections."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    (port,) = free_ports(1)
     yield f"http://127.0.0.1:{port}"
 
 

@@ -6,7 +6,6 @@ import asyncio
 import os
 import re
 import signal
-import socket
 import threading
 import time
 from collections import Counter
@@ -32,6 +31,7 @@ from service.rpc.pb import open_inference_pb2 as oip
 from service.rpc.pb.denoiser_pb2_grpc import DenoiserStub
 from tests.e2e.ray_cluster import Cluster, cluster
 from tests.e2e.test_server import ROOT, answer_before_the_deadline, server, wait_for_grpc, wait_until_ready
+from tests.ports import free_ports
 
 pytestmark = [
     pytest.mark.e2e,
@@ -45,14 +45,6 @@ N_CALLERS = 8
 PATIENCE_SECONDS = 120.0
 DRAINING = "Waiting for an additional"
 """What Serve logs of a replica that is to go and has requests under way."""
-
-
-def free_ports(number: int) -> list[int]:
-    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
-    ports = [listener.getsockname()[1] for listener in listeners]
-    for listener in listeners:
-        listener.close()
-    return ports
 
 
 def configuration(weights: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from service.settings import Settings
 from service.workers import supervisor
 from service.workers.children import CANNOT_START, CRASHED, ENGINE_FAILED, Child, Orders, end_with_parent
 from service.workers.supervisor import MAX_WORKER_DEATHS, Crew, reserved, supervise
+from tests.ports import free_ports
 from tests.service.workers.fleet import until
 
 
@@ -263,8 +264,8 @@ def test_an_address_may_be_of_ip_version_6() -> None:
 
 def test_what_a_server_before_has_left_of_its_connections_is_waited_for(caplog: pytest.LogCaptureFixture) -> None:
     """It did not share its port, and so is in the way of one that does."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:  # as an address to be used again
-        port = listener.getsockname()[1]
+    (port,) = free_ports(1)
+    with socket.create_server(("127.0.0.1", port)) as listener:  # as an address to be used again
         caller = socket.create_connection(("127.0.0.1", port))
         served, _ = listener.accept()
     served.close()  # the end of the server comes first: it keeps the connection's
@@ -279,8 +280,8 @@ def test_what_a_server_before_has_left_of_its_connections_is_waited_for(caplog: 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
 def test_whoever_waits_for_them_can_be_ended(tmp_path: Path, number: signal.Signals, status: int) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    (port,) = free_ports(1)
+    with socket.create_server(("127.0.0.1", port)) as listener:
         caller = socket.create_connection(("127.0.0.1", port))
         served, _ = listener.accept()
     served.close()

@@ -48,6 +48,14 @@ TITLE_OF_REASON: dict[RefusalReason, str] = {
 }
 """Where the code says too little."""
 
+_ALL_REASONS = "The queue is full, the server is short of memory, or too much is being sent at once"
+_RETRY_AFTER = {"Retry-After": {"description": "Seconds after which to try again.", "schema": {"type": "integer"}}}
+_MORE: dict[Code, dict[str, object]] = {
+    "resource_exhausted": {"description": _ALL_REASONS, "headers": _RETRY_AFTER},
+    "unavailable": {"headers": _RETRY_AFTER},
+}
+"""What the OpenAPI document says of an error beside its title."""
+
 _ELSEWHERE = ("not_found", "failed_precondition", "cancelled")
 DENOISE_CODES: tuple[Code, ...] = tuple(code for code in STATUS if code not in _ELSEWHERE)
 """Errors that a caller of the denoising routes can be answered with."""
@@ -55,8 +63,8 @@ DENOISE_CODES: tuple[Code, ...] = tuple(code for code in STATUS if code not in _
 
 def problem_responses(*codes: Code) -> dict[int | str, dict[str, object]]:
     """OpenAPI documentation of the errors a route can answer with."""
-    schema = {"$ref": "#/components/schemas/Problem"}
-    return {STATUS[code]: {"description": TITLE[code], "content": {PROBLEM_JSON: {"schema": schema}}} for code in codes}
+    content = {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {STATUS[code]: {"description": TITLE[code], "content": content, **_MORE.get(code, {})} for code in codes}
 
 
 def problem_of(error: ServiceError, request_id: str) -> Problem:

@@ -369,6 +369,19 @@ def test_the_openapi_document_has_every_answer(service: Service) -> None:
     assert set(batch["properties"]) == {"items", *OPTIONS}
 
 
+def test_the_openapi_document_says_what_is_refused_and_when_to_try_again(service: Service) -> None:
+    paths = service.app.openapi()["paths"]
+    for operations in paths.values():
+        for told in operations.values():
+            for status, response in told["responses"].items():
+                refused = status == "429" or (status == "503" and response["content"] == PROBLEM)
+                assert list(response.get("headers", ())) == (["Retry-After"] if refused else [])
+    refused = paths["/denoise"]["post"]["responses"]["429"]
+    assert refused["headers"]["Retry-After"]["schema"] == {"type": "integer"}
+    for reason in ("queue is full", "short of memory", "too much is being sent"):
+        assert reason in refused["description"]
+
+
 async def test_the_examples_in_the_openapi_document_are_answered(service: Service) -> None:
     answered = []
     async with service.client() as client:

@@ -28,7 +28,8 @@ def encode(text: str, tokenizer: Tokenizer, limits: Limits) -> Encoding:
     """Text -> tokens. `TooLarge` names both lengths; `InvalidArgument` if nothing is left to read."""
     encoding = tokenizer.encode(text)
     if len(encoding.ids) > limits.max_seq_len:
-        raise _too_large(text, f"{len(encoding.ids)} tokens", f"at most {limits.max_seq_len} tokens")
+        wanted = f"at most {limits.max_seq_len} tokens, with the two that frame every text"
+        raise _too_large(text, f"{len(encoding.ids)} tokens", wanted)
     if len(encoding.ids) == N_FRAME_TOKENS:
         wanted = "text with at least one token; spaces and control characters are none"
         raise InvalidArgument.of([FieldProblem.of("text", text, wanted)])

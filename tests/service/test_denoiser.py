@@ -186,7 +186,7 @@ async def test_control_tokens_typed_by_a_caller_are_text(real: Service) -> None:
 
 
 async def test_what_is_wrong_with_the_text_is_said(service: Service) -> None:
-    with pytest.raises(TooLarge, match="34 tokens: want at most 32"):
+    with pytest.raises(TooLarge, match="34 tokens: want at most 32 tokens, with the two that frame every text"):
         await ask(service, "a " * 32)
     with pytest.raises(InvalidArgument, match="at least one token"):
         await ask(service, "\u200b\u200b")

@@ -41,8 +41,8 @@ class DenoiseRequest(BaseModel):
     )
     halting: Halting | None = Field(
         default=None,
-        description="`gate`: decode once at the end. `settle`: tokens come back gradually, the surest first and "
-        "neighbours one after the other.",
+        description="`gate`: decode once at the end. `settle`: tokens come back gradually, the surest first, and "
+        "neighbours in different passes where there are enough.",
     )
     restore: Literal["masked", "all"] | None = Field(
         default="masked",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -13,9 +14,12 @@ from service.lifecycle import Lifecycle
 JSON_TYPE = "application/json"
 
 
-def json_body(schema: dict[str, object], example: object) -> dict[str, object]:
-    """OpenAPI documentation of a route that reads its body itself."""
-    return {"requestBody": {"required": True, "content": {JSON_TYPE: {"schema": schema, "example": example}}}}
+def json_body(
+    schema: dict[str, object], example: object, others: Mapping[str, object] | None = None
+) -> dict[str, object]:
+    """OpenAPI documentation of a route that reads its body itself: JSON, or one of the others."""
+    content = {JSON_TYPE: {"schema": schema, "example": example}, **(others or {})}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 async def received(request: Request, lifecycle: Lifecycle) -> tuple[Denoiser, object]:

@@ -40,6 +40,8 @@ READY_PATH = "/v2/health/ready"
 MODEL_PATHS = ("/v2/models/{name}", "/v2/models/{name}/versions/{version}")
 
 BINARY_TYPE = "application/octet-stream"
+BINARY: dict[str, object] = {BINARY_TYPE: {"schema": {"type": "string", "format": "binary"}}}
+"""For the OpenAPI document."""
 MEDIA_TYPES = (JSON_TYPE, BINARY_TYPE, "")
 """Some clients name no type."""
 JSON_SIZE = "inference-header-content-length"
@@ -129,6 +131,7 @@ def add_routes(app: FastAPI, lifecycle: Lifecycle, metrics: Metrics) -> None:
 def _add_model_routes(app: FastAPI, path: str, lifecycle: Lifecycle, metrics: Metrics) -> None:
     refusals = problem_responses("unauthenticated", "not_found", "unavailable")
     named: dict[str, object] = {"parameters": _path_parameters(path)}
+    body = json_body({"$ref": "#/components/schemas/InferRequest"}, EXAMPLE, BINARY)
 
     @app.get(path, summary="The model", response_model=ModelMetadata, responses=refusals, openapi_extra=named)
     @_telling_errors
@@ -150,9 +153,11 @@ def _add_model_routes(app: FastAPI, path: str, lifecycle: Lifecycle, metrics: Me
     @app.post(
         f"{path}/infer",
         summary="Restore many texts, if none of them fails",
+        description="Tensors may be in binary form. They then follow the JSON, whose length is in the header "
+        "`Inference-Header-Content-Length`, of the request and of the answer.",
         response_model=InferResponse,
-        responses=problem_responses(*DENOISE_CODES, "not_found"),
-        openapi_extra={**named, **json_body({"$ref": "#/components/schemas/InferRequest"}, EXAMPLE)},
+        responses={**problem_responses(*DENOISE_CODES, "not_found"), 200: {"content": BINARY}},
+        openapi_extra={**named, **body},
     )
     @_telling_errors
     async def infer(request: Request) -> Response:

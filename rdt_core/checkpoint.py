@@ -214,9 +214,9 @@ def checked_name(name: object) -> str:
 
 def _name(path: str | Path, config: Mapping[str, Any]) -> str:
     """What a model is called: what its configuration says, or else the folder it is in. Raises `CheckpointError`."""
-    name = config.get("name") or Path(path).resolve().parent.name
+    name = config.get("name")
     try:
-        return checked_name(name)
+        return checked_name(Path(path).resolve().parent.name if name is None or name == "" else name)
     except ValueError as error:
         raise CheckpointError(path, f"its {error}") from error
 
@@ -266,11 +266,11 @@ def check_weights(path: str | Path, model: RDT, weights: Any, how: str = "") -> 
             raise CheckpointError(path, f"model_state_dict has no {name}")
         if name not in expected:
             raise CheckpointError(path, f"model_state_dict has {name}, which the configuration does not")
+        if not _is_dense(weights[name]):  # others may have no shape
+            raise CheckpointError(path, f"{name} is no dense tensor")
         if expected[name].shape != weights[name].shape:
             shapes = f"{tuple(weights[name].shape)}, want {tuple(expected[name].shape)}"
             raise CheckpointError(path, f"{name} has shape {shapes}")
-        if not _is_dense(weights[name]):
-            raise CheckpointError(path, f"{name} is no dense tensor")
         if not weights[name].is_floating_point():
             raise CheckpointError(path, f"{name} holds {weights[name].dtype}: want a floating point format")
         if not torch.isfinite(weights[name].to(torch.float32)).all():
@@ -279,9 +279,9 @@ def check_weights(path: str | Path, model: RDT, weights: Any, how: str = "") -> 
 
 def _is_dense(tensor: Tensor) -> bool:
     """Whether it has a value of its own at each place: a file of a few bytes may hold an expanded one of any size."""
-    if tensor.layout is not torch.strided or tensor.is_meta:
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
         return False
-    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
+    return tensor.untyped_storage().nbytes() >= tensor.nbytes
 
 
 def _check_size(path: str | Path, archive: zipfile.ZipFile) -> None:

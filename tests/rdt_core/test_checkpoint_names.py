@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from rdt_core import checkpoint
 from rdt_core.checkpoint import CheckpointError
 
-BAD_NAMES = ["\ud800", "a\nb", "x" * 256, "x" * 10**6, {"a": "b"}, 7, b"tiny"]
+BAD_NAMES = ["\ud800", "a\nb", "x" * 256, "x" * 10**6, {"a": "b"}, 7, b"tiny", torch.zeros(2)]
 
 
 @pytest.fixture

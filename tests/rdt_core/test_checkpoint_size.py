@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from rdt_core import CheckpointError, checkpoint
 
@@ -41,10 +43,16 @@ def test_parts_that_share_their_bytes_are_refused_unread(tiny_checkpoint: Path, 
         checkpoint.read(bomb)
 
 
-def test_an_expanded_weight_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def nested() -> Tensor:
+    return torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+
+
+@pytest.mark.parametrize("make", [lambda: torch.zeros(1).expand(16, 16), nested])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_an_expanded_weight_is_refused_and_one_without_a_shape(
+    tiny_checkpoint: Path, tmp_path: Path, make: Callable[[], Tensor]
+) -> None:
     held, path = checkpoint.read(tiny_checkpoint), tmp_path / "best_model.pt"
-    weights = held.model_state_dict
-    expanded = torch.zeros(1).expand(weights["inject.weight"].shape)
-    checkpoint.save(path, replace(held, model_state_dict={**weights, "inject.weight": expanded}))
+    checkpoint.save(path, replace(held, model_state_dict={**held.model_state_dict, "inject.weight": make()}))
     with pytest.raises(CheckpointError, match=r"inject\.weight is no dense tensor"):
         checkpoint.load(path)

@@ -233,6 +233,7 @@ def _described(path: str | Path, checkpoint: Checkpoint) -> tuple[RDT, Tokenizer
         )
     model = _without_weights(path, config)
     check_weights(path, model, checkpoint.model_state_dict)
+    _check_apart(path, checkpoint.model_state_dict)
     return model, tokenizer
 
 
@@ -275,6 +276,13 @@ def check_weights(path: str | Path, model: RDT, weights: Any, how: str = "") -> 
             raise CheckpointError(path, f"{name} holds {weights[name].dtype}: want a floating point format")
         if not torch.isfinite(weights[name].to(torch.float32)).all():
             raise CheckpointError(path, f"{name} holds values that are not finite numbers {how}".rstrip())
+
+
+def _check_apart(path: str | Path, weights: Mapping[str, Tensor]) -> None:
+    """Raise `CheckpointError` for weights that share values: loaded, each gets its own, and a small file any number."""
+    held = {(storage := tensor.untyped_storage()).data_ptr(): storage.nbytes() for tensor in weights.values()}
+    if sum(held.values()) < sum(tensor.nbytes for tensor in weights.values()):
+        raise CheckpointError(path, "model_state_dict has weights that share their values: want each its own")
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -56,3 +56,22 @@ def test_an_expanded_weight_is_refused_and_one_without_a_shape(
     checkpoint.save(path, replace(held, model_state_dict={**held.model_state_dict, "inject.weight": make()}))
     with pytest.raises(CheckpointError, match=r"inject\.weight is no dense tensor"):
         checkpoint.load(path)
+
+
+def test_weights_that_share_their_values_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    held, path = checkpoint.read(tiny_checkpoint), tmp_path / "best_model.pt"
+    largest = max(tensor.numel() for tensor in held.model_state_dict.values())
+    values = torch.zeros(largest, dtype=torch.float16)
+    weights = {name: values[: one.numel()].view(one.shape) for name, one in held.model_state_dict.items()}
+    checkpoint.save(path, replace(held, model_state_dict=weights))
+    with pytest.raises(CheckpointError, match=r"model_state_dict has weights that share their values"):
+        checkpoint.load(path)
+
+
+def test_weights_cut_from_one_tensor_are_as_good_as_others(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    held, path = checkpoint.read(tiny_checkpoint), tmp_path / "best_model.pt"
+    weights = held.model_state_dict
+    parts = torch.cat([one.flatten() for one in weights.values()]).split([one.numel() for one in weights.values()])
+    cut = {name: part.view(one.shape) for (name, one), part in zip(weights.items(), parts, strict=True)}
+    checkpoint.save(path, replace(held, model_state_dict=cut))
+    assert checkpoint.load(path).model.state_dict().keys() == weights.keys()

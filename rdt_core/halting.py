@@ -85,6 +85,8 @@ def settling_order(token_level: Tensor, waits: Tensor) -> Tensor:
 
 def settled_level(left_open: Tensor, n_masked: int, levels: list[float]) -> float:
     """Share of the masked rows that stay open, weighted by their token levels `left_open`; it never rises."""
-    if n_masked == 0:
+    if len(left_open) == 0:
         return 0.0
-    return min([float(left_open.sum() / n_masked), *levels[-1:]])  # a float32 division, as in the engine
+    length = torch.tensor([len(left_open)], device=left_open.device)
+    total = torch.segment_reduce(left_open, "sum", lengths=length)  # one after the other, as in the engine
+    return min([float(total / n_masked), *levels[-1:]])  # a float32 division, as in the engine

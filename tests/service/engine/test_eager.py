@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rdt_core import RDT, Packing, State, restore
+from rdt_core import RDT, Packing, State, halting, restore
 from rdt_core.precision import Precision, prepare
+from service.engine import batch_halting
+from service.engine.batch_halting import Terms
 from service.engine.eager import Decoded, EagerBackend
 from service.engine.lookahead import LookaheadBackend
 from service.engine.reference import run_reference
@@ -141,6 +143,18 @@ def test_rounded_formats_answer_alone_as_in_a_crowd(tiny_model: RDT, precision: 
     alone = [run_reference(served, job) for job in jobs]
     together = run_all(EagerBackend(served), jobs, rng)
     assert [(r.tokens, r.steps, r.reason) for r in together] == [(r.tokens, r.steps, r.reason) for r in alone]
+
+
+def test_what_stays_open_adds_up_to_the_reference_to_the_last_digit() -> None:
+    """A threshold may be that very level."""
+    lengths = list(range(1, 200))
+    token_level = torch.rand(sum(lengths), generator=torch.Generator().manual_seed(0))
+    stays = token_level > 0.3
+    alone = zip(token_level.split(lengths), stays.split(lengths), lengths, strict=True)
+    others = dict.fromkeys(set(Terms._fields) - {"n_masked", "level"}, torch.zeros(0))  # not looked at
+    terms = Terms(n_masked=torch.tensor(lengths), level=torch.ones(len(lengths)), **others)
+    together = batch_halting.settled_level(token_level * stays, Packing.of(lengths), terms)
+    assert together.tolist() == [halting.settled_level(one[open_], length, []) for one, open_, length in alone]
 
 
 def plan_of(*jobs: Job, overdue: tuple[int, ...] = (), dropped: tuple[int, ...] = (), known: int = 0) -> Plan:

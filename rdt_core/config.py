@@ -71,8 +71,8 @@ class ModelConfig:
         for name, minimum in (("n_encoder_layers", 1), ("n_decoder_layers", 0), ("n_prelude_layers", 0)):
             self._check_int(name, minimum, MAX_LAYERS)
         self._check_suppressed()
+        object.__setattr__(self, "suppress_tokens", tuple(dict.fromkeys(self.suppress_tokens)))  # each once
         self._check_int("gate_shortlist", 0, self.vocab_size - len(self.suppress_tokens))
-        object.__setattr__(self, "suppress_tokens", tuple(self.suppress_tokens))
         for name in ("dropout", "threshold"):
             self._check_number(name)
         if not 0.0 <= self.dropout < 1.0:

@@ -69,6 +69,7 @@ def test_a_shortlist_has_only_tokens_that_may_be_answers_and_belongs_to_decoders
     with pytest.raises(ValueError, match=r"^gate_shortlist is 99: want a whole number from 0 to 98$"):
         ModelConfig(vocab_size=100, suppress_tokens=(0, 4), gate_shortlist=99)
     assert ModelConfig(vocab_size=100, suppress_tokens=(0, 4), gate_shortlist=98).gate_shortlist == 98
+    assert ModelConfig(vocab_size=100, suppress_tokens=(4, 0, 4, 4), gate_shortlist=98).suppress_tokens == (4, 0)
     with pytest.raises(ValueError, match=r"^gate_shortlist is 1: want 0 with decoder_type 'transformer'"):
         ModelConfig(decoder_type="transformer", n_decoder_layers=1, gate_shortlist=1)
 

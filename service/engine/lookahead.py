@@ -138,7 +138,8 @@ class LookaheadBackend:
         n_decoded = sum(map(len, chosen.values()))
         told, halted = self._collect(chosen)
         self._launched = launched
-        self._decode([one for one in self._sequences if one.ticket in halted | plan.overdue or one.is_at_its_ceiling])
+        stopped = halted | plan.overdue
+        self._decode([one for one in self._sequences if one.ticket in stopped or one.is_at_its_ceiling])
         return Outcome(
             readings=told | beside.readings,
             n_decoded=n_decoded + beside.n_decoded,

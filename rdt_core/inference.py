@@ -61,7 +61,7 @@ def restore(
     observe: Observer | None = None,
     out_of_time: Callable[[], bool] | None = None,
 ) -> Restoration:
-    """Apply the encoder until the sequence halts. tokens `(L,)`, masked `(L,)` bool.
+    """Apply the encoder until the sequence halts. tokens `(L,)` int64 or int32, masked `(L,)` bool.
 
     Options default to the model's own. `observe(step, level, state)` is called after every pass.
     `decode_all` decodes every row at the end, not only the masked ones. Once `out_of_time()` is true, the
@@ -148,8 +148,8 @@ def _assemble(tokens: Tensor, chosen: dict[int, Choice], levels: list[float], re
 
 def _check_text(model: RDT, tokens: Tensor, masked: Tensor) -> None:
     config = model.config
-    if tokens.ndim != 1 or tokens.is_floating_point():
-        raise ValueError(f"tokens is {tokens.dtype} of shape {tuple(tokens.shape)}: want whole numbers of shape (L,)")
+    if tokens.ndim != 1 or tokens.dtype not in (torch.int64, torch.int32):  # an embedding takes no others
+        raise ValueError(f"tokens is {tokens.dtype} of shape {tuple(tokens.shape)}: want int64 or int32 of shape (L,)")
     if model.training and config.dropout > 0:
         raise ValueError("the model is in training mode and drops out: call eval() on it first")
     if not 1 <= len(tokens) <= config.max_seq_len:

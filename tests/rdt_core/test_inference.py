@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -245,8 +246,10 @@ def test_a_model_restores_by_itself(tiny_model: RDT) -> None:
 @pytest.mark.parametrize(
     ("tokens", "masked", "wanted"),
     [
-        ([[2, 4]], [[False, True]], "tokens is torch.int64 of shape (1, 2): want whole numbers of shape (L,)"),
+        ([[2, 4]], [[False, True]], "tokens is torch.int64 of shape (1, 2): want int64 or int32 of shape (L,)"),
         ([2.0, 4.0], [False, True], "tokens is torch.float32 of shape (2,)"),
+        ([True, False], [False, True], "tokens is torch.bool of shape (2,)"),
+        (np.array([2, 4], np.uint16), [False, True], "tokens is torch.uint16 of shape (2,)"),
         ([2, 4], [False, True, True], "masked is torch.bool of shape (3,): want bool of shape (2,)"),
         ([2, 4], [0, 1], "masked is torch.int64 of shape (2,)"),
         ([2, -1], [False, True], "tokens has -1: want 0 <= token < vocab_size = 121"),

@@ -39,7 +39,10 @@ SAME_SUMS = RowCounts(least=4)
 
 
 def same_sums(layer: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-    """`layer(rows)`, `(R, I)` -> `(R, O)`: each row's digits are the same, however few rows there are."""
+    """`layer(rows)`, `(R, I)` -> `(R, O)`: each row's digits are the same, however few rows there are.
+
+    For a dozen outputs or more: with fewer, the order in which MKL adds up may depend on their number (`few_outputs`).
+    """
     return layer(SAME_SUMS.filled(rows))[: len(rows)]
 
 

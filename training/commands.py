@@ -9,7 +9,7 @@ from training.stopping import INTERRUPTED
 
 
 def train() -> int:
-    return _run("rdt-train", "training.__main__")
+    return _run("rdt-train", "training.train")
 
 
 def evaluate() -> int:

@@ -11,7 +11,7 @@ import yaml
 
 from tests.training.conftest import Settings
 from training import trainer
-from training.__main__ import main
+from training.train import main
 
 
 @pytest.fixture
@@ -106,3 +106,11 @@ def test_ctrl_c_says_how_to_go_on(config_file: Path, tmp_path: Path) -> None:
     path = Path(last.partition("--checkpoint ")[2])
     assert path.is_file()
     assert path.is_relative_to(tmp_path)
+
+
+def test_ctrl_c_while_libraries_load_is_no_traceback(config_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt", encoding="utf-8")
+    command = [sys.executable, "-m", "training", "--config", str(config_file)]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    ended = subprocess.run(command, capture_output=True, cwd=Path(__file__).parents[2], env=environment, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, b"", b"")

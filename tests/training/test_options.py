@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from training import compare, evaluate, release, scorer
-from training.__main__ import main as train
+from training.train import main as train
 
 PATHS = {
     train: ["--config", "--override", "--checkpoint"],

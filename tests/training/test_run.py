@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from rdt_core import checkpoint
-from training.__main__ import main
 from training.config_file import load_config
+from training.train import main
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "training" / "configs"

@@ -20,6 +20,13 @@ def path_named(name: str) -> Path:
     return Path(name)
 
 
+def name_given(name: str) -> str:
+    """For argparse: refuses a blank name."""
+    if not name.strip():
+        raise argparse.ArgumentTypeError("it is blank: want a name")
+    return name
+
+
 def device_named(name: str) -> torch.device:
     """`auto`, `cpu`, `cuda` or `cuda:N`. Raises `ConfigError`."""
     try:

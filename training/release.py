@@ -15,7 +15,7 @@ from rdt_core.checkpoint import CheckpointError
 from rdt_core.config import HALTINGS, REQUEST_DEFAULTS
 from training.files import make_folder
 from training.optimise import average_note
-from training.options import path_named
+from training.options import name_given, path_named
 from training.stopping import command
 
 
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="rdt-release", description="Write the weights alone, in half precision.")
     parser.add_argument("--checkpoint", required=True, type=path_named, help="of a training run")
     parser.add_argument("--output", required=True, type=path_named, help="the file to write")
-    parser.add_argument("--name", help="what the model is called (default: the run's name)")
+    parser.add_argument("--name", type=name_given, help="what the model is called (default: the run's name)")
     parser.add_argument("--halting", choices=HALTINGS, help="default of halting (default: the checkpoint's)")
     parser.add_argument("--max_steps", "--max-steps", type=int, help="default of max_steps (default: the checkpoint's)")
     parser.add_argument("--threshold", type=float, help="default of threshold (default: the checkpoint's)")

@@ -64,6 +64,17 @@ def test_a_default_out_of_range_is_one_line(
     assert not target.exists()
 
 
+@pytest.mark.parametrize("name", ["", "  "])
+def test_a_blank_name_is_refused(
+    tiny_checkpoint: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "best_model.pt"
+    with pytest.raises(SystemExit):
+        main(["--checkpoint", str(tiny_checkpoint), "--output", str(target), "--name", name])
+    assert "argument --name: it is blank: want a name" in capsys.readouterr().err
+    assert not target.exists()
+
+
 def test_a_place_for_no_release_is_named(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--checkpoint", str(tiny_checkpoint), "--output", "/dev/null/best_model.pt"]) == 2
     problem = "the folder of --output is '/dev/null': want a folder to write in: File exists"

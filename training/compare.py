@@ -55,7 +55,7 @@ class EvaluationFile:
             return cls(str(values["model"]), str(values["digest"]), of, rows, (path,))
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(f"{path}: no evaluation.json of training.evaluate") from error
 
     @property

@@ -119,7 +119,7 @@ def test_several_files_of_one_model_are_one_evaluation(files: list[str], tmp_pat
     assert list(found) == ["ours", "theirs"]
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"rows": 3}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"rows": 3}', "[" * 100_000])
 def test_a_file_that_is_no_evaluation(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x.json").write_text(text, encoding="utf-8")
     assert main([str(tmp_path / "x.json")]) == 2

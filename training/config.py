@@ -20,7 +20,7 @@ class ConfigError(ValueError):
     """A setting that does not exist or has a value out of its range."""
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: Exception | str) -> str:
     """What a library says is wrong, for the end of a message of ours."""
     return " ".join(str(error).split())
 

@@ -43,6 +43,7 @@ from training.evaluation.causal import Scorer, load_scorer
 from training.evaluation.restoring import Evaluation, cut_segments
 from training.evaluation.table import Evaluated, Plan, evaluate
 from training.files import make_folder, write_whole
+from training.memory import enough_memory
 from training.optimise import average_note
 from training.options import check_batch_size, check_numbers, device_named, path_named
 from training.report import format_comparisons, format_levels, format_table, plot_lines, print_text
@@ -69,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         validation = None
         if options.validation is not None:
             validation = _evaluation(options, loaded, options.validation, "--validation")
-        found = evaluate(evaluation, plan, validation, scorer)
+        with enough_memory("--batch-size", options.batch_size, "--length"):
+            found = evaluate(evaluation, plan, validation, scorer)
     except (ConfigError, CheckpointError, OSError) as error:
         print(f"rdt-evaluate: {error}", file=sys.stderr)
         return 2

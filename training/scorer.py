@@ -27,6 +27,7 @@ from training.data import stable_seed
 from training.evaluation.causal import CausalConfig, CausalLM, save_scorer
 from training.evaluation.restoring import cut_segments
 from training.files import make_folder
+from training.memory import enough_memory
 from training.mixed_precision import autocast
 from training.options import check_batch_size, check_numbers, device_named, path_named
 from training.stopping import command
@@ -153,7 +154,10 @@ def _run(options: argparse.Namespace) -> float:
         learning_rate=options.learning_rate,
         seed=options.seed,
     )
-    with tqdm(steps, total=options.steps, desc="scorer", unit="step", disable=None) as bar:
+    with (
+        enough_memory("--batch-size", options.batch_size, "--length"),
+        tqdm(steps, total=options.steps, desc="scorer", unit="step", disable=None) as bar,
+    ):
         for loss in bar:
             bar.set_postfix(nats=f"{loss:.3f}", refresh=False)
     bits = bits_a_token(model.eval(), segments)

@@ -29,6 +29,7 @@ from training.files import make_folder
 from training.folder import RunFolder
 from training.learner import Learner, TrainingDiverged, check_finite
 from training.losses import Losses
+from training.memory import OutOfMemory, enough_memory
 from training.mixed_precision import autocast
 from training.processes import OneProcess, Processes, share
 from training.progress import Progress
@@ -150,10 +151,11 @@ class Trainer:
             for note in self.notes:
                 progress.say(note)
             try:
-                return self._run(progress)
-            except TrainingDiverged as error:
+                with enough_memory("training.batch_size", self.config.training.batch_size, "data.max_seq_length"):
+                    return self._run(progress)
+            except (TrainingDiverged, OutOfMemory) as error:
                 good = self.last_saved or "none was saved yet"
-                raise TrainingDiverged(f"{error}; last good checkpoint: {good}") from error
+                raise type(error)(f"{error}; last good checkpoint: {good}") from error
 
     def _run(self, progress: Progress) -> bool:
         for losses in self._steps():

@@ -14,9 +14,9 @@ from weakref import WeakSet
 import torch
 
 from rdt_core.layers import has_varlen_attention
+from rdt_core.memory import shortage
 from rdt_core.model import RDT
 from rdt_core.precision import DTYPES
-from service.engine.memory import shortage
 from service.engine.static_batch import Bucket, Buffers, Size, one_pass
 from service.process import garbage
 

@@ -1,24 +1,14 @@
-"""Recognises the errors by which torch says that there is not enough memory."""
+"""Tells a shortage of memory from a defect."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch
-
+from rdt_core.memory import shortage
 from service.engine.backend import OutOfMemory
 
 Value = TypeVar("Value")
-
-SHORTAGES = (
-    "out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate",  # which a full card has no room for
-    "can't allocate memory",
-    "not enough memory",
-)
-"""Messages of the driver, of libraries under torch, and of the CPU allocator, which raise other types of error."""
 
 
 def or_out_of_memory(compute: Callable[[], Value]) -> Value:
@@ -30,11 +20,3 @@ def or_out_of_memory(compute: Callable[[], Value]) -> Value:
         if said is None:
             raise
     raise OutOfMemory(said)  # outside of `except`: torch's error as its context would keep the tick's tensors
-
-
-def shortage(error: RuntimeError | MemoryError) -> str | None:
-    """The error's message if it is about memory, else None."""
-    said = str(error)
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(name in said for name in SHORTAGES):
-        return said or "out of memory"
-    return None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rdt_core import RDT, Tokenizer, flops
 from training.evaluation.causal import Scorer
-from training.evaluation.restoring import Effort, Evaluation, Measured, Outcome, cut_segments
+from training.evaluation.restoring import Effort, Evaluation, Measured, Outcome, at_depth, cut_segments
 from training.evaluation.table import Judge, Point
 
 RATIO, LENGTH = 0.5, 12
@@ -96,6 +96,19 @@ def test_runs_and_whole_segments(evaluation: Evaluation, outcome: Outcome) -> No
     wanted = sacrebleu.corpus_bleu(words, [references], tokenize="none").score
     assert row.bleu == pytest.approx(wanted)
     assert 0 < row.bleu < 100
+
+
+@pytest.mark.parametrize(("length", "has_bleu"), [(5, False), (6, True)])
+def test_segments_without_four_words_have_no_bleu_of_four(
+    tiny_model: RDT, tiny_tokenizer: Tokenizer, length: int, has_bleu: bool
+) -> None:
+    """sacrebleu gives 0 for them, even to the text itself."""
+    stream = torch.arange(5, 17)
+    short = Evaluation(tiny_model, tiny_tokenizer, cut_segments(stream, tiny_tokenizer, length, at_most=None), seed=0)
+    judge = Judge(short, None)
+    outcome = at_depth(short.depths(RATIO, 1)[0], torch.ones(len(short.targets), dtype=torch.int64))
+    row = judge.row(RATIO, Point("fixed", 1, outcome), judge.tallies(RATIO, outcome))
+    assert (row.bleu is not None) == has_bleu
 
 
 def test_likelihood_under_a_left_to_right_model(evaluation: Evaluation, outcome: Outcome) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from rdt_core.tokenizer import Tokenizer
 
 RUN_LENGTHS = (2, 3, 4)
+BLEU_ORDER = 4
 N_RESAMPLES = 1000
 Z95 = 1.96
 

@@ -28,7 +28,7 @@ from training.evaluation.lookups import (
     unchanged,
     with_ends,
 )
-from training.evaluation.measures import RUN_LENGTHS, BleuCounter, per_segment, resamples, runs
+from training.evaluation.measures import BLEU_ORDER, RUN_LENGTHS, BleuCounter, per_segment, resamples, runs
 from training.evaluation.restoring import Evaluation, Measured, Outcome, at_depth
 from training.evaluation.results import Comparison, LevelReading, Row
 from training.evaluation.rounds import ancestral, mask_predict
@@ -132,7 +132,9 @@ class Judge:
         self.original_bits = None if scorer is None else scorer.bits(self.targets)  # (S, L)
 
     def tallies(self, ratio: float, outcome: Outcome) -> Tallies:
-        """The tally of each measure; runs of a length that does not occur are left out."""
+        """The tally of each measure. Runs of a length that does not occur are left out, and BLEU of fewer words than it
+        counts together.
+        """
         scores, masked = outcome.scores, self.evaluation.masked(ratio)
         masks = masked.sum(1).double()
         assert masks.any(), f"nothing is masked at a mask ratio of {ratio}"
@@ -141,8 +143,9 @@ class Judge:
         found = {
             "exact_match": torch.stack((self._sums(scores, scores.correct), masks)),
             "bits": torch.stack((self._sums(scores, scores.nats) / math.log(2), masks)),
-            "bleu": self.bleu.of(restored),
         }
+        if self.length - 2 >= BLEU_ORDER:
+            found["bleu"] = self.bleu.of(restored)
         for length in RUN_LENGTHS:
             whole, count = runs(masked, right, length)
             if count.any():

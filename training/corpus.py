@@ -181,6 +181,7 @@ def hub_corpus(name: str, split: str, tokenizer: Tokenizer, named: str = "data.d
 def load_corpora(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Corpus, Corpus]:
     """Training and validation text. Local text without a `validation_name` gives up its end."""
     section = config.data
+    of_validation = "the validation text"
     local = is_local(section.dataset_name)
     if local:
         train = local_corpus(section.dataset_name, tokenizer, section.cache_dir)
@@ -193,10 +194,11 @@ def load_corpora(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Corpus, Cor
         validation = hub_corpus(section.validation_name or section.dataset_name, "validation", tokenizer, named)
     else:
         train, validation = train.split(min(VALIDATION_TOKENS, len(train) // 10))
-    for kind, corpus in (("training", train), ("validation", validation)):
+        of_validation = "the validation text, which is the end of it,"
+    for text, corpus in (("the training text", train), (of_validation, validation)):
         if len(corpus) < section.max_seq_length:
             wanted = f"want at least data.max_seq_length = {section.max_seq_length}"
-            raise ConfigError(f"the {kind} text has {len(corpus)} tokens: {wanted}")
+            raise ConfigError(f"{text} has {len(corpus)} tokens: {wanted}")
     return train, validation
 
 

@@ -132,9 +132,10 @@ def _run(options: argparse.Namespace) -> float:
         raise ConfigError(f"--output is {str(options.output)!r}: want a file")
     tokenizer = load_tokenizer(options.tokenizer, "--tokenizer")
     whole = local_corpus(options.text, tokenizer, options.cache_dir, "--text")
+    if len(whole) < (least := 10 * (options.length - 2)):
+        wanted = f"want at least {least}, ten times --length without its ends: a tenth is held out"
+        raise ConfigError(f"--text has {len(whole)} tokens: {wanted}")
     corpus, held_out = whole.split(min(VALIDATION_TOKENS, len(whole) // 10))
-    if len(corpus) < options.length:
-        raise ConfigError(f"--text has {len(whole)} tokens: want more than --length = {options.length}")
     tokens = torch.from_numpy(held_out.tokens.astype("int64"))
     segments = cut_segments(tokens, tokenizer, options.length, HELD_OUT_SEGMENTS, named="the end of --text")
     config = CausalConfig(tokenizer.vocab_size, options.d_model, options.heads, options.layers, 4 * options.d_model)

@@ -171,15 +171,17 @@ def test_validation_text_is_the_end_of_a_local_text_or_a_text_of_its_own(
 def test_texts_that_cannot_be_learnt_from_are_refused(
     train_settings: Settings, tiny_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    empty, short, unknown = tmp_path / "empty.txt", tmp_path / "short.txt", tmp_path / "unknown.txt"
+    empty, short, tenth, unknown = (tmp_path / f"{name}.txt" for name in ("empty", "short", "tenth", "unknown"))
     unknown.write_text("<unk> <unk>\n" * 30, encoding="utf-8")
     empty.write_text("\n\n", encoding="utf-8")
     short.write_text("the quick brown fox\n", encoding="utf-8")
+    tenth.write_text("the quick brown fox\n" * 25, encoding="utf-8")
     for path, problem in (
         (tmp_path / "none.txt", "no file .*none.txt"),
         (empty, "no text in it"),
         (unknown, "no text in it that this tokenizer knows"),
         (short, "the training text has 4 tokens: want at least data.max_seq_length = 16"),
+        (tenth, "the validation text, which is the end of it, has 10 tokens: want at least data.max_seq_length = 16"),
     ):
         with pytest.raises(ConfigError, match=problem):
             load_corpora(train_settings(**{"data.dataset_name": str(path)}), tiny_tokenizer)

@@ -174,7 +174,7 @@ def files(text_file: Path, tokenizer_file: Path, tmp_path: Path) -> list[str]:
         (["--d-model", "30", "--heads", "4"], "--d-model is 30: want a multiple of 2 x --heads = 8"),
         (["--heads", "0"], "--heads is 0: want >= 1"),
         (["--tokenizer", "none.json"], "--tokenizer is 'none.json': no such file"),
-        (["--length", "10000"], "tokens: want"),
+        (["--length", "1000"], "tokens: want at least 9980, ten times --length without its ends: a tenth is held out"),
         (["--batch-size", "1000000000"], "--batch-size is 1000000000: that is 128000000000 tokens, want <= 1048576"),
         (["--layers", "1001"], "--layers is 1001: want <= 1000"),
         (["--d-model", "1000000000000000000"], "a model of this size cannot be made: "),

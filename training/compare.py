@@ -31,6 +31,8 @@ DEFAULT_MEASURES = ("exact_match", "run_2", "bleu", "passes", "flops_per_token")
 SAME = ("masks", "segments", "length", "seed", "precision", "scorer", "round_depth", "settle_depth")
 """What has to be equal in compared files. What a file does not say, or has no figures of, is not compared."""
 
+ROUNDING = 1e-5
+
 
 @dataclass(frozen=True)
 class EvaluationFile:
@@ -63,12 +65,34 @@ class EvaluationFile:
         return self.name, self.digest
 
     def joined(self, other: EvaluationFile) -> EvaluationFile:
-        """With the rows of another file of the model. Raises `ConfigError` where the two tell different figures."""
+        """With the rows of another file of the model, and figures that are in that file alone.
+
+        Raises `ConfigError` where the two tell different figures.
+        """
         rows = {row.key: row for row in self.rows}
         for row in other.rows:
-            if rows.setdefault(row.key, row) != row:
+            joined = _joined(rows.get(row.key, row), row)
+            if joined is None:
                 raise ConfigError(f"{other.paths[0]}: other figures of {row.key} than {self.paths[0]}, for one model")
+            rows[row.key] = joined
         return replace(self, rows=list(rows.values()), paths=self.paths + other.paths)
+
+
+def _joined(row: Row, other: Row) -> Row | None:
+    """A row with the figures that only the other one of its key has; None where both have one, and not the same."""
+    alone: dict[str, Any] = {}
+    for name in (field.name for field in fields(Row) if field.name != "kind"):
+        value, theirs = getattr(row, name), getattr(other, name)
+        if value is None:
+            alone[name] = theirs
+        elif theirs is not None and not _is_close(value, theirs):
+            return None
+    return replace(row, **alone)
+
+
+def _is_close(one: float, other: float) -> bool:
+    """Whether figures are the same but for rounding, of another processor or in tallies, which are kept in float32."""
+    return math.isclose(one, other, rel_tol=ROUNDING, abs_tol=ROUNDING)
 
 
 def _is_typed(row: Row) -> bool:
@@ -154,12 +178,13 @@ def _tallies_of(one: EvaluationFile) -> dict[str, tallies.Tallies]:
     """The tallies beside an evaluation. Raises `ConfigError` unless they add up to its rows, and so belong to it."""
     paths = [path.with_suffix(".npz") for path in one.paths]
     found: dict[str, tallies.Tallies] = {}
-    for path in reversed(paths):  # of rows that are in two, those of the first
-        found |= tallies.read(path)
+    for path in reversed(paths):  # of what is in two, that of the first
+        for key, own in tallies.read(path).items():
+            found[key] = found.get(key, {}) | own
     for row in one.rows:
         for name, tally in found.get(row.key, {}).items():
             said, counted = getattr(row, name, None), tallies.total(tally)
-            if said is None or not math.isclose(said, counted, rel_tol=1e-5, abs_tol=1e-5):  # float32 is kept
+            if said is None or not _is_close(said, counted):
                 raise ConfigError(
                     f"{paths[0]}: of another evaluation than {one.paths[0].name}: {name} of {row.key} is {counted:.6g} "
                     f"by it, {said} in the table; evaluate anew with --output"

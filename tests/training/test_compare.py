@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from training import compare, evaluate
@@ -117,6 +118,27 @@ def test_several_files_of_one_model_are_one_evaluation(files: list[str], tmp_pat
     found = read_all([*map(Path, files), Path(more)])
     assert [one.key for one in found["ours"].rows] == ["fixed:1@0.15", "gate:0.2@0.15", "gate:0.2@0.5", "settle:3@0.15"]
     assert list(found) == ["ours", "theirs"]
+
+
+def test_figures_that_differ_by_rounding_or_are_in_one_file_alone_are_joined(files: list[str], tmp_path: Path) -> None:
+    """As of another processor, or of an evaluation with a scorer."""
+    again = row("fixed", 1, 0.15, bits=5.0 * (1 + 1e-7), lm_bits=7.0)
+    more = write(tmp_path / "c.json", "ours", "1" * 64, [again], scorer={"digest": "a"})
+    found = read_all([*map(Path, files), Path(more)])["ours"].rows[0]
+    assert (found.bits, found.lm_bits, found.run_2) == (5.0, 7.0, None)
+
+
+def test_tallies_of_one_file_alone_are_joined(
+    evaluated: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with np.load(Path(evaluated[0]).with_suffix(".npz")) as arrays:
+        kept = {name: arrays[name] for name in arrays.files if not name.endswith("/bits")}
+    first = tmp_path / "first.npz"
+    np.savez(first, **kept)
+    shutil.copy(evaluated[0], first.with_suffix(".json"))
+    joined = [str(first.with_suffix(".json")), *evaluated]
+    assert main([*joined, "--against", "ours", "fixed:1", "--only", "fixed:2", "--measures", "bits"]) == 0
+    assert " ± " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"rows": 3}', "[" * 100_000])

@@ -87,7 +87,8 @@ def number(value: float | None) -> str:
 def format_comparisons(comparisons: Sequence[Comparison]) -> str:
     """A line for each lookup: points of exact match at equal passes, and passes saved at equal exact match."""
     lines = [
-        "within one mask ratio, on the same segments; * the best lookup at these passes on validation text",
+        "within one mask ratio, on the same segments",
+        "*: the best lookup at these passes on validation text, or the only one",
         "points: exact match over the lookup's at equal mean passes, with a paired 95 % interval",
         "saved: passes fewer than the lookup's at equal exact match, with a 95 % bootstrap interval;",
         "       > where the lookup never gets there in some samples, so that more may be saved",

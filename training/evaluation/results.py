@@ -55,7 +55,7 @@ class Comparison:
     kind: str  # "gate" or "settle-gate"
     setting: float
     against: str
-    best: bool  # of the lookups, the best at these passes on validation text
+    best: bool  # of the lookups, the best at these passes on validation text, or the only one
     passes: float
     against_passes: float  # smaller where the lookup has nothing to spend more on
     exact_match: float

@@ -198,9 +198,14 @@ class Http(HttpToolsProtocol):
         self._stop_arrival_timer()
         if self._body_left is None:
             self._ignores_input, self.cycle.keep_alive = True, False
-        if self.cycle.response_complete and not self.cycle.keep_alive:  # it was refused before it had arrived
-            self._ignores_input = True
-            self.transport.close()
+        if self.cycle.response_complete:  # it was refused before it had arrived
+            if self.cycle.keep_alive:
+                self.timeout_keep_alive_task = self.loop.call_later(
+                    self.timeout_keep_alive, self.timeout_keep_alive_handler
+                )
+            else:
+                self._ignores_input = True
+                self.transport.close()
 
     def is_arriving(self, cycle: RequestResponseCycle) -> bool:
         return self._in_body and self.cycle is cycle

@@ -73,6 +73,24 @@ async def test_nothing_behind_such_a_request_is_read(port: int) -> None:
     assert statuses(said) == [415]
 
 
+async def test_once_all_of_it_has_arrived_the_connection_is_idle(server: tuple[FrontEnd, int]) -> None:
+    """Kept for the next request, and not for ever."""
+    front, port = server
+    front._server.config.timeout_keep_alive = 1
+    async with connected(port) as (reader, writer):
+        writer.write(head(b"Content-Type: text/plain", n_bytes=9))
+        assert statuses(await reader.readuntil(b"\r\n\r\n")) == [415]
+        writer.write(b"x" * 9)
+        await asyncio.sleep(0.05)
+        writer.write(b"GET /health/live HTTP/1.1\r\nHost: rdt\r\n\r\n")
+        assert b"HTTP/1.1 200 OK" in await reader.readuntil(b"OK\r\n")
+        writer.write(head(b"Content-Type: text/plain", n_bytes=9))
+        await reader.readuntil(b" 415 ")
+        writer.write(b"x" * 9)
+        async with asyncio.timeout(3):
+            await reader.read()
+
+
 async def test_who_sends_no_more_is_given_up(server: tuple[FrontEnd, int]) -> None:
     """Also by a server that ends: it waits for a moment only."""
     front, port = server

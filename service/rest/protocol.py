@@ -34,7 +34,8 @@ IDLE_SECONDS = 75
 """How long a connection is kept between two requests. Proxies and clients keep theirs for up to a minute; a request
 that meets the end of one is lost."""
 READING_SECONDS = 30.0
-"""How long a caller may read nothing of what is sent to it."""
+"""How long a caller may read nothing of what is sent to it, and how long it has for the rest when the connection is to
+be closed."""
 PARTING_SECONDS = 1.0
 """How long a connection stays open after a request was refused as it arrived: closed at once, the caller might not get
 the answer."""
@@ -85,7 +86,7 @@ class Http(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_arrival_timer()
-        self.resume_writing()
+        self._stop_reading_timer()
         self.pipeline.clear()
         self._unread = b""
         if self._answering is not None:  # uvicorn tells only the newest request
@@ -205,7 +206,7 @@ class Http(HttpToolsProtocol):
                 )
             else:
                 self._ignores_input = True
-                self.transport.close()
+                self.close()
 
     def is_arriving(self, cycle: RequestResponseCycle) -> bool:
         return self._in_body and self.cycle is cycle
@@ -240,7 +241,7 @@ class Http(HttpToolsProtocol):
         elif self._head or self._in_body:
             self._refuse(408, f"the request has not arrived within {ARRIVAL_SECONDS:g} s")
         else:
-            self.transport.close()
+            self.close()
 
     def _stop_arrival_timer(self) -> None:
         if self._arrival_timer is not None:
@@ -276,13 +277,32 @@ class Http(HttpToolsProtocol):
         body = problem.model_dump_json().encode("ascii")
         self.transport.write(f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode("ascii") + body)
 
+    def eof_received(self) -> None:
+        self.close()
+
+    def timeout_keep_alive_handler(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Once all that was said is sent."""
+        if not self.transport.is_closing():
+            self.transport.close()
+            self._start_reading_timer()
+
     def pause_writing(self) -> None:
         super().pause_writing()
-        if self._reading_timer is None:
-            self._reading_timer = self.loop.call_later(READING_SECONDS, self.transport.abort)
+        self._start_reading_timer()
 
     def resume_writing(self) -> None:
         super().resume_writing()
+        if not self.transport.is_closing():
+            self._stop_reading_timer()
+
+    def _start_reading_timer(self) -> None:
+        if self._reading_timer is None:
+            self._reading_timer = self.loop.call_later(READING_SECONDS, self.transport.abort)
+
+    def _stop_reading_timer(self) -> None:
         if self._reading_timer is not None:
             self._reading_timer.cancel()
             self._reading_timer = None
@@ -300,7 +320,7 @@ class _Answering:
 
     def close(self) -> None:
         if not (self._cycle.response_complete and self._http.is_arriving(self._cycle)):
-            self._http.transport.close()
+            self._http.close()
 
 
 def without_upgrade(head: bytes) -> bytes:

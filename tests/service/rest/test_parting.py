@@ -73,10 +73,12 @@ async def test_nothing_behind_such_a_request_is_read(port: int) -> None:
     assert statuses(said) == [415]
 
 
-async def test_once_all_of_it_has_arrived_the_connection_is_idle(server: tuple[FrontEnd, int]) -> None:
+async def test_once_all_of_it_has_arrived_the_connection_is_idle(
+    server: tuple[FrontEnd, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Kept for the next request, and not for ever."""
     front, port = server
-    front._server.config.timeout_keep_alive = 1
+    monkeypatch.setattr(front._server.config, "timeout_keep_alive", 0.5)
     async with connected(port) as (reader, writer):
         writer.write(head(b"Content-Type: text/plain", n_bytes=9))
         assert statuses(await reader.readuntil(b"\r\n\r\n")) == [415]

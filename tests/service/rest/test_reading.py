@@ -10,6 +10,7 @@ import socket
 import pytest
 
 from service.rest import protocol
+from service.runtime import FrontEnd
 
 ASKED = b"GET /openapi.json HTTP/1.1\r\nHost: rdt\r\n\r\n"
 
@@ -67,3 +68,37 @@ async def test_who_reads_late_and_then_goes_on_is_not_left(port: int, monkeypatc
         with contextlib.suppress(ConnectionError):
             await reader.read()
         writer.close()
+
+
+@pytest.mark.parametrize("hangs_up", [False, True])
+async def test_who_leaves_the_last_of_it_unread_is_left(
+    server: tuple[FrontEnd, int], monkeypatch: pytest.MonkeyPatch, hangs_up: bool
+) -> None:
+    """Though it is so little that the server goes on, or has become so little since."""
+    front, port = server
+    monkeypatch.setattr(front._server.config, "timeout_keep_alive", 0.3)
+    monkeypatch.setattr(protocol, "READING_SECONDS", 0.5)
+    with socket.socket() as caller:
+        caller.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        caller.connect(("127.0.0.1", port))
+        caller.setblocking(False)
+        async with asyncio.timeout(10):
+            while not (connections := front._server.server_state.connections):
+                await asyncio.sleep(0.001)
+            (connection,) = connections
+            connection.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            enough = 65_536 if hangs_up else 0  # beyond the former the server waits with more
+            while connection.transport.get_write_buffer_size() <= enough:
+                caller.send(ASKED)
+                await asyncio.sleep(0.001)
+            if hangs_up:
+                caller.shutdown(socket.SHUT_WR)
+                while not connection.transport.is_closing():
+                    await asyncio.sleep(0.001)
+            while connection.flow.write_paused:
+                with contextlib.suppress(BlockingIOError):
+                    caller.recv(4096)
+                await asyncio.sleep(0)
+            assert connection.transport.get_write_buffer_size() > 0
+            while front._server.server_state.connections:
+                await asyncio.sleep(0.01)

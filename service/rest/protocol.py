@@ -87,12 +87,14 @@ class Http(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_arrival_timer()
         self._stop_reading_timer()
-        self.pipeline.clear()
-        self._unread = b""
+        self._unset_keepalive_if_required()
         if self._answering is not None:  # uvicorn tells only the newest request
             self._answering.disconnected = True
             self._answering.message_event.set()
         super().connection_lost(exc)
+        self._in_body, self._running = False, None
+        self.cycle = None  # type: ignore[assignment] # requests know the connection: what it holds is freed at once
+        self.pipeline.clear()
 
     def data_received(self, data: bytes) -> None:
         data = self._unread + data
@@ -182,7 +184,7 @@ class Http(HttpToolsProtocol):
         super().on_headers_complete()
         if self.pipeline:  # uvicorn has stopped reading, so that it would not notice a caller who hangs up
             self.flow.resume_reading()
-        self.cycle.transport = _Answering(self, self.cycle)  # type: ignore[assignment] # all that uvicorn uses
+        self.cycle.transport = _Answering(self)  # type: ignore[assignment] # all that uvicorn uses
         headers = dict(self.headers)
         self.headers = []  # the parser adds trailers, which must not pass for headers
         self._n_heads += 1
@@ -208,8 +210,9 @@ class Http(HttpToolsProtocol):
                 self._ignores_input = True
                 self.close()
 
-    def is_arriving(self, cycle: RequestResponseCycle) -> bool:
-        return self._in_body and self.cycle is cycle
+    def hears_out(self, answering: object) -> bool:
+        """Whether the request has been answered and is still arriving."""
+        return self._in_body and self.cycle.transport is answering and self.cycle.response_complete
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
@@ -314,12 +317,12 @@ class _Answering:
     answer.
     """
 
-    def __init__(self, http: Http, cycle: RequestResponseCycle) -> None:
-        self._http, self._cycle = http, cycle
+    def __init__(self, http: Http) -> None:
+        self._http = http
         self.write, self.is_closing = http.transport.write, http.transport.is_closing
 
     def close(self) -> None:
-        if not (self._cycle.response_complete and self._http.is_arriving(self._cycle)):
+        if not self._http.hears_out(self):
             self._http.close()
 
 

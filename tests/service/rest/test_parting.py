@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import struct
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from socket import SO_LINGER, SOL_SOCKET
 
 import pytest
 
+from service.process import garbage
 from service.runtime import FrontEnd
 from tests.fakes import Service
 from tests.service.sockets import statuses
@@ -110,6 +112,22 @@ async def test_after_a_refusal_the_end_comes_before_the_connection_is_given_up(
     async with connected(port) as (reader, writer):
         writer.write(b"\x16\x03\x01 no HTTP")
         assert statuses(await reader.read()) == [400]
+
+
+async def test_what_a_connection_held_is_freed_with_it(server: tuple[FrontEnd, int], service: Service) -> None:
+    """Not only when the garbage collector comes by, some hundreds of connections later."""
+    front, port = server
+    service.engine.held = asyncio.Event()
+    with garbage.left_alone():
+        async with connected(port) as (_, writer):
+            writer.write(head(b"Content-Type: application/json", n_bytes=13) + b'{"text": "a"}')
+            writer.write(head(b"Content-Type: application/json", n_bytes=4000) + b"x" * 3000)
+            while service.engine.live == 0:
+                await asyncio.sleep(0.005)
+            (connection,) = map(weakref.ref, front._server.server_state.connections)
+        async with asyncio.timeout(5):
+            while connection() is not None:
+                await asyncio.sleep(0.01)
 
 
 async def test_who_breaks_off_is_forgotten(port: int, caplog: pytest.LogCaptureFixture) -> None:

@@ -254,12 +254,11 @@ class Http(HttpToolsProtocol):
     def _refuse(self, status: int, detail: str) -> None:
         """Answer a request that has not fully arrived, unless it has been answered, and close the connection."""
         arriving = self.cycle if self._in_body else None
-        self._ignores_input, self._in_body, self._head, self._unread = True, False, bytearray(), b""
+        self._ignores_input, self._in_body, self._head = True, False, bytearray()
         self._stop_arrival_timer()
         log.debug("a request is refused as it arrives: %d %s", status, detail)
         if (earlier := self._answering) is not None and earlier is not arriving:
-            earlier.keep_alive = False  # the connection ends with its answer
-            self.pipeline.clear()
+            earlier.keep_alive = False  # the connection ends with its answer, and no request that waits gets one
             return
         if arriving is None or not arriving.response_started:
             self._write_problem(status, detail)

@@ -114,6 +114,19 @@ async def test_after_a_refusal_the_end_comes_before_the_connection_is_given_up(
         assert statuses(await reader.read()) == [400]
 
 
+async def test_the_answer_before_a_refusal_is_the_last(port: int, service: Service) -> None:
+    service.engine.held = asyncio.Event()
+    async with connected(port) as (reader, writer):
+        writer.write(head(b"Content-Type: application/json", n_bytes=13) + b'{"text": "a"}')
+        while service.engine.live == 0:
+            await asyncio.sleep(0.005)
+        writer.write(b"\x16\x03\x01 no HTTP")
+        await asyncio.sleep(0.01)
+        service.engine.held.set()
+        said = await asyncio.wait_for(reader.read(), 2)  # an idle connection would stay for longer
+    assert statuses(said) == [200]
+
+
 async def test_what_a_connection_held_is_freed_with_it(server: tuple[FrontEnd, int], service: Service) -> None:
     """Not only when the garbage collector comes by, some hundreds of connections later."""
     front, port = server

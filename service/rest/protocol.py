@@ -182,13 +182,12 @@ class Http(HttpToolsProtocol):
             shown = coding[:80].decode("ascii", "backslashreplace")
             raise BadHead(f"the transfer coding is {shown}: want chunked or none")
         super().on_headers_complete()
-        if self.pipeline:  # uvicorn has stopped reading, so that it would not notice a caller who hangs up
-            self.flow.resume_reading()
+        self.flow.resume_reading()  # which uvicorn stops while another is answered: a hangup would not be noticed
         self.cycle.transport = _Answering(self)  # type: ignore[assignment] # all that uvicorn uses
         headers = dict(self.headers)
         self.headers = []  # the parser adds trailers, which must not pass for headers
         self._n_heads += 1
-        self._in_body, self._n_since_body = True, 0
+        self._in_body = True
         self._body_left = None if b"transfer-encoding" in headers else int(headers.get(b"content-length", 0))
 
     def on_body(self, body: bytes) -> None:
@@ -210,9 +209,9 @@ class Http(HttpToolsProtocol):
                 self._ignores_input = True
                 self.close()
 
-    def hears_out(self, answering: object) -> bool:
-        """Whether the request has been answered and is still arriving."""
-        return self._in_body and self.cycle.transport is answering and self.cycle.response_complete
+    def hears_out(self) -> bool:
+        """Whether a request has been answered and is still arriving."""
+        return self._in_body and self.cycle.response_complete
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
@@ -237,7 +236,6 @@ class Http(HttpToolsProtocol):
             super().shutdown()
 
     def _arrival_timed_out(self) -> None:
-        self._arrival_timer = None
         arriving = self.cycle if self._in_body else None
         if self._answering is not None and self._answering is not arriving:  # the earlier request is answered first
             self._arrival_timer = self.loop.call_later(ARRIVAL_SECONDS, self._arrival_timed_out)
@@ -321,7 +319,7 @@ class _Answering:
         self.write, self.is_closing = http.transport.write, http.transport.is_closing
 
     def close(self) -> None:
-        if not self._http.hears_out(self):
+        if not self._http.hears_out():
             self._http.close()
 
 

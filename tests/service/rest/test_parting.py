@@ -14,7 +14,7 @@ import pytest
 from service.process import garbage
 from service.runtime import FrontEnd
 from tests.fakes import Service
-from tests.service.sockets import statuses
+from tests.service.sockets import everything, statuses
 
 N_BYTES, MAX_BODY_BYTES = 400_000, 1_048_576
 PIECE = b"x" * 20_000
@@ -66,13 +66,14 @@ async def test_while_the_server_drains(server: tuple[FrontEnd, int], service: Se
     assert b"connection: close" in said.lower()
 
 
-async def test_nothing_behind_such_a_request_is_read(port: int) -> None:
+async def test_nothing_behind_such_a_request_is_read(port: int, service: Service) -> None:
     async with connected(port) as (reader, writer):
         writer.write(head(b"Content-Type: text/plain", b"Connection: close") + b"x" * (N_BYTES - 1))
         first = await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"x" + b"GET /health/live HTTP/1.1\r\nHost: rdt\r\n\r\n")
+        writer.write(b"x" + head(b"Content-Type: application/json", n_bytes=13) + b'{"text": "a"}')
         said = first + await reader.read()
     assert statuses(said) == [415]
+    assert service.sample("rdt_requests_total", transport="rest", outcome="cancelled") == 0
 
 
 async def test_once_all_of_it_has_arrived_the_connection_is_idle(
@@ -103,6 +104,15 @@ async def test_who_sends_no_more_is_given_up(server: tuple[FrontEnd, int]) -> No
         assert statuses(await reader.readuntil(b"\r\n\r\n")) == [415]
         async with asyncio.timeout(5):
             await front.close()
+        assert b"HTTP/1.1" not in await reader.read(), "it has been answered"
+
+
+async def test_a_long_refused_request_gets_to_read_why(port: int, caplog: pytest.LogCaptureFixture) -> None:
+    for n_bytes in (200_000, 1_000_000):
+        said = await everything(port, b"GET / HTTP/1.1\r\nx: " + b"y" * n_bytes + b"\r\n\r\n")
+        assert statuses(said) == [431]
+        assert b"the headers are longer than 65536 bytes" in said
+    assert caplog.messages == [], "what comes after it is not looked at"
 
 
 async def test_after_a_refusal_the_end_comes_before_the_connection_is_given_up(

@@ -214,7 +214,10 @@ async def test_binary_tensors_follow_the_json(client: httpx.AsyncClient) -> None
     head = json.dumps(fields).encode()
 
     async def posted(body: bytes, size: object) -> httpx.Response:
-        return await client.post(INFER, content=body, headers={JSON_SIZE: str(size)})
+        return await client.post(INFER, content=body, headers={JSON_SIZE: str(size).encode("latin-1")})
+
+    def counted(n_bytes: object) -> bytes:
+        return json.dumps({"inputs": [{**tensor, "parameters": {"binary_data_size": n_bytes}}]}).encode()
 
     answer = await posted(head + raw, len(head))
     assert answer.status_code == 200, answer.text
@@ -232,6 +235,11 @@ async def test_binary_tensors_follow_the_json(client: httpx.AsyncClient) -> None
         (head, len(head) + 1, f"want a whole number up to {len(head)}, the size of the body"),
         (head, "-1", f'{JSON_SIZE} is "-1": want'),
         (head, "9" * 5000, f"want a whole number up to {len(head)}"),
+        (head, "\xb2", "want a whole number up to"),  # a digit, and no number
+        (counted(-1) + raw, len(counted(-1)), f"{len(raw)} bytes of the body belong to no tensor"),
+        (counted(True) + b"?", len(counted(True)), "1 bytes of the body belong to no tensor"),
+        (counted("1") + b"?", len(counted("1")), "1 bytes of the body belong to no tensor"),
+        (counted(0), len(counted(0)), "inputs[0].data has 0 texts"),
         (head, len(head), "inputs[0].data is missing: want an array of strings"),
     ):
         refused = await posted(body, given_size)
@@ -245,7 +253,7 @@ async def test_errors_are_where_clients_of_the_protocol_look(client: httpx.Async
         assert unknown.status_code == 404
         assert unknown.json()["error"] == unknown.json()["detail"]
         assert unknown.json()["type"] == "urn:rdt:problem:not_found"
-    assert (await client.post("/v2/models/other/infer", json=of())).status_code == 404
+    assert (await client.post("/v2/models/other/infer", content=b"not even read")).status_code == 404
     for no_request in ([], {"inputs": 3}, {"inputs": [3]}, {"inputs": [{"parameters": 3}]}):
         assert (await client.post(INFER, json=no_request)).status_code == 422
     bad = await client.post(INFER, json=of(parameters={"max_steps": 0}))

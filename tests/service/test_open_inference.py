@@ -273,6 +273,7 @@ async def test_content_types(client: httpx.AsyncClient, media_type: str, status:
     headers = {"content-type": media_type} if media_type else {}
     answer = await client.post(INFER, content=json.dumps(of()).encode(), headers=headers)
     assert answer.status_code == status
+    assert ("want application/json" in answer.text) == (status == 415)
 
 
 async def test_errors_over_grpc(channel: grpc.aio.Channel, service: Service) -> None:

@@ -64,3 +64,48 @@ async def test_a_disconnect(service: Service, path: str, body: Any, n_jobs: int)
         await answering
     assert service.engine.live == 0
     assert service.engine.n_left == n_jobs
+
+
+async def test_a_stream_before_its_first_pass(service: Service, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, left = asyncio.Event(), asyncio.Event()
+
+    async def queued(*_: object) -> None:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            left.set()
+
+    monkeypatch.setattr(service.engine, "submit", queued)
+    _, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"POST /denoise/stream HTTP/1.1\r\nHost: rdt\r\nContent-Type: application/json\r\n")
+    writer.write(b'Content-Length: 13\r\n\r\n{"text": "a"}')
+    async with asyncio.timeout(5):
+        await begun.wait()
+        writer.close()
+        await left.wait()
+
+
+async def test_a_stream_whose_caller_does_not_read_it(service: Service) -> None:
+    """Over when the response is, not some time later."""
+    service.engine.held = asyncio.Event()
+    messages = [{"type": "http.request", "body": b'{"text": "a"}'}]
+    sending = asyncio.Event()
+
+    async def receive() -> dict[str, Any]:
+        if messages:
+            return messages.pop()
+        await sending.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            sending.set()
+            await asyncio.Event().wait()
+
+    scope = {
+        "type": "http", "method": "POST", "path": "/denoise/stream", "raw_path": b"", "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+    }  # fmt: skip
+    await asyncio.wait_for(service.app(scope, receive, send), 5)  # type: ignore[arg-type] # plain dicts
+    assert (service.engine.live, service.engine.n_left) == (0, 1)

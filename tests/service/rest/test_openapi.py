@@ -117,6 +117,9 @@ def test_the_openapi_document_has_every_answer(service: Service) -> None:
     batch = paths["/denoise/batch"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert (batch["title"], batch["required"], batch["additionalProperties"]) == ("BatchRequest", ["items"], False)
     assert set(batch["properties"]) == {"items", *OPTIONS}
+    items = batch["properties"]["items"]
+    assert (batch["type"], items["type"], items["minItems"]) == ("object", "array", 1)
+    assert items["items"]["required"] == ["text"]
 
 
 def test_the_openapi_document_says_what_is_refused_and_when_to_try_again(service: Service) -> None:

@@ -253,6 +253,7 @@ async def test_errors_are_where_clients_of_the_protocol_look(client: httpx.Async
         assert unknown.status_code == 404
         assert unknown.json()["error"] == unknown.json()["detail"]
         assert unknown.json()["type"] == "urn:rdt:problem:not_found"
+        assert unknown.json()["request_id"] == unknown.headers["x-request-id"]
     assert (await client.post("/v2/models/other/infer", content=b"not even read")).status_code == 404
     for no_request in ([], {"inputs": 3}, {"inputs": [3]}, {"inputs": [{"parameters": 3}]}):
         assert (await client.post(INFER, json=no_request)).status_code == 422

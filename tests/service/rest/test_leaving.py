@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 
 from tests.fakes import Service
+from tests.service.test_open_inference import INFER, of
 
 ONE: dict[str, Any] = {"text": "a"}
-ROUTES = [("/denoise", ONE, 1), ("/denoise/batch", {"items": [ONE] * 3}, 3), ("/denoise/stream", ONE, 1)]
+ROUTES = [
+    ("/denoise", ONE, 1), ("/denoise/batch", {"items": [ONE] * 3}, 3), ("/denoise/stream", ONE, 1), (INFER, of(), 2),
+]  # fmt: skip
 
 
 async def until(service: Service, live: int) -> None:

@@ -107,6 +107,7 @@ def test_the_openapi_document_has_every_answer(service: Service) -> None:
         ((media_type, content),) = answer.items()
         found[path] = content["schema"].get("$ref", media_type).removeprefix("#/components/schemas/")
         assert ("401" in told["responses"]) == ("security" in told)
+        assert ("404" in told["responses"]) == ("{name}" in path)
         assert told.get("security") in (None, [{"bearer": []}, {"key": []}])
         bad = answer if path.endswith("health/ready") else PROBLEM
         assert all(response["content"] == bad for response in told["responses"].values())

@@ -221,6 +221,7 @@ async def test_binary_tensors_follow_the_json(client: httpx.AsyncClient) -> None
 
     answer = await posted(head + raw, len(head))
     assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"] == "application/octet-stream"
     size = int(answer.headers[JSON_SIZE])
     steps, level, text = json.loads(answer.content[:size])["outputs"]
     assert level["data"] == [pytest.approx(1 / 3)] * 2

@@ -18,7 +18,8 @@ from tests.fakes import Service
 async def test_the_openapi_document(service: Service) -> None:
     async with service.client() as client:
         schema = (await client.get("/openapi.json")).json()
-        assert [(await client.get(path)).status_code for path in ("/docs", "/redoc")] == [404, 404]
+        assert [(await client.get(path)).status_code for path in ("/docs", "/redoc", "/model/")] == [404] * 3
+        assert {"Problem", "DenoisePass", "InferRequest"} <= set(schema["components"]["schemas"])
     assert not any("security" in operation for path in schema["paths"].values() for operation in path.values())
     assert {"401", "503"} <= set(schema["paths"]["/metrics"]["get"]["responses"])
     operation = schema["paths"]["/denoise"]["post"]

@@ -166,7 +166,7 @@ class Problems:
         await self._app(scope, receive, send_unless_refused)
         if error is not None or not started:
             request_id = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-            response = problem_response(error or LOST, request_id)
+            response = problem_response(error or LOST, request_id, scope)
             response.headers["X-Request-Id"] = request_id
             await response(scope, receive, send)
 

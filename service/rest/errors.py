@@ -1,4 +1,8 @@
-"""Errors as RFC 9457 problem documents, and the one map from neutral codes to HTTP status."""
+"""Errors as RFC 9457 problem documents, and the one map from neutral codes to HTTP status.
+
+Below `/v2` what went wrong stands in the member `error`, too, where clients of the Open Inference Protocol look for it
+(RFC 9457, section 3.2, admits more members).
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,14 @@ from http import HTTPStatus
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Scope
 
+from service import calls
 from service.errors import Code, Internal, RefusalReason, Refused, ServiceError, printable
 from service.rest.problem import PROBLEM_JSON, BadField, Problem
+
+OPEN_INFERENCE = "/v2"
+"""The Open Inference Protocol is below this path."""
 
 STATUS: dict[Code, int] = {
     "invalid_argument": 422,
@@ -83,8 +92,7 @@ def _title(error: ServiceError) -> str:
     return title or TITLE[error.code]
 
 
-def problem_response(error: ServiceError, request_id: str, extensions: Mapping[str, str] | None = None) -> Response:
-    """The document, with more members for those who look for them there (RFC 9457, 3.2)."""
+def problem_response(error: ServiceError, request_id: str, scope: Scope) -> Response:
     headers = {}
     if isinstance(error, Refused):
         headers["Retry-After"] = str(error.retry_seconds)
@@ -92,12 +100,13 @@ def problem_response(error: ServiceError, request_id: str, extensions: Mapping[s
             headers["Connection"] = "close"  # the next try should reach another server, by a new connection
     if error.code == "unauthenticated":
         headers["WWW-Authenticate"] = "Bearer"
-    return _response(problem_of(error, request_id), headers, extensions)
+    return _response(problem_of(error, request_id), headers, scope)
 
 
 async def on_service_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServiceError)
-    return problem_response(error, request.state.request_id)
+    calls.note(error.code)
+    return problem_response(error, request.state.request_id, request.scope)
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
@@ -115,17 +124,26 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     headers = dict(error.headers or {})
     if headers.get("Allow") == "GET":  # the only method of its route, which answers HEAD, too
         headers["Allow"] = "GET, HEAD"
-    return _response(problem, headers)
+    return _response(problem, headers, request.scope)
 
 
 async def on_crash(request: Request, _error: Exception) -> Response:
     """A bug of ours. The server logs the traceback; the caller gets an id to quote."""
-    response = problem_response(Internal(), request.state.request_id)
+    response = problem_response(Internal(), request.state.request_id, request.scope)
     response.headers["X-Request-Id"] = request.state.request_id  # crashes are answered outside of `RequestId`
     return response
 
 
-def _response(problem: Problem, headers: Mapping[str, str], extensions: Mapping[str, str] | None = None) -> Response:
+def route(scope: Scope) -> str:
+    """The path below the one that the application is mounted under."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", "")) or "/"
+
+
+def _response(problem: Problem, headers: Mapping[str, str], scope: Scope) -> Response:
+    document = problem.model_dump()
+    if f"{route(scope)}/".startswith(f"{OPEN_INFERENCE}/"):
+        document["error"] = problem.detail
     # Escaped to ASCII: whatever a caller sent, it can be written back.
-    body = json.dumps({**problem.model_dump(), **(extensions or {})}, allow_nan=False)
+    body = json.dumps(document, allow_nan=False)
     return Response(body, status_code=problem.status, media_type=PROBLEM_JSON, headers=headers)

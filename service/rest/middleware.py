@@ -12,7 +12,7 @@ from service.access import ApiKey
 from service.errors import TooLarge, Unauthenticated
 from service.limits import Room
 from service.metrics import Metrics
-from service.rest.errors import problem_response
+from service.rest.errors import problem_response, route
 
 
 class RequestId:
@@ -51,15 +51,9 @@ class Door:
                 with self._metrics.failure("rest"):
                     present_key(Headers(scope=scope), self._key)
             except Unauthenticated as error:
-                await problem_response(error, scope["state"]["request_id"])(scope, receive, send)
+                await problem_response(error, scope["state"]["request_id"], scope)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
-
-
-def route(scope: Scope) -> str:
-    """The path below the one that the application is mounted under."""
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", "")) or "/"
 
 
 def present_key(headers: Headers, key: ApiKey) -> None:

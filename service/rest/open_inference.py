@@ -1,20 +1,14 @@
-"""The Open Inference Protocol over HTTP, below `/v2`: server, model, and inference.
-
-Its errors are the problem documents of all routes, with what went wrong in the member `error`, too, where its clients
-look for it.
-"""
+"""The Open Inference Protocol over HTTP, below `/v2`: server, model, and inference."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
-from functools import wraps
+from collections.abc import Sequence
 
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
 from starlette.responses import JSONResponse
 
-from service import calls
-from service.errors import Malformed, ServiceError, shown
+from service.errors import Malformed, shown
 from service.lifecycle import Lifecycle
 from service.metrics import Metrics
 from service.open_inference import (
@@ -31,7 +25,7 @@ from service.open_inference import (
 )
 from service.rest.body import JSON_TYPE, json_body, json_of, read_body
 from service.rest.caller import unless_gone
-from service.rest.errors import DENOISE_CODES, problem_response, problem_responses
+from service.rest.errors import DENOISE_CODES, problem_responses
 from service.schema import ModelCard
 from service.version import release
 
@@ -105,9 +99,6 @@ class InferResponse(BaseModel):
     outputs: list[OutputTensor]
 
 
-Endpoint = Callable[[Request], Awaitable[Response]]
-
-
 def add_routes(app: FastAPI, lifecycle: Lifecycle, metrics: Metrics) -> None:
     refusal = problem_responses("unauthenticated")
 
@@ -134,7 +125,6 @@ def _add_model_routes(app: FastAPI, path: str, lifecycle: Lifecycle, metrics: Me
     body = json_body({"$ref": "#/components/schemas/InferRequest"}, EXAMPLE, BINARY)
 
     @app.get(path, summary="The model", response_model=ModelMetadata, responses=refusals, openapi_extra=named)
-    @_telling_errors
     async def model(request: Request) -> Response:
         card = model_named(lifecycle, *_asked(request)).card
         return _written(ModelMetadata(name=card.name, versions=[card.version]))
@@ -146,7 +136,6 @@ def _add_model_routes(app: FastAPI, path: str, lifecycle: Lifecycle, metrics: Me
         responses=refusals,
         openapi_extra=named,
     )
-    @_telling_errors
     async def model_ready(request: Request) -> Response:
         return _written(ModelReady(name=model_named(lifecycle, *_asked(request)).card.name, ready=True))
 
@@ -159,7 +148,6 @@ def _add_model_routes(app: FastAPI, path: str, lifecycle: Lifecycle, metrics: Me
         responses={**problem_responses(*DENOISE_CODES, "not_found"), 200: {"content": BINARY}},
         openapi_extra={**named, **body},
     )
-    @_telling_errors
     async def infer(request: Request) -> Response:
         with metrics.failure("rest"):
             model_named(lifecycle, *_asked(request))  # before anything is read
@@ -169,18 +157,6 @@ def _add_model_routes(app: FastAPI, path: str, lifecycle: Lifecycle, metrics: Me
         del fields
         outputs = await unless_gone(request, inference.answered_by(denoiser, "rest"))
         return _infer_response(inference, outputs, denoiser.card)
-
-
-def _telling_errors(answer: Endpoint) -> Endpoint:
-    @wraps(answer)
-    async def told(request: Request) -> Response:
-        try:
-            return await answer(request)
-        except ServiceError as error:
-            calls.note(error.code)
-            return problem_response(error, request.state.request_id, {"error": error.message})
-
-    return told
 
 
 def _asked(request: Request) -> tuple[str, str]:

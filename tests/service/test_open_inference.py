@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from rdt_core import ModelConfig, Tokenizer
 from service.errors import InvalidArgument, NotFound, ResourceExhausted
 from service.open_inference import OUTPUTS, RequestedOutput, Tensor, packed, read_inference, unpacked
+from service.rest.app import create_app
 from service.rest.open_inference import JSON_SIZE
 from service.rpc.convert import INFERENCE_SERVICE
 from service.rpc.open_inference import InferenceCalls
@@ -268,6 +269,23 @@ async def test_errors_are_where_clients_of_the_protocol_look(client: httpx.Async
     assert service.sample("rdt_requests_total", transport="rest", outcome="not_found") == 1
     assert service.sample("rdt_requests_total", transport="rest", outcome="invalid_argument") == 5
     assert service.sample("rdt_requests_total", transport="rest", outcome="resource_exhausted") == 2
+
+
+async def test_so_are_those_that_no_route_of_it_answers(service: Service) -> None:
+    service.engine.error = RuntimeError("a defect")
+    app = create_app(service.lifecycle, service.metrics, max_body_bytes=4096, api_key="s3cret")
+    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://rdt") as client:
+        key = {"X-API-Key": "s3cret"}
+        for answer, status in (
+            (await client.get("/v2"), 401),
+            (await client.get("/v2/nowhere", headers=key), 404),
+            (await client.get(INFER, headers=key), 405),
+            (await client.post(INFER, json=of(), headers=key), 500),
+        ):
+            assert (answer.status_code, answer.json()["error"]) == (status, answer.json()["detail"])
+        elsewhere = await client.get("/v22", headers=key)
+        assert (elsewhere.status_code, "error" in elsewhere.json()) == (404, False)
 
 
 @pytest.mark.parametrize(("media_type", "status"), [("", 200), ("application/octet-stream", 200), ("text/plain", 415)])

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
-from unicodedata import combining
+from unicodedata import category, combining
 
 from tokenizers import Tokenizer as WordPieceTokenizer
 from tokenizers.normalizers import Normalizer
@@ -133,7 +133,10 @@ class Tokenizer:
         else:
             encoded = tokenizer.encode(seen, add_special_tokens=False)
         ids = [self.cls_id, *encoded.ids, self.sep_id]
-        spans = [(0, 0), *encoded.offsets, (len(text), len(text))]
+        offsets = encoded.offsets
+        if tokenizer is self._typed and not text.isascii():
+            offsets = _with_accents(text, encoded.ids, offsets, self.mask_id)
+        spans = [(0, 0), *offsets, (len(text), len(text))]
         return Encoding(text, ids, spans, [token == self.mask_id for token in ids])
 
     def encode_training(self, texts: Sequence[str]) -> list[list[int]]:
@@ -184,6 +187,22 @@ def _for_normalized(typed: WordPieceTokenizer) -> WordPieceTokenizer | None:
     if [token["content"] for token in fields["added_tokens"]] != [MASK_TOKEN]:
         return None  # some may be looked for in normalized text
     return WordPieceTokenizer.from_str(json.dumps(fields | {"normalizer": None}))
+
+
+def _with_accents(
+    text: str, ids: Sequence[int], spans: Sequence[tuple[int, int]], mask_id: int
+) -> list[tuple[int, int]]:
+    """Spans that take in the accents on their last characters, which the normalizer has dropped: otherwise they would
+    stay where the rest of a word is hidden or written over. A mask has none.
+    """
+    starts = {start for start, _ in spans}
+    accented = []
+    for token, (start, end) in zip(ids, spans, strict=True):
+        after = end
+        while token != mask_id and after < len(text) and after not in starts and category(text[after]) == "Mn":
+            after += 1
+        accented.append((start, after))
+    return accented
 
 
 class _Letters(dict[int, str]):

@@ -145,6 +145,22 @@ def test_spans_index_the_text_as_it_was_sent(tiny_tokenizer: Tokenizer) -> None:
     assert encoding.spans[-1] == (len(encoding.text), len(encoding.text))
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Cafe\u0301 fox", ["Cafe\u0301", "fox"]),
+        ("e\u0323\u0301.\u0301 \u0301fox", ["e\u0323\u0301", ".\u0301", "fox"]),
+        ("a\u0301b jump\u0301s\u0301", ["a\u0301", "b", "jump\u0301", "s\u0301"]),
+        ("x[MASK]\u0301", ["x", "[MASK]"]),
+    ],
+)
+def test_a_token_has_the_accents_on_its_last_character_and_a_mask_has_none(
+    tiny_tokenizer: Tokenizer, text: str, words: list[str]
+) -> None:
+    """The normalizer drops them, and the next token begins behind them."""
+    assert words_of(tiny_tokenizer.encode(text))[1:-1] == words
+
+
 @quick
 @given(typed_text)
 def test_an_encoding_is_in_order_and_flags_exactly_the_masks(tiny_tokenizer: Tokenizer, text: str) -> None:

@@ -57,3 +57,16 @@ def test_a_token_across_characters_is_hidden_with_all_that_share_one_of_them(tok
                 assert hidden.text[slice(*visible[token])] == encoding.text[slice(*span)]
     assert {"the [MASK] fox", "[MASK] 한국 [MASK]"} <= texts
     assert {text.replace("[MASK]", "") for text in texts} <= {"the  fox", "the  ", "  fox", " 한국 "}
+
+
+@pytest.mark.parametrize("text", ["the cafe\u0301 fox", "the jump\u0301s\u0301 fox"])
+def test_accents_go_with_the_word_they_stand_on(tiny_tokenizer: Tokenizer, text: str) -> None:
+    """A word that is hidden left them in the text, on the mask; one that is read differently, on the new word."""
+    encoding = tiny_tokenizer.encode(text)
+    hidden = hide(encoding, tiny_tokenizer, 1.0, 0)
+    assert "\u0301" not in hidden.text
+    rows = list(range(len(encoding.ids)))
+    reading = Reading(0.1, "max_steps", [Choice(row, tiny_tokenizer.encode("dog").ids[1], 0.5, []) for row in rows], [])
+    assert Draft(encoding, tiny_tokenizer).after(reading).replace("dog", "").isspace()
+    kept = Reading(0.1, "max_steps", [Choice(row, encoding.ids[row], 0.5, []) for row in rows], [])
+    assert Draft(encoding, tiny_tokenizer).after(kept) == text

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Iterator
 
 import uvicorn
 
-from service.errors import ServiceError
+from service.errors import FailedPrecondition, Unavailable
 from service.hosting import Host
 from service.lifecycle import Lifecycle
 from service.metrics import Metrics
@@ -175,10 +175,12 @@ async def load_and_wait(host: Host, stopped: asyncio.Event) -> int:
 
 
 async def _reload(host: Host) -> None:
-    """Reload without a caller. The host logs a failure itself, except while the server is ending."""
+    """Reload at rest, without a caller."""
     try:
         change = await host.reload()
-    except ServiceError as error:
+    except FailedPrecondition:
+        pass  # a file that cannot be served: the host has logged why
+    except Unavailable as error:
         log.warning("no reload: %s", error.message)
     else:
         log.info("reload: %s", change.outcome)

@@ -14,7 +14,7 @@ from typing import Any
 
 from ray import serve
 
-from service.errors import ServiceError
+from service.errors import FailedPrecondition, Unavailable
 from service.hosting import Host
 from service.lifecycle import Lifecycle
 from service.process import logs
@@ -73,13 +73,15 @@ class Replica:
         return app
 
     async def reconfigure(self, _user_config: Any) -> None:
-        """A changed `user_config` reloads the checkpoint file. One that cannot be served is logged and changes nothing:
-        raising here would end the replica.
+        """A changed `user_config` reloads the checkpoint file. One that cannot be served is logged, by the host, and
+        changes nothing: raising here would end the replica.
         """
         await self._host.at_rest()
         try:
             change = await self._host.reload()
-        except ServiceError as error:
+        except FailedPrecondition:
+            pass
+        except Unavailable as error:
             log.error("no reload: %s", error.message)
         else:
             log.info("reload: %s", change.outcome)

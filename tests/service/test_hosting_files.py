@@ -22,6 +22,7 @@ from service.errors import FailedPrecondition
 from service.hosting import Host
 from service.lifecycle import Lifecycle
 from service.metrics import Metrics
+from service.runtime import Reloader
 from service.settings import Settings
 from tests.fakes import FakeClock
 
@@ -92,6 +93,25 @@ def wait_for(process: subprocess.Popen[bytes], log: Path, words: str) -> None:
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < give_up, log.read_text()
         time.sleep(0.02)
+
+
+async def test_a_reload_that_nobody_waits_for_says_once_why_there_is_none(
+    host: Host, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hang_up = Reloader(host)
+    path.write_bytes(b"weights")
+    hang_up()
+    while "checkpoint" not in caplog.text:
+        await asyncio.sleep(0.01)
+    await host.at_rest()
+    await host.drain(0)
+    hang_up()
+    while "shutting down" not in caplog.text:
+        await asyncio.sleep(0.01)
+    bad, late = caplog.records
+    assert (bad.levelname, late.levelname) == ("ERROR", "WARNING")
+    assert "stays: the checkpoint cannot be served: " in bad.message
+    assert late.message == "no reload: the server is shutting down and takes no new work"
 
 
 @pytest.mark.parametrize("factor", [1e20, 1e12])

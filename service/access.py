@@ -7,6 +7,11 @@ import hmac
 from service.errors import Unauthenticated
 
 
+def is_sendable(key: str) -> bool:
+    """Only such keys arrive unchanged both in HTTP headers and in gRPC metadata; clients trim spaces."""
+    return key.isascii() and key.isprintable() and key == key.strip()
+
+
 class ApiKey:
     def __init__(self, key: str) -> None:
         self._key = key.encode()

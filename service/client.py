@@ -13,6 +13,7 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from service.rest.problem import BatchAnswer, BatchResult, Problem
+from service.access import is_sendable
 from service.schema import DenoiseAnswer, DenoisePass, ModelCard
 
 TIMEOUT_SECONDS = 60.0
@@ -220,7 +221,11 @@ def _parsed(kind: type[Body], document: str | bytes) -> Body:
 
 
 def _headers(api_key: str | None) -> dict[str, str]:
-    return {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+    if api_key is None:
+        return {}
+    if not api_key or not is_sendable(api_key):  # httpx would show it
+        raise ValueError("api_key: want at least one character, printable ASCII only, and no space at either end")
+    return {"Authorization": f"Bearer {api_key}"}
 
 
 def _checked(response: httpx.Response) -> bytes:

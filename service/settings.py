@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 
+from service.access import is_sendable
 from service.engine.scheduler import SchedulerLimits
 from service.errors import shown
 
@@ -27,9 +28,7 @@ MOST_TOP_K = 32
 
 
 def _sendable(key: SecretStr) -> SecretStr:
-    """Only such keys arrive unchanged both in HTTP headers and in gRPC metadata; clients trim spaces."""
-    text = key.get_secret_value()
-    if not text.isascii() or not text.isprintable() or text != text.strip():
+    if not is_sendable(key.get_secret_value()):
         raise PydanticCustomError("key", "want printable ASCII characters, and no space at either end")
     return key
 

@@ -140,6 +140,16 @@ async def test_an_answer_that_is_none_is_the_wires_fault() -> None:
     async with AsyncClient("http://rdt", transport=transport) as client:
         for waiting in (client.denoise("a"), client.denoise_batch(["a"]), client.model()):
             with pytest.raises(httpx.RemoteProtocolError, match="the server's answer is no"):
+@pytest.mark.parametrize("key", ["", "s3cret\n", " s3cret", "s3crét"])
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(kind: type[Client | AsyncClient], key: str) -> None:
+    """httpx names the whole header: a key from a file, with the end of its line, would be in a log."""
+    with pytest.raises(ValueError, match=r"^api_key: want at least one character, ") as error:
+        kind("http://rdt", api_key=key)
+    assert "s3cr" not in str(error.value)
+    assert error.value.__context__ is None
+
+
                 await waiting
 
 

@@ -27,15 +27,18 @@ Body = TypeVar("Body", bound=BaseModel)
 
 
 class ProblemError(Exception):
-    """The server answered with an error; `problem` says which."""
+    """The server answered with an error; `problem` says which, and `retry_seconds` after how long to try again, if the
+    server has said so: it does where it has no room (429) or is not ready (503).
+    """
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, retry_seconds: int | None = None) -> None:
         super().__init__(f"{problem.status} {problem.title}: {problem.detail}")
         self.problem = problem
 
-    def __reduce__(self) -> tuple[type[Self], tuple[Problem]]:
+    def __reduce__(self) -> tuple[type[Self], tuple[Problem, int | None]]:
         """By default pickle would pass the message as the problem, which breaks a pool of processes."""
-        return type(self), (self.problem,)
+        self.retry_seconds = retry_seconds
+        return type(self), (self.problem, self.retry_seconds)
 
 
 class _Timeouts:
@@ -236,4 +239,9 @@ def _checked(response: httpx.Response) -> bytes:
     except ValidationError:  # a proxy's error page, say
         detail = response.content.decode("utf-8", "replace")[:200]
         problem = Problem(type="about:blank", title=response.reason_phrase, status=response.status_code, detail=detail)
-    raise ProblemError(problem)
+    raise ProblemError(problem, _retry_seconds(response.headers.get("Retry-After", "")))
+
+
+def _retry_seconds(retry_after: str) -> int | None:
+    """Proxies may name a time of day instead."""
+    return int(retry_after) if retry_after.isdecimal() and len(retry_after) < 10 else None

@@ -6,14 +6,15 @@ with Client("http://127.0.0.1:8000") as client:
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Mapping
 from typing import Any, Self, TypeVar
 
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from service.rest.problem import BatchAnswer, BatchResult, Problem
 from service.access import is_sendable
+from service.rest.problem import BatchAnswer, BatchResult, Problem
 from service.schema import DenoiseAnswer, DenoisePass, ModelCard
 
 TIMEOUT_SECONDS = 60.0
@@ -21,6 +22,8 @@ MARGIN_SECONDS = 5.0
 """How long after its `timeout_ms` an answer may still arrive."""
 MOST_ALLOWED_MS = 86_400_000
 """A longer `timeout_ms` does not lengthen the wait: the server refuses it, and sockets do not take it."""
+
+JSON = {"Content-Type": "application/json"}
 
 Item = str | Mapping[str, Any]
 Body = TypeVar("Body", bound=BaseModel)
@@ -34,10 +37,10 @@ class ProblemError(Exception):
     def __init__(self, problem: Problem, retry_seconds: int | None = None) -> None:
         super().__init__(f"{problem.status} {problem.title}: {problem.detail}")
         self.problem = problem
+        self.retry_seconds = retry_seconds
 
     def __reduce__(self) -> tuple[type[Self], tuple[Problem, int | None]]:
         """By default pickle would pass the message as the problem, which breaks a pool of processes."""
-        self.retry_seconds = retry_seconds
         return type(self), (self.problem, self.retry_seconds)
 
 
@@ -55,7 +58,11 @@ class _Timeouts:
 class Client(_Timeouts):
     """Raises `ProblemError` for every error status; its type is `about:blank` if the body is no problem document but,
     say, a proxy's page. Raises `httpx.HTTPError` for errors of the connection; one of them is
-    `httpx.RemoteProtocolError`, for a success without a valid answer and for a stream that is cut.
+    `httpx.RemoteProtocolError`, for a success without a valid answer and for a stream that is cut. Nothing is tried
+    again. A key that a header cannot carry is a `ValueError`.
+
+    `timeout_seconds` is the longest silence of the server, or longer where a request has a `timeout_ms`. Threads may
+    share a client. It has 100 connections, for which further requests wait, no longer than for the server.
     """
 
     def __init__(
@@ -72,7 +79,8 @@ class Client(_Timeouts):
 
     def denoise(self, text: str, **options: Any) -> DenoiseAnswer:
         """Restore one text; options are the fields of `DenoiseRequest`."""
-        answer = self._http.post("/denoise", json={"text": text, **options}, timeout=self._timeout(options))
+        body = _json({"text": text, **options})
+        answer = self._http.post("/denoise", content=body, headers=JSON, timeout=self._timeout(options))
         return _parsed(DenoiseAnswer, _checked(answer))
 
     def denoise_batch(self, items: Iterable[Item], **options: Any) -> list[BatchResult]:
@@ -81,15 +89,16 @@ class Client(_Timeouts):
         An item that failed is a result with a `problem`; only what is wrong with the whole is raised.
         """
         batch = _batch(items, options)
-        answer = self._http.post("/denoise/batch", json=batch, timeout=self._timeout(options, *batch["items"]))
+        timeout = self._timeout(options, *batch["items"])
+        answer = self._http.post("/denoise/batch", content=_json(batch), headers=JSON, timeout=timeout)
         return _parsed(BatchAnswer, _checked(answer)).results
 
     def denoise_stream(self, text: str, **options: Any) -> Generator[DenoisePass | DenoiseAnswer, None, None]:
         """Restore one text and see it after every pass; the answer comes last. Exhaust or close the stream: until then
         the server computes, and the connection is in use.
         """
-        request, timeout = {"text": text, **options}, self._timeout(options)
-        with self._http.stream("POST", "/denoise/stream", json=request, timeout=timeout) as response:
+        body, timeout = _json({"text": text, **options}), self._timeout(options)
+        with self._http.stream("POST", "/denoise/stream", content=body, headers=JSON, timeout=timeout) as response:
             if not response.is_success:
                 response.read()
                 _checked(response)
@@ -133,19 +142,23 @@ class AsyncClient(_Timeouts):
 
     async def denoise(self, text: str, **options: Any) -> DenoiseAnswer:
         """Restore one text; options are the fields of `DenoiseRequest`."""
-        answer = await self._http.post("/denoise", json={"text": text, **options}, timeout=self._timeout(options))
+        body = _json({"text": text, **options})
+        answer = await self._http.post("/denoise", content=body, headers=JSON, timeout=self._timeout(options))
         return _parsed(DenoiseAnswer, _checked(answer))
 
     async def denoise_batch(self, items: Iterable[Item], **options: Any) -> list[BatchResult]:
         """See `Client.denoise_batch`."""
         batch = _batch(items, options)
-        answer = await self._http.post("/denoise/batch", json=batch, timeout=self._timeout(options, *batch["items"]))
+        timeout = self._timeout(options, *batch["items"])
+        answer = await self._http.post("/denoise/batch", content=_json(batch), headers=JSON, timeout=timeout)
         return _parsed(BatchAnswer, _checked(answer)).results
 
     async def denoise_stream(self, text: str, **options: Any) -> AsyncGenerator[DenoisePass | DenoiseAnswer, None]:
         """See `Client.denoise_stream`."""
-        request, timeout = {"text": text, **options}, self._timeout(options)
-        async with self._http.stream("POST", "/denoise/stream", json=request, timeout=timeout) as response:
+        body, timeout = _json({"text": text, **options}), self._timeout(options)
+        async with self._http.stream(
+            "POST", "/denoise/stream", content=body, headers=JSON, timeout=timeout
+        ) as response:
             if not response.is_success:
                 await response.aread()
                 _checked(response)
@@ -211,9 +224,22 @@ class _Events:
 
 
 def _batch(items: Iterable[Item], options: Mapping[str, Any]) -> dict[str, Any]:
-    if isinstance(items, str | Mapping):
+    if isinstance(items, str | bytes | Mapping):
         raise TypeError(f"items is a {type(items).__name__}: want several texts, or several mappings of fields")
-    return {"items": [{"text": item} if isinstance(item, str) else dict(item) for item in items], **options}
+    return {"items": [_fields(item, f"items[{index}]") for index, item in enumerate(items)], **options}
+
+
+def _fields(item: Item, path: str) -> Mapping[str, Any]:
+    if isinstance(item, str):
+        return {"text": item}
+    if isinstance(item, Mapping):
+        return dict(item)
+    raise TypeError(f"{path} is a {type(item).__name__}: want a text, or a mapping of fields")
+
+
+def _json(body: Mapping[str, Any]) -> bytes:
+    """Lone surrogates escaped and NaN by its name, so that the server refuses them, and in a batch the one item."""
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace")
 
 
 def _parsed(kind: type[Body], document: str | bytes) -> Body:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +10,7 @@ import httpx
 import pytest
 
 from service.client import AsyncClient, Client, ProblemError
-from service.errors import Internal
+from service.errors import Internal, ResourceExhausted
 from service.schema import DenoiseAnswer, TimingMs
 from tests.fakes import Service
 
@@ -33,6 +34,43 @@ async def test_a_problem_gets_to_other_processes(service: Service) -> None:
     arrived = pickle.loads(pickle.dumps(error.value))
     assert arrived.problem == error.value.problem
     assert str(arrived) == str(error.value)
+
+
+async def test_what_json_cannot_say_is_the_servers_to_refuse(service: Service) -> None:
+    """In a batch it is one item's fault: a text read with `surrogateescape` spoiled all others."""
+    async with AsyncClient("http://rdt", transport=httpx.ASGITransport(service.app)) as client:
+        good, bad, worse = await client.denoise_batch(
+            ["狐 [MASK]", "a\udcff [MASK]", {"text": "a", "threshold": math.nan}]
+        )
+        for call in (client.denoise("\udcff"), anext(aiter(client.denoise_stream("\udcff")))):
+            with pytest.raises(ProblemError, match="want text without lone surrogates"):
+                await call
+    assert good.answer is not None
+    assert good.answer.text == "狐 fox"
+    assert bad.problem is not None
+    assert [field.field for field in bad.problem.errors] == ["items[1].text"]
+    assert worse.problem is not None
+    assert worse.problem.detail == "items[2]: threshold is NaN: want a finite number >= 0"
+
+
+async def test_who_is_refused_is_told_when_to_try_again(service: Service) -> None:
+    service.engine.full = ResourceExhausted("short", "memory")
+    async with AsyncClient("http://rdt", transport=httpx.ASGITransport(service.app)) as client:
+        with pytest.raises(ProblemError) as full:
+            await client.denoise("a")
+        with pytest.raises(ProblemError) as wrong:
+            await client.denoise("a", top_k=-1)
+    assert (full.value.retry_seconds, wrong.value.retry_seconds) == (60, None)
+    assert pickle.loads(pickle.dumps(full.value)).retry_seconds == 60
+
+
+@pytest.mark.parametrize("when", ["Wed, 21 Oct 2026 07:28:00 GMT", "-1", "1.5", "9" * 5000, ""])
+def test_a_proxy_may_say_when_in_other_ways(when: str) -> None:
+    busy = httpx.Response(503, text="busy", headers={"Retry-After": when})
+    transport = httpx.MockTransport(lambda _: busy)
+    with Client("http://rdt", transport=transport) as client, pytest.raises(ProblemError) as error:
+        client.denoise("a")
+    assert error.value.retry_seconds is None
 
 
 async def test_a_batch_and_a_stream(service: Service) -> None:
@@ -102,6 +140,16 @@ def test_the_sync_client_sends_its_key_and_reads_foreign_errors() -> None:
             client.denoise("a")
 
 
+@pytest.mark.parametrize("key", ["", "s3cret\n", " s3cret", "s3crét"])
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(kind: type[Client | AsyncClient], key: str) -> None:
+    """httpx names the whole header: a key from a file, with the end of its line, would be in a log."""
+    with pytest.raises(ValueError, match=r"^api_key: want at least one character, ") as error:
+        kind("http://rdt", api_key=key)
+    assert "s3cr" not in str(error.value)
+    assert error.value.__context__ is None
+
+
 @pytest.mark.parametrize("charset", ["utf-16", "hex", "idna", "rot13", "none"])
 def test_a_proxy_may_name_any_charset(charset: str) -> None:
     page = httpx.Response(502, content=b"<h1>\xff down", headers={"Content-Type": f"text/html; charset={charset}"})
@@ -140,23 +188,20 @@ async def test_an_answer_that_is_none_is_the_wires_fault() -> None:
     async with AsyncClient("http://rdt", transport=transport) as client:
         for waiting in (client.denoise("a"), client.denoise_batch(["a"]), client.model()):
             with pytest.raises(httpx.RemoteProtocolError, match="the server's answer is no"):
-@pytest.mark.parametrize("key", ["", "s3cret\n", " s3cret", "s3crét"])
-@pytest.mark.parametrize("kind", [Client, AsyncClient])
-def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(kind: type[Client | AsyncClient], key: str) -> None:
-    """httpx names the whole header: a key from a file, with the end of its line, would be in a log."""
-    with pytest.raises(ValueError, match=r"^api_key: want at least one character, ") as error:
-        kind("http://rdt", api_key=key)
-    assert "s3cr" not in str(error.value)
-    assert error.value.__context__ is None
-
-
                 await waiting
 
 
-@pytest.mark.parametrize("items", ["abc", {"text": "a"}])
+@pytest.mark.parametrize("items", ["abc", {"text": "a"}, b"abc"])
 def test_one_text_is_no_batch(items: Any) -> None:
     with Client("http://rdt") as client, pytest.raises(TypeError, match="want several texts"):
         client.denoise_batch(items)
+
+
+@pytest.mark.parametrize("item", [None, 0.5, b"abc", ("text", "a")])
+def test_an_item_that_is_no_text_is_named(item: Any) -> None:
+    kind = type(item).__name__
+    with Client("http://rdt") as client, pytest.raises(TypeError, match=rf"items\[1\] is a {kind}: want a text"):
+        client.denoise_batch(["a", item])
 
 
 async def test_a_caller_is_waited_for_as_long_as_it_allows() -> None:

@@ -95,7 +95,7 @@ class Candidate:
 
 @dataclass(slots=True)
 class Restored:
-    """Characters `start:end` of the answer's text, written by the model after pass `step`."""
+    """Characters `start:end` of the answer's text, counted in Unicode code points, written after pass `step`."""
 
     start: int
     end: int

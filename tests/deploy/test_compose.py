@@ -77,6 +77,13 @@ def test_the_server_restarts_and_reads_what_the_trainer_writes(name: str) -> Non
     assert any(word.startswith("output.checkpoint_dir=/models/") for word in trainer["entrypoint"])
 
 
+@every_service
+def test_memory_and_swap_together_are_no_less_than_memory(name: str) -> None:
+    """Docker refuses to create such a container."""
+    service = SERVICES[name]
+    assert service.get("memswap_limit", service["mem_limit"]) == service["mem_limit"]
+
+
 def test_only_the_server_and_its_monitoring_start_unasked() -> None:
     unasked = {name for name, service in SERVICES.items() if "profiles" not in service}
     assert unasked == {"service", "prometheus", "grafana"}
@@ -91,7 +98,7 @@ def test_gpu_services_ask_for_a_gpu_and_build_for_it() -> None:
         assert SERVICES[name]["build"]["args"]["TORCH"] == "cpu"
     cpu, gpu = SERVICES["service"], SERVICES["service-gpu"]
     assert {name for name in cpu.keys() | gpu.keys() if cpu.get(name) != gpu.get(name)} == {
-        "build", "deploy", "image", "mem_limit", "networks", "profiles",
+        "build", "deploy", "image", "mem_limit", "memswap_limit", "networks", "profiles",
     }  # fmt: skip
 
 

@@ -9,17 +9,21 @@ OUT=${OUT:-runs/gpu}
 export PYTHONPATH=. PYTHONUNBUFFERED=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 # whatever else is installed there
 mkdir -p "$OUT"
 failed=()
+trap 'exit 130' INT
 
-part() { # NAME SECONDS ARGUMENTS...
+part() { # NAME SECONDS ARGUMENTS...: five of the seconds are for saying where it was
     local name=$1 seconds=$2
     shift 2
     echo "== $name"
-    timeout -s INT -k 5 "$seconds" "$PYTHON" "$@" 2>&1 | tee "$OUT/$name.log" || failed+=("$name")
+    # In the foreground, or Ctrl-C would not reach it.
+    timeout --foreground -s INT -k 5 $((seconds - 5)) "$PYTHON" "$@" 2>&1 | tee "$OUT/$name.log" || failed+=("$name")
 }
 
 # The first has nothing in the disk's cache yet.
-part machine 70 -c 'import sys, torch; print(sys.version, torch.__version__, torch.cuda.get_device_name())
-assert sys.version_info >= (3, 11), "Python 3.11 or newer is wanted"'
+part machine 70 -c 'import sys, torch; print(sys.version, torch.__version__)
+if sys.version_info < (3, 11): sys.exit("Python 3.11 or newer is wanted")
+if not torch.cuda.is_available(): sys.exit("torch finds no card: nothing is measured")
+print(torch.cuda.get_device_name())'
 [ ${#failed[@]} = 0 ] || exit 1 # without a card the minutes below would go to figures of a CPU
 part tests 45 -m pytest -c /dev/null --rootdir=. -p no:cacheprovider -q tests/gpu
 part agreement 65 -m benchmarks.gpu --models models/rdt-small/best_model.pt --workloads "$@"

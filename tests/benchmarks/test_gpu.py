@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import subprocess
 import sys
 from argparse import Namespace
@@ -109,12 +111,16 @@ def test_passes_that_are_not_captured_are_launched_as_captured_ones(
     assert launched == [tiny_model.config.max_seq_len]
 
 
+def program(path: Path, *lines: str) -> str:
+    path.write_text("\n".join(("#!/bin/sh", *lines, "")), encoding="utf-8")
+    path.chmod(0o755)
+    return str(path)
+
+
 def test_a_part_that_fails_leaves_the_others_their_figures(tmp_path: Path) -> None:
     """The Python of this test fails for everything to do with `base`, after it has said something."""
-    python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho "$*"\ncase "$*" in *"--models base"*) exit 1;; esac\n', encoding="utf-8")
-    python.chmod(0o755)
-    environment = os.environ | {"PYTHON": str(python), "OUT": str(tmp_path / "out")}
+    python = program(tmp_path / "python", 'echo "$*"', 'case "$*" in *"--models base"*) exit 1;; esac')
+    environment = os.environ | {"PYTHON": python, "OUT": str(tmp_path / "out")}
     found = subprocess.run(
         ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "--rounds", "1"],
         env=environment, capture_output=True, text=True, check=False,
@@ -134,3 +140,31 @@ def test_without_a_card_nothing_is_measured(tmp_path: Path) -> None:
     found = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
     assert found.returncode == 1
     assert [path.name for path in tmp_path.iterdir()] == ["machine.log"]
+    assert found.stdout.endswith("torch finds no card: nothing is measured\n")
+
+
+def test_all_parts_together_take_less_than_eight_minutes_whatever_they_do(tmp_path: Path) -> None:
+    """One that does not end when it is asked to is killed some seconds later: they count, too."""
+    program(tmp_path / "timeout", f'echo "$*" >> {tmp_path}/asked')
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "OUT": str(tmp_path / "out")}
+    subprocess.run(["bash", str(ROOT / "benchmarks" / "gpu.sh")], env=environment, capture_output=True, check=True)
+    asked = (tmp_path / "asked").read_text(encoding="utf-8")
+    limits = re.findall(r"-k (\d+) (\d+) ", asked)
+    assert len(limits) == asked.count("--foreground") == 7
+    assert sum(int(number) for pair in limits for number in pair) < 480
+
+
+def test_ctrl_c_ends_the_part_under_way_and_the_script(tmp_path: Path) -> None:
+    python = program(tmp_path / "python", 'case "$*" in *torch*) ;; *) echo begun; exec sleep 60;; esac')
+    # In a background of their own, tests may ignore what Ctrl-C sends.
+    command = ["env", "--default-signal=INT", "bash", str(ROOT / "benchmarks" / "gpu.sh")]
+    environment = os.environ | {"PYTHON": python, "OUT": str(tmp_path / "out")}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as script:
+        assert script.stdout is not None
+        while script.stdout.readline() != "begun\n":
+            pass
+        os.killpg(script.pid, signal.SIGINT)
+        rest, _ = script.communicate(timeout=30)
+    assert (script.returncode, rest) == (130, "")

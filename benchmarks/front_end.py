@@ -32,7 +32,7 @@ from benchmarks import BUNDLED, record
 from benchmarks.files import names_files
 from benchmarks.load import Http, Request, freeze, grpc_sender, rest_sender, saturate, texts
 from benchmarks.options import count, natural
-from benchmarks.server import serving, unwind_on_sigterm
+from benchmarks.server import read, serving, unwind_on_sigterm
 from rdt_core import Tokenizer, checkpoint
 from service import hosting
 from service.engine.types import Choice, Outcome, Plan, Reading
@@ -95,7 +95,9 @@ def instant_server(n_workers: int, weights: Path) -> Iterator[Target]:
     """A server with a backend that answers at once; killed at the end, and its children end with it."""
     flags = [f"--api_workers={n_workers}", "--replicas=1", "--device=cpu", *ROOM]
     with serving(weights, *flags, module=("benchmarks.front_end", "--serve")) as server:
-        while (said := server.log.read_text(encoding="utf-8")).count("listening on http") < n_workers:
+        while (said := read(server.log)).count("listening on http") < n_workers:
+            if server.process.poll() is not None:
+                raise RuntimeError("not all workers listen")
             time.sleep(0.05)
         children = {name: int(pid) for name, pid in re.findall(r"started (.*) as process (\d+)", said)}
         engine = children.pop("engine", server.process.pid)

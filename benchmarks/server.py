@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from benchmarks.engine import load
 from rdt_core import PRESETS, Checkpoint, checkpoint
 
 START_SECONDS = 60.0
+END_SECONDS = 1.0
+"""How soon a process whose connections broke has ended, if that is why."""
 
 
 @dataclass(frozen=True)
@@ -50,22 +52,40 @@ def serving(weights: Path, *flags: str, module: Sequence[str] = ("service",)) ->
     with tempfile.NamedTemporaryFile() as file:
         process, log = subprocess.Popen(command, env=environment, stdout=file, stderr=file), Path(file.name)
         try:
-            yield Server(process, *wait_until_ready(process, log), log)
+            server = Server(process, *wait_until_ready(process, log), log)
+            with saying_why("the server", process, log):
+                yield server
         finally:
             process.kill()
             process.wait()
+
+
+@contextmanager
+def saying_why(who: str, process: subprocess.Popen[bytes], log: Path) -> Iterator[None]:
+    """Raises `RuntimeError` with the log, in place of what breaks off because the process has ended."""
+    try:
+        yield
+    except Exception as error:
+        with suppress(subprocess.TimeoutExpired):
+            status = process.wait(END_SECONDS)
+            raise RuntimeError(f"{who} ended with {status}:\n{read(log)}") from error
+        raise
+
+
+def read(log: Path) -> str:
+    return log.read_text(encoding="utf-8", errors="replace")
 
 
 def wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> tuple[str, str]:
     """URL and gRPC address, from the server's log. Raises `RuntimeError` with its log if it does not get ready."""
     give_up = time.monotonic() + START_SECONDS
     while process.poll() is None and time.monotonic() < give_up:
-        said = log.read_text(encoding="utf-8")
+        said = read(log)
         url, address = (re.search(rf"listening on ({what}\S+)", said) for what in ("http://", "grpc://"))
         if "ready after" in said and url and address:  # in any order
             return url[1], address[1].removeprefix("grpc://")
         time.sleep(0.05)
-    raise RuntimeError(f"the server did not start:\n{log.read_text(encoding='utf-8')}")
+    raise RuntimeError(f"the server did not start:\n{read(log)}")
 
 
 def weights_of(name: str, folder: str) -> Path:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from benchmarks.load import Request, Unsuccessful, rest_sender
 from benchmarks.peer_servers.setting import Setting
+from benchmarks.server import read, saying_why
 
 ROOT = Path(__file__).parents[2]
 FIRST = Request("[MASK]", max_steps=1, n_tokens=3, n_masked=1)
@@ -61,7 +62,8 @@ def running(name: str, setting: Setting, weights: Path) -> Iterator[str]:
             )  # fmt: skip
         try:
             wait_until_answered(process, url := f"http://127.0.0.1:{port}", log)
-            yield url
+            with saying_why("the peer", process, log):
+                yield url
         finally:
             stop(process)
 
@@ -78,7 +80,7 @@ def wait_until_answered(process: subprocess.Popen[bytes], url: str, log: Path) -
         with suppress(Unsuccessful, OSError, EOFError):
             return asyncio.run(_ask(url))
         time.sleep(0.1)
-    raise RuntimeError(f"the peer did not start:\n{log.read_text(encoding='utf-8', errors='replace')}")
+    raise RuntimeError(f"the peer did not start:\n{read(log)}")
 
 
 async def _ask(url: str) -> None:
@@ -89,12 +91,14 @@ async def _ask(url: str) -> None:
 def stop(process: subprocess.Popen[bytes]) -> None:
     """Ask nicely, then end the whole session: some peers give their workers process groups of their own."""
     process.terminate()
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(STOP_SECONDS)
-    for pid in _session(process.pid):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait()
+    try:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_SECONDS)
+    finally:  # for the impatient, too, whose second Ctrl-C ends the wait
+        for pid in _session(process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
 
 
 def _session(leader: int) -> list[int]:

@@ -112,6 +112,7 @@ def ladder(model: RDT, engines: Engines, workload: str, options: argparse.Namesp
     bounds = (options.token_budget, options.max_live)
     runs: dict[str, tuple[int, Callable[[], object]]] = {"loop": (len(few), partial(contenders.loop, model, few))}
     for size in options.sizes:
+        contenders.static(model, jobs[:size], size)  # so that no size is chosen for what another loaded and allocated
         runs[f"static {size}"] = (len(jobs), partial(contenders.static, model, jobs, size))
         runs[f"sorted {size}"] = (len(jobs), partial(contenders.static, model, contenders.by_cost(jobs), size))
     queued: dict[str, list[int]] = {name: [] for name in engines.steps}

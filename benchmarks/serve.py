@@ -137,7 +137,7 @@ async def transport(bench: Bench, send: Send[Request], bound: float) -> dict[str
 
 async def level(bench: Bench, send: Send[Request], share: float, rate: float, bound: float) -> dict[str, Any]:
     """Random arrivals for a while. The first tenth of the time is not counted, until the queue is in a steady state."""
-    n = round(rate * bench.options.seconds)
+    n = max(1, round(rate * bench.options.seconds))
     before = await tick_totals(bench.http)
     samples = await drive(send, islice(cycle(bench.requests), n), poisson(rate, n))
     after = await tick_totals(bench.http)
@@ -167,7 +167,7 @@ async def tick_totals(http: Http) -> dict[str, float]:
 async def overload(bench: Bench, send: Send[Request], rate: float, bound: float) -> dict[str, Any]:
     """Far more than can be served: what is refused is refused at once, and the probes are still answered."""
     seconds = bench.options.overload_seconds
-    n, n_probes = round(rate * seconds), round(seconds / PROBE_SECONDS)
+    n, n_probes = (max(1, round(each)) for each in (rate * seconds, seconds / PROBE_SECONDS))
 
     async def probe(path: str) -> None:
         status, _ = await bench.http.exchange("GET", path)

@@ -45,6 +45,19 @@ async def test_overload_counts_no_answer_that_came_when_the_flood_was_over(monke
     assert figures["refused"] == figures["probe_errors"] == 0
 
 
+async def test_a_flood_of_a_moment_is_one_request_and_one_probe_at_the_least() -> None:
+    """Else what was measured before it would be lost."""
+
+    async def send(_request: Request) -> None:
+        pass
+
+    fake: Any = Healthy()
+    bench = Bench(Namespace(overload_seconds=0.001), fake, fake, {}, [Request("a [MASK]", 2, 4, 1)])
+    figures = await overload(bench, send, RATE, bound=60.0)
+    assert figures["requests"] == 1
+    assert figures["probe_errors"] == 0
+
+
 def test_what_arrives_before_the_steady_state_is_left_out_and_so_is_its_time() -> None:
     samples = [Sample(arrival, 0.25, ok=True, status="ok") for arrival in (0.5, 1.0, 4.0)]
     assert settled(samples, 1.0) == [Sample(arrival, 0.25, ok=True, status="ok") for arrival in (0.0, 3.0)]

@@ -21,8 +21,14 @@ INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "am
 def parser(description: str | None) -> argparse.ArgumentParser:
     """A benchmark's command line, with `--save NAME`, which keeps the JSON line as `results/NAME.json`, too."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--save", metavar="NAME", help="keep the JSON line as benchmarks/results/NAME.json")
+    made.add_argument("--save", type=_name, metavar="NAME", help="keep the JSON line as benchmarks/results/NAME.json")
     return made
+
+
+def _name(text: str) -> str:
+    if text in ("", "..") or Path(text).name != text:
+        raise argparse.ArgumentTypeError(f"{text!r}: want a name")
+    return text
 
 
 def finish(benchmark: str, options: argparse.Namespace, **figures: Any) -> None:

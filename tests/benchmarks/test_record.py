@@ -29,6 +29,14 @@ def test_a_line_names_the_code_and_the_files(
     assert line["options"]["preset"] == "base"
 
 
+@pytest.mark.parametrize("name", ["", "..", "runs/mine", "/mine"])
+def test_a_result_has_a_name_and_no_folder(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """That there is none would turn out when everything has been measured."""
+    with pytest.raises(SystemExit):
+        record.parser(None).parse_args(["--save", name])
+    assert f"--save: {name!r}: want a name" in capsys.readouterr().err
+
+
 def test_without_a_repository_there_is_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert re.fullmatch(r"[0-9a-f]{7,}(-dirty)?", record.commit() or "0000000")
     monkeypatch.setattr(record, "RESULTS", tmp_path)

@@ -175,7 +175,9 @@ def main() -> None:
     parser.add_argument("--model", default="base", help=f"a checkpoint, or random weights: {', '.join(PRESETS)}")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--workload", choices=WORKLOADS, default="mixed")
-    parser.add_argument("--sweep-requests", type=count, default=64, help="per setting of the sweep")
+    least = max(one["workers"] for one in LAYOUTS) * max(one["batch_size"] for one in SIZES)
+    swept = f"per setting of the sweep; with fewer than {least} a worker has nothing to do where batches are largest"
+    parser.add_argument("--sweep-requests", type=count, default=least, help=swept)
     parser.add_argument("--requests", type=count, default=128, help="per measurement of a round")
     parser.add_argument("--rounds", type=count, default=3)
     parser.add_argument("--concurrencies", nargs="+", type=count, default=[32, 64], help="the best counts")

@@ -72,9 +72,12 @@ class Weights:
             return make_jobs(workload, options.requests, config.vocab_size)
         if self.tokenizer is None or options.text is None:
             raise SystemExit("the gate workload needs a checkpoint (--model FILE) and a text (--text FILE)")
-        paragraphs = list(islice(read_paragraphs(options.text), GATE_PARAGRAPHS))
-        tokens = [token for paragraph in self.tokenizer.encode_training(paragraphs) for token in paragraph]
-        return gate_jobs(tokens, options.requests, options.threshold, config.total_steps)
+        try:
+            paragraphs = list(islice(read_paragraphs(options.text), GATE_PARAGRAPHS))
+            tokens = [token for paragraph in self.tokenizer.encode_training(paragraphs) for token in paragraph]
+            return gate_jobs(tokens, options.requests, options.threshold, config.total_steps)
+        except ValueError as error:
+            raise SystemExit(f"--text: {error}") from error
 
 
 def runs_of(weights: Weights, jobs: Sequence[Job], known: Sequence[Job], options: argparse.Namespace) -> dict[str, Run]:
@@ -92,9 +95,8 @@ def runs_of(weights: Weights, jobs: Sequence[Job], known: Sequence[Job], options
     return runs
 
 
-def measure(weights: Weights, workload: str, options: argparse.Namespace) -> dict[str, Any]:
+def measure(weights: Weights, workload: str, jobs: Sequence[Job], options: argparse.Namespace) -> dict[str, Any]:
     """All contenders on one workload: medians over rounds, ratios within a round."""
-    jobs = weights.jobs(workload, options)
     known = contenders.with_depths(weights.model, jobs) if workload in BY_THE_MODEL else jobs
     runs = runs_of(weights, jobs, known, options)
     for run in runs_of(weights, jobs[:8], known[:8], options).values():
@@ -185,9 +187,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     weights = Weights.load(options.model, options.precisions)
+    drawn = {workload: weights.jobs(workload, options) for workload in options.workloads}
     results = []
-    for workload in options.workloads:
-        results.append(measure(weights, workload, options))
+    for workload, jobs in drawn.items():
+        results.append(measure(weights, workload, jobs, options))
         print(results[-1], flush=True)
     print(table(results))
     record.finish("engine", options, results=results)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from typing import TypeVar
 
 T = TypeVar("T", int, float)
@@ -29,11 +30,16 @@ def positive(text: str) -> float:
     return _within(text, float, math.ulp(0), "a number > 0")
 
 
-def _within(text: str, kind: type[T], lowest: float, wanted: str) -> T:
+def share(text: str) -> float:
+    """A number > 0, at most 1."""
+    return _within(text, float, math.ulp(0), "a number > 0 and <= 1", highest=1)
+
+
+def _within(text: str, kind: type[T], lowest: float, wanted: str, highest: float = sys.float_info.max) -> T:
     try:
         value = kind(text)
     except ValueError:
         value = None
-    if value is None or not lowest <= value < math.inf:
+    if value is None or not lowest <= value <= highest:
         raise argparse.ArgumentTypeError(f"{text!r}: want {wanted}")
     return value

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks import BUNDLED, record
 from benchmarks.files import names_files
-from benchmarks.options import amount, count, positive
+from benchmarks.options import amount, count, share
 from rdt_core import LoadedModel, checkpoint
 from rdt_core.precision import PRECISIONS, prepare
 from training.corpus import local_corpus
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["bf16", "int8"])
     parser.add_argument("--segments", type=count, default=200, help="how many, evenly spread")
     parser.add_argument("--length", type=count, default=128, help="tokens a segment")
-    parser.add_argument("--mask-ratios", type=positive, nargs="+", default=[0.15, 0.5])
+    parser.add_argument("--mask-ratios", type=share, nargs="+", default=[0.15, 0.5])
     parser.add_argument("--max-depth", type=count, default=16)
     parser.add_argument("--threshold", type=amount, default=0.1, help="of the gate (default: %(default)s)")
     parser.add_argument("--cache-dir", default="runs/cache")

@@ -89,8 +89,12 @@ def wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> tuple[str, 
 
 
 def weights_of(name: str, folder: str) -> Path:
-    """The checkpoint to serve: a file, or a preset with random weights and the bundled model's tokenizer."""
+    """The checkpoint to serve: a file, or a preset with random weights and the bundled model's tokenizer.
+
+    Raises `CheckpointError` for a file that is none: a server that is started with it would have to tell.
+    """
     if name not in PRESETS:
+        checkpoint.read(name)
         return Path(name)
     path, model = Path(folder) / name / "best_model.pt", load(name)
     contents = Checkpoint(model.state_dict(), {"model": model.config.to_mapping()}, checkpoint.read(BUNDLED).tokenizer)

@@ -190,8 +190,11 @@ def parse() -> argparse.Namespace:
 
 
 def adopt(options: argparse.Namespace) -> None:
-    """Simulate what was served."""
-    served = json.loads(options.check.read_text(encoding="utf-8"))["options"]
+    """Simulate what was served. Raises `ValueError` for a file that tells of something else."""
+    result = json.loads(options.check.read_text(encoding="utf-8"))
+    if not isinstance(result, dict) or result.get("benchmark") != "serve":
+        raise ValueError("--check: want a saved result of benchmarks.serve")
+    served = result["options"]
     options.model, options.workload, options.server_flags = (served[n] for n in ("model", "workload", "server_flags"))
 
 

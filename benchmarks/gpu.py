@@ -43,7 +43,7 @@ from service.engine.static_batch import Bucket, Buffers, PlainPasses
 from service.process import garbage
 
 LOOP_REQUESTS = 48
-"""The loop needs no more to be measured."""
+"""The loop needs no more to be measured. Each counts for as many as its passes are of all requests' mean."""
 PEAK_SIZE = 8192
 """Of a large product; an eighth of it on a CPU."""
 FORMATS: dict[str, tuple[Precision, ...]] = {"cuda": ("bf16", "fp16", "tf32"), "cpu": ("bf16", "int8")}
@@ -109,8 +109,9 @@ def ladder(model: RDT, engines: Engines, workload: str, options: argparse.Namesp
     jobs = make_jobs(workload, options.requests, model.config.vocab_size)
     garbage.freeze()  # as the server does
     few = jobs[:LOOP_REQUESTS]
+    as_many = sum(job.max_steps for job in few) / statistics.mean(job.max_steps for job in jobs)
     bounds = (options.token_budget, options.max_live)
-    runs: dict[str, tuple[int, Callable[[], object]]] = {"loop": (len(few), partial(contenders.loop, model, few))}
+    runs: dict[str, tuple[float, Callable[[], object]]] = {"loop": (as_many, partial(contenders.loop, model, few))}
     for size in options.sizes:
         contenders.static(model, jobs[:size], size)  # so that no size is chosen for what another loaded and allocated
         runs[f"static {size}"] = (len(jobs), partial(contenders.static, model, jobs, size))

@@ -84,6 +84,18 @@ def test_a_size_is_not_judged_by_its_first_batch(tiny_model: RDT, monkeypatch: p
     assert {"static 4", "sorted 4"} <= row["requests_per_second"].keys()
 
 
+def test_the_loop_counts_its_few_requests_by_their_passes(tiny_model: RDT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first are twice as deep as the others: by their number the loop would seem slower than it is."""
+    few = gpu.LOOP_REQUESTS
+    jobs = [Job([2, 4, 4, 3], [False, True, True, False], 2 if i < few else 1, 0.0, "gate") for i in range(3 * few)]
+    monkeypatch.setattr(gpu, "make_jobs", lambda *_: jobs)
+    monkeypatch.setattr(gpu, "seconds", lambda run, _device: (run(), 1.0)[1])
+    monkeypatch.setattr(garbage, "freeze", lambda: None)
+    row = gpu.ladder(tiny_model, gpu.Engines(tiny_model, options()), "any", options())
+    assert row["requests_per_second"]["loop"] == 2 * few / (4 / 3)
+    assert row["requests_per_second"]["static 4"] == 3 * few
+
+
 JOBS = [Job([2, 5 + i, 4, 4, 3], [False, False, True, True, False], 1 + i, 0.0, "gate") for i in range(4)]
 
 

@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--workloads", nargs="*", choices=tuple(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--requests", type=count, default=4096 if has_cuda else 32)
     parser.add_argument("--agreement", type=natural, default=2000 if has_cuda else 32, help="requests; 0: none")
-    parser.add_argument("--sizes", type=count, nargs="+", default=[64, 256] if has_cuda else [4, 16])
+    parser.add_argument("--sizes", type=count, nargs="+", default=[64, 256, 512] if has_cuda else [4, 16])
     parser.add_argument("--token-budget", type=count, default=16_384 if has_cuda else 512)
     parser.add_argument("--max-live", type=count, default=512 if has_cuda else 64)
     parser.add_argument("--rounds", type=count, default=2 if has_cuda else 3)

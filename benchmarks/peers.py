@@ -27,6 +27,7 @@ from benchmarks.load import (
     Send,
     Unsuccessful,
     drive,
+    freeze,
     milliseconds,
     percentile,
     poisson,
@@ -140,6 +141,7 @@ def compare(options: argparse.Namespace, weights: Path) -> dict[str, Any]:
     tokenizer = checkpoint.load(weights).tokenizer
     swept: dict[str, dict[Setting, float]] = {}
     trial = texts(options.workload, options.sweep_requests, tokenizer, seed=1)
+    freeze()
     for name in options.peers:
         print(package(name), flush=True)
         swept[name] = sweep(name, weights, trial, max(options.concurrencies))

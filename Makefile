@@ -72,7 +72,7 @@ check-deploy:  ## prove the containers: load, restart, kill, train, reload
 	deploy/check.sh
 
 clean:  ## remove the environment, caches and runs
-	rm -rf $(VENV) .venv-versions build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-versions .venv-peers build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .PHONY: $(ANEW)

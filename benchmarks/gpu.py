@@ -178,6 +178,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=count, default=2 if has_cuda else 3)
     options = parser.parse_args()
     device = torch.device(options.device)
+    models = {weights: load(weights) for weights in options.models}
     n = PEAK_SIZE if device.type == "cuda" else PEAK_SIZE // 8
     options.peak = matrix_peak(n, n, n, torch.bfloat16, device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
@@ -185,8 +186,8 @@ def main() -> None:
     agreements: dict[str, Any] = {}
     results: dict[str, list[dict[str, Any]]] = {}
     served: dict[str, tuple[RDT, Backend]] = {}
-    for weights in options.models:
-        model = load(weights).to(device)
+    for weights, model in models.items():
+        model.to(device)
         if options.agreement:
             agreements[weights] = agreement(model, options)
         prepare(model, "bf16")

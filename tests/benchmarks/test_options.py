@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import BUNDLED, engine, options, precision, serve, simulate
+from benchmarks import BUNDLED, engine, gpu, options, precision, serve, simulate
 from benchmarks.files import names_files
 from benchmarks.options import amount, count, natural, positive, share
 from rdt_core import checkpoint
@@ -70,6 +70,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.M
             [f"--model={BUNDLED}", "--workloads", "mixed", "gate", "--text={other}"],
             "--text: 'utf-8' codec",
         ),
+        (gpu.main, ["--models", str(BUNDLED), "best.pt"], "gpu: best.pt: no such file"),
         (serve.main, ["--model=best.pt"], "serve: best.pt: no such file"),
         (simulate.main, ["--check={text}"], "simulate: --check: want a saved result of benchmarks.serve"),
         (simulate.main, ["--check={result}"], "simulate: --check: want a saved result of benchmarks.serve"),
@@ -85,6 +86,7 @@ def test_what_cannot_be_measured_is_said_before_anything_is(
     files["result"].write_text('{"benchmark": "engine", "options": {}}', encoding="utf-8")
     for module in (engine, serve):
         monkeypatch.setattr(module, "measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(gpu, "matrix_peak", lambda *_: pytest.fail("measured"))
     monkeypatch.setattr(serve, "serving", lambda *_: pytest.fail("served"))
     program = f"benchmarks/{main.__module__.rpartition('.')[2]}.py"
     monkeypatch.setattr(sys, "argv", [program, *(word.format(**files) for word in words)])

@@ -110,7 +110,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "words.txt"
         write_words(text, options.tokenizer)
-        given = [f"data.dataset_name={text}", f"data.tokenizer_name={options.tokenizer}", f"data.cache_dir={folder}"]
+        given = [f"data.dataset_name={text}", f"data.tokenizer_name={options.tokenizer}"]
+        given += [f"{name}={folder}" for name in ("data.cache_dir", "output.checkpoint_dir", "output.log_dir")]
         for phase, one_pass_steps in PHASES.items():
             for mixed in (False, True) if has_bfloat16(device) else (False,):
                 settings = [*given, *options.assignments, f"training.one_pass_steps={one_pass_steps}"]

@@ -21,7 +21,7 @@ from service.errors import Malformed, ResourceExhausted, TooLarge
 from service.limits import ARRIVAL_SECONDS, Room
 from service.metrics import Metrics
 from service.rpc.calls import Details, Handler, is_of_service, refusal
-from service.rpc.errors import Context, mapped_errors
+from service.rpc.errors import Context, letting_go, mapped_errors
 
 METADATA_BYTES = 16_384
 """Longest metadata of a call, by the measure of RFC 7541, 4.1. It is set as gRPC's limit, too."""
@@ -74,7 +74,7 @@ class Arrivals(grpc.aio.ServerInterceptor):
             finally:
                 self._room.give_back(n_bytes)
 
-        return received
+        return letting_go(received)
 
     async def _first_of(self, context: Context) -> Any:
         """Raises `ResourceExhausted` when it takes too long, `Malformed` if there is none or it cannot be read."""

@@ -13,7 +13,7 @@ from service import calls
 from service.errors import ServiceError
 from service.process.logs import fields
 from service.rpc.convert import SERVICES
-from service.rpc.errors import STATUS, Context, fail
+from service.rpc.errors import STATUS, Context, fail, letting_go
 from service.tracing import CONTEXT_HEADERS, Tracer
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def refusal(error: ServiceError) -> Handler:
     async def refuse(_messages: object, context: Context) -> None:
         await fail(context, error)
 
-    return grpc.stream_stream_rpc_method_handler(refuse)
+    return grpc.stream_stream_rpc_method_handler(letting_go(refuse))
 
 
 class Calls(grpc.aio.ServerInterceptor):
@@ -64,7 +64,7 @@ class Calls(grpc.aio.ServerInterceptor):
             return handler
         for name, kind in KINDS.items():
             if (answer := getattr(handler, name)) is not None:
-                return kind(self._around(answer, handler_call_details))
+                return kind(letting_go(self._around(answer, handler_call_details)))
         raise NotImplementedError("the service has no calls of other kinds")
 
     def _around(self, answer: Callable[..., Any], details: Details) -> Callable[..., Any]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import base64
 import logging
 import string
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 from urllib.parse import quote
 
 import grpc
@@ -91,6 +92,24 @@ async def fail(context: Context, error: ServiceError) -> None:
     status = status_of(error)
     trailing = (*(context.trailing_metadata() or ()), *(status.trailing_metadata or ()))  # `abort` would replace it
     await context.abort(status.code, status.details, trailing)
+
+
+def letting_go(answer: Callable[[Any, Context], Awaitable[Any]]) -> Callable[[Any, Context], Awaitable[Any]]:
+    """The same, but nothing of a call that fails is kept: to be put around whatever gRPC calls.
+
+    What `abort` raises gRPC keeps in its state of the call. The traceback leads back to that state, and to the message:
+    all would stay until the garbage collector came by, hundreds of calls later.
+    """
+
+    async def answered(messages: Any, context: Context) -> Any:
+        try:
+            return await answer(messages, context)
+        except grpc.aio.AbortError as abort:
+            del messages, context  # this function is in the traceback, too
+            abort.__context__ = None
+            raise abort.with_traceback(None)  # noqa: B904 - the same, and no other
+
+    return answered
 
 
 @asynccontextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import struct
 from collections import Counter
 
@@ -212,3 +213,33 @@ async def test_a_call_with_too_much_metadata_does_not_stay_until_its_connection_
             await asyncio.sleep(0.01)
     writer.close()
     await own.stop(0)
+
+
+@pytest.mark.parametrize("fault", ["text", "no message", "no key"])
+async def test_nothing_of_a_call_that_failed_waits_for_the_garbage_collector(
+    tiny_tokenizer: Tokenizer, tiny_config: ModelConfig, fault: str
+) -> None:
+    """Hundreds of messages of the largest size would."""
+    metadata = [] if fault == "no key" else [("x-api-key", KEY)]
+
+    def n_kept() -> int:
+        return sum(type(kept).__name__ == "_ServicerContext" for kept in gc.get_objects())
+
+    async with Service(tiny_tokenizer, tiny_config, api_key=KEY).open().channel() as channel, asyncio.timeout(10):
+        gc.collect()
+        gc.disable()
+        try:
+            before = n_kept()
+            for _ in range(3):
+                call = channel.stream_unary(f"/{SERVICE}/Denoise")(metadata=metadata)
+                if fault == "text":
+                    await call.write(pb.DenoiseRequest(halting="odd").SerializeToString())
+                await call.done_writing()
+                assert await call.code() is not grpc.StatusCode.OK
+            for _ in range(100):  # and no longer: without the channel's end the server would stay
+                if (after := n_kept()) <= before:
+                    break
+                await asyncio.sleep(0.01)
+        finally:
+            gc.enable()
+    assert after <= before

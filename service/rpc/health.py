@@ -32,7 +32,7 @@ class Health(HealthServicer):
     def __init__(self, lifecycle: Lifecycle) -> None:
         self._lifecycle = lifecycle
         self._n_watchers = 0
-        self._change: asyncio.Task[None] | None = None
+        self._changes: dict[State, asyncio.Task[None]] = {}  # by the state that is to change
 
     async def Check(self, request: HealthCheckRequest, context: WatchContext) -> HealthCheckResponse:
         if request.service not in NAMES:
@@ -64,9 +64,10 @@ class Health(HealthServicer):
 
     async def _change_from(self, state: State) -> None:
         """Returns once the state may be another. It is looked up by one task, however many wait."""
-        if self._change is None or self._change.done():
-            self._change = asyncio.create_task(self._look_for_change_from(state))
-        await asyncio.shield(self._change)
+        change = self._changes.get(state)
+        if change is None or change.done():
+            change = self._changes[state] = asyncio.create_task(self._look_for_change_from(state))
+        await asyncio.shield(change)
 
     async def _look_for_change_from(self, state: State) -> None:
         while self._lifecycle.state == state:

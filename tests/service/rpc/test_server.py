@@ -188,6 +188,26 @@ async def test_many_may_watch_and_not_too_many(
             assert await watch.read() is grpc.aio.EOF
 
 
+async def test_a_watch_that_begins_while_the_state_is_another_for_a_moment(
+    service: Service, channel: grpc.aio.Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a broken tick. Others watch already, and their looks see nothing of it."""
+    monkeypatch.setattr(health, "POLL_SECONDS", 0.3)
+    stub = HealthStub(channel)
+    before = stub.Watch(HealthCheckRequest())
+    assert (await before.read()).status == HealthCheckResponse.SERVING
+    await asyncio.sleep(0.02)  # until it waits
+    service.engine.ready = False
+    amid = stub.Watch(HealthCheckRequest())
+    first = (await amid.read()).status
+    await asyncio.sleep(0.02)
+    service.engine.ready = True
+    second = asyncio.ensure_future(amid.read())
+    await asyncio.wait({second}, timeout=5)
+    assert (first, second.done()) == (HealthCheckResponse.NOT_SERVING, True)
+    assert second.result().status == HealthCheckResponse.SERVING
+
+
 async def test_reflection_lists_the_service(service: Service) -> None:
     server = RpcServer(service.lifecycle, service.metrics, max_message_bytes=MAX_BODY_BYTES)
     await server.start("127.0.0.1", 0)

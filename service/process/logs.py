@@ -10,6 +10,7 @@ import json
 import logging
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -46,7 +47,8 @@ def complain(program: str, problem: object) -> None:
     if any(isinstance(handler.formatter, JsonLines) for handler in logging.getLogger().handlers):
         logging.getLogger(program).critical("%s", line)
     else:
-        print(f"{program}: {line}", file=sys.stderr)
+        with suppress(OSError):  # a full disk, or nobody who reads it: the exit status says it, too
+            print(f"{program}: {line}", file=sys.stderr)
 
 
 class TextLines(logging.Formatter):

@@ -273,3 +273,9 @@ def test_where_files_cannot_be_limited_nothing_is(monkeypatch: pytest.MonkeyPatc
     assert limits.limits == (256, -1)
     monkeypatch.setattr(cli, "resource", None)
     cli.lift_limit_of_files()
+
+
+def test_a_message_that_cannot_be_written_changes_no_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Standard error on a full disk, or a pipe that nobody reads."""
+    monkeypatch.setattr(sys, "stderr", Mock(write=Mock(side_effect=OSError)))
+    assert serve(["--http_port", "x"]) == 2

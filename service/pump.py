@@ -25,3 +25,4 @@ async def pumped(work: Callable[[Callable[[Value], None]], Awaitable[None]]) -> 
     finally:
         working.cancel()
         await asyncio.gather(working, return_exceptions=True)  # so that all it holds is free afterwards
+        del working  # an error of it leads back here by its traceback

@@ -149,6 +149,7 @@ class BatchingEngine:
             if self._callers.leave(ticket):
                 for replica in self._replicas:
                     replica.scheduler.cancel(ticket)
+            del answer  # an error in it leads back here by its traceback, and with it all of the request would stay
 
     async def drain(self, grace_seconds: float) -> None:
         """Refuse new work, finish what there is, and fail what is left after the grace period."""

@@ -132,6 +132,7 @@ class Link:
             if self._asked.pop(number, None) is not None:
                 wire.send(Cancel(number))
                 self._note_idle()
+            del asked  # an error in it leads back here by its traceback, and with it all of the request would stay
         if not isinstance(answer, kind):
             raise Internal("the engine answered something else")
         return answer

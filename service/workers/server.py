@@ -203,7 +203,7 @@ async def _respond(peer: Peer, number: int, work: Callable[[], Awaitable[Message
     try:
         response = await work()
     except ServiceError as error:
-        response = Failed(number, error)
+        response = Failed(number, error.with_traceback(None))  # it would lead back here, and keep the job
     except Exception:
         log.exception("what a worker asked for failed")
         response = Failed(number, Internal())

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import struct
 from collections import Counter
+from contextlib import suppress
 
 import grpc
 import pytest
@@ -57,6 +58,32 @@ async def test_of_too_many_slow_messages_the_slowest_is_given_up(
             grpc.StatusCode.OK: 3, grpc.StatusCode.RESOURCE_EXHAUSTED: 2
         }  # fmt: skip
     assert service.sample("rdt_refused_total", reason="bodies") == 2
+
+
+async def test_slow_messages_that_have_come_are_slow_no_more(
+    channel: grpc.aio.Channel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(arrival, "SLOW_SECONDS", 0.01)
+    monkeypatch.setattr(arrival, "MOST_SLOW", 1)
+    for _ in range(3):
+        call = channel.stream_unary(f"/{SERVICE}/Denoise")()
+        await asyncio.sleep(0.05)
+        await call.write(TEXT.SerializeToString())
+        assert await call.code() is grpc.StatusCode.OK
+    assert caplog.messages == []
+
+
+async def test_a_slow_message_whose_time_is_just_over_is_given_up_once(
+    service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(arrival, "MOST_SLOW", 0)
+    arrivals = arrival.Arrivals(service.metrics, MAX_BODY_BYTES)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(0) as limit:
+            asyncio.get_running_loop().call_soon(arrivals._note_slow, limit)
+            await asyncio.sleep(5)
+    assert limit.expired()
+    assert caplog.messages == []
 
 
 async def test_the_messages_of_all_calls_have_a_bound_together(

@@ -21,7 +21,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from rdt_core import ModelConfig, Tokenizer
 from service.rpc import denoise, health, server
 from service.rpc.convert import SERVICE, SERVICES
-from service.rpc.denoise import DenoiserCalls, seconds_left
+from service.rpc.denoise import DenoiserCalls, cut_at, seconds_left
 from service.rpc.pb import denoiser_pb2 as pb
 from service.rpc.pb.denoiser_pb2_grpc import DenoiserStub
 from service.rpc.server import RpcServer
@@ -293,6 +293,13 @@ async def test_the_calls_deadline_is_the_jobs(service: Service, channel: grpc.ai
 @pytest.mark.parametrize(("left", "given"), [(None, None), (1.0, 0.97), (0.04, 0.03), (0.0, 0.0)])
 def test_the_margin_is_small(left: float | None, given: float | None) -> None:
     assert seconds_left(SimpleNamespace(time_remaining=lambda: left)) == given  # type: ignore[arg-type]
+
+
+async def test_a_call_without_an_answer_ends_by_itself_in_the_middle_of_the_margin() -> None:
+    now = asyncio.get_running_loop().time()
+    ends_at = cut_at(SimpleNamespace(time_remaining=lambda: 100.0))  # type: ignore[arg-type]
+    assert ends_at == pytest.approx(now + (98.98 + 100) / 2, abs=0.2)
+    assert cut_at(SimpleNamespace(time_remaining=lambda: None)) is None  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("method", ["Denoise", "DenoiseBatch", "DenoiseStream"])

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 
 import grpc
 import pytest
+from grpc_health.v1.health_pb2 import HealthCheckRequest
+from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from rdt_core import ModelConfig, Tokenizer
 from service.calls import Call
@@ -115,6 +117,14 @@ async def test_one_span_for_a_grpc_call(traced: Service, recorded: Recorded) -> 
     check_parent(span)
     check_events(span)
     assert "dog" not in span.to_json()
+
+
+async def test_health_over_grpc_is_no_span(traced: Service, recorded: Recorded) -> None:
+    async with traced.channel() as channel:
+        call = HealthStub(channel).Check(HealthCheckRequest())
+        await call
+        assert "x-request-id" not in dict(await call.trailing_metadata() or ())
+    assert recorded.spans() == []
 
 
 def check_parent(span: ReadableSpan) -> None:

@@ -198,3 +198,14 @@ async def test_silence_is_counted_from_the_last_word(
     connection = mock.Mock(spec=Wire)
     await asyncio.wait_for(link._watch(connection), timeout=5)
     assert connection.abort.call_count == n_aborts
+
+
+async def test_no_pass_is_shown_after_the_end() -> None:
+    """As when the observer has failed, and the next pass came with the one before."""
+    shown: list[Reading] = []
+    asked = remote.Asked(shown.append)
+    asked.end(Unavailable.draining())
+    asked.show(READING)
+    assert shown == []
+    with pytest.raises(Unavailable):
+        await asked.answer

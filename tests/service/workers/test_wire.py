@@ -209,3 +209,34 @@ async def test_no_pass_is_shown_after_the_end() -> None:
     assert shown == []
     with pytest.raises(Unavailable):
         await asked.answer
+
+
+async def asking(tmp_path: Path) -> tuple[remote.Link, mock.Mock, asyncio.Task[messages.Scraped]]:
+    """A link to an engine that never answers, and a question to it."""
+    link, connection = remote.Link(tmp_path / "engine", "0.0", lambda *_: None), mock.Mock(spec=Wire)
+    link.wire = connection
+    question = asyncio.create_task(link.ask(messages.Scrape, messages.Scraped))
+    await asyncio.sleep(0)
+    return link, connection, question
+
+
+@pytest.mark.parametrize("end", ["the caller leaves", "the engine is lost"])
+async def test_a_drain_is_over_with_the_last_question(tmp_path: Path, end: str) -> None:
+    link, connection, question = await asking(tmp_path)
+    draining = asyncio.create_task(link.drain(60))
+    await asyncio.sleep(0)
+    if end == "the caller leaves":
+        question.cancel()
+    else:
+        link._ended(connection)
+    await asyncio.wait_for(draining, 5)
+    with pytest.raises((asyncio.CancelledError, Unavailable)):
+        await question
+
+
+async def test_what_is_left_after_the_grace_period_is_cancelled_once(tmp_path: Path) -> None:
+    link, connection, question = await asking(tmp_path)
+    await link.drain(0)
+    with pytest.raises(Unavailable, match="shut down before"):
+        await question
+    assert connection.send.mock_calls == [mock.call(messages.Scrape(1)), mock.call(messages.Cancel(1))]

@@ -170,11 +170,13 @@ class Service:
             self.lifecycle, self.metrics, max_message_bytes=MAX_BODY_BYTES, api_key=self.api_key, tracer=self.tracer
         )
         await server.start("127.0.0.1", 0)
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-            yield channel
-        await server.stop(0)
-        if calls := asyncio.all_tasks() - others - {asyncio.current_task()}:
-            await asyncio.wait(calls, timeout=5)
+        try:
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+                yield channel
+        finally:  # a server that is not stopped would hang the end of the test's loop
+            await server.stop(0)
+            if calls := asyncio.all_tasks() - others - {asyncio.current_task()}:
+                await asyncio.wait(calls, timeout=5)
 
     def sample(self, name: str, **labels: str) -> float:
         """One value of the registry; 0 for a series nobody has touched."""

@@ -36,7 +36,7 @@ class Stages:
     def gate_turn(self, step: int) -> int | None:
         """Which of the gate's turns this step is, counted from 0 in its stage; None where the gate learns nothing."""
         if self.is_gate_alone(step):
-            return step
+            return step - self.n_encoder_steps
         unrolled, every = step - self.section.one_pass_steps, self.section.gate_every_n_steps
         if every == 0 or unrolled < 0 or unrolled % every != 0:
             return None

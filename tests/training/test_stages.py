@@ -68,8 +68,15 @@ def test_every_batch_of_a_step_draws_a_depth_of_its_own(
     assert any(len(set(depths[1][step : step + 3])) > 1 for step in range(0, 12, 3))
 
 
+@pytest.mark.parametrize(
+    ("n_steps", "wanted"),
+    [
+        (16, [False, True, False, False, True, False, True]),  # three turns beside the encoder, then four alone
+        (17, [False, True, False, True, False, True, False, True]),
+    ],
+)
 def test_the_gate_learns_levels_and_token_levels_in_turn(
-    train_settings: Settings, cpu: torch.device, monkeypatch: pytest.MonkeyPatch
+    train_settings: Settings, cpu: torch.device, monkeypatch: pytest.MonkeyPatch, n_steps: int, wanted: list[bool]
 ) -> None:
     turns: list[bool] = []
     losses = learner.gate_losses
@@ -79,7 +86,7 @@ def test_the_gate_learns_levels_and_token_levels_in_turn(
         return losses(*arguments, settle=settle)
 
     monkeypatch.setattr(learner, "gate_losses", note)
-    changes = {"training.num_steps": 16, "training.gate_steps": 4, "training.gate_every_n_steps": 4}
+    changes = {"training.num_steps": n_steps, "training.gate_steps": 4, "training.gate_every_n_steps": 4}
     for _ in Trainer(train_settings(**changes), cpu)._steps():
         pass
-    assert turns == [False, True, False, False, True, False, True], "three turns beside the encoder, then four alone"
+    assert turns == wanted

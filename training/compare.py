@@ -98,8 +98,13 @@ def _is_close(one: float, other: float) -> bool:
 def _is_typed(row: Row) -> bool:
     numbers = ((getattr(row, field.name), field.default) for field in fields(Row) if field.name != "kind")
     return isinstance(row.kind, str) and all(
-        type(value) in (int, float) or (value is None and default is None) for value, default in numbers
+        _is_number(value) or (value is None and default is None) for value, default in numbers
     )
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is one, and not an integer beyond what a float can be."""
+    return isinstance(value, float) or (type(value) is int and abs(value) <= sys.float_info.max)
 
 
 def _plan_of(values: dict[str, Any], kinds: set[str]) -> dict[str, Any]:
@@ -137,6 +142,18 @@ def chosen(rows: Sequence[Row], only: Sequence[str], mask_ratios: Sequence[float
         if (not only or row.kind in only or f"{row.kind}:{row.setting:g}" in only)
         and (not mask_ratios or row.mask_ratio in mask_ratios)
     ]
+
+
+def check_choice(rows: Sequence[Row], only: Sequence[str], mask_ratios: Sequence[float]) -> None:
+    """Raise `ConfigError` for a method or a mask ratio that is not among the rows of all evaluations."""
+    for method in only:
+        if not chosen(rows, [method], []):
+            kinds = ", ".join(dict.fromkeys(row.kind for row in rows))
+            raise ConfigError(f"--only {method}: no evaluation has it, want KIND or KIND:SETTING of {kinds}")
+    for ratio in mask_ratios:
+        if not chosen(rows, [], [ratio]):
+            there = ", ".join(f"{there:g}" for there in sorted({row.mask_ratio for row in rows}))
+            raise ConfigError(f"--mask-ratios {ratio:g}: no evaluation has it, want of {there}")
 
 
 class Against:
@@ -237,6 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         found = read_all(options.evaluations)
+        check_choice([row for one in found.values() for row in one.rows], options.only, options.mask_ratios)
         models = {name: chosen(one.rows, options.only, options.mask_ratios) for name, one in found.items()}
         if not any(models.values()):
             raise ConfigError("no row is left: look at --only and --mask-ratios")

@@ -100,6 +100,7 @@ def test_an_evaluation_from_before_the_new_measures_is_read(tmp_path: Path, caps
         ({"rows": [row("fixed", 1, 0.15, passes="two")]}, "no evaluation.json"),
         ({"rows": [row("fixed", 1, 0.15, bits=None)]}, "no evaluation.json"),
         ({"rows": [row(1, 1, 0.15)]}, "no evaluation.json"),  # type: ignore[arg-type]
+        ({"rows": [row("fixed", 10**400, 0.15)]}, "no evaluation.json"),
     ],
 )
 def test_what_cannot_be_compared_is_one_line(
@@ -198,9 +199,23 @@ def test_a_picture_that_cannot_be_written_costs_no_table(
     assert printed.err.startswith(f"rdt-compare: {tmp_path / 'nowhere' / 'all.png'}: cannot be written: [Errno 2]")
 
 
-def test_nothing_left_to_show(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*files, "--only", "magic"]) == 2
-    assert capsys.readouterr().err == "rdt-compare: no row is left: look at --only and --mask-ratios\n"
+@pytest.mark.parametrize(
+    ("choice", "problem"),
+    [
+        (["--only", "magic"], "--only magic: no evaluation has it, want KIND or KIND:SETTING of "),
+        (["--only", "fixed", "gate:0.3"], "--only gate:0.3: no evaluation has it, "),
+        (["--only", "fixed", "mask-predict"], None),
+        (["--mask-ratios", "0.15", "0.2"], "--mask-ratios 0.2: no evaluation has it, want of 0.15, 0.5\n"),
+        (["--only", "fixed", "--mask-ratios", "0.5"], "no row is left: look at --only and --mask-ratios\n"),
+    ],
+)
+def test_what_is_asked_for_is_there(
+    files: list[str], choice: list[str], problem: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*files, *choice]) == (0 if problem is None else 2)
+    printed = capsys.readouterr().err
+    assert printed.startswith("" if problem is None else f"rdt-compare: {problem}")
+    assert printed.count("\n") == (problem is not None)
 
 
 @pytest.fixture(scope="module")

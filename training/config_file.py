@@ -104,7 +104,9 @@ def _build(kind: type, values: Any, prefix: str) -> Any:
     names = {f.name for f in fields(kind)}
     for key in values:
         if key not in names:
-            raise ConfigError(f"{prefix}{key} is not a setting; known here: {', '.join(sorted(names))}")
+            meant = _elsewhere(key)
+            wanted = f", but {meant} is" if meant else f"; known here: {', '.join(sorted(names))}"
+            raise ConfigError(f"{prefix}{key} is not a setting{wanted}")
     built = {
         key: _build(hints[key], value, f"{prefix}{key}.")
         if is_dataclass(hints[key])
@@ -112,6 +114,16 @@ def _build(kind: type, values: Any, prefix: str) -> Any:
         for key, value in values.items()
     }
     return kind(**built)
+
+
+def _elsewhere(key: str) -> str | None:
+    """The setting of this name in whatever section has one."""
+    sections = typing.get_type_hints(TrainConfig)
+    names = [
+        *sections,
+        *(f"{name}.{f.name}" for name, kind in sections.items() if is_dataclass(kind) for f in fields(kind)),
+    ]
+    return next((name for name in names if name.rpartition(".")[2] == key), None)
 
 
 def _typed(hint: Any, value: Any, key: str) -> Any:

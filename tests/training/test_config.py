@@ -70,6 +70,19 @@ def test_an_unknown_key_is_named_with_its_section(key: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("key", "wanted"),
+    [
+        ("batch_size", "training.batch_size"),
+        ("data.batch_size", "training.batch_size"),
+        ("data.max_seq_len", "model.max_seq_len"),
+        ("training.seed", "seed"),
+    ],
+)
+def test_a_key_of_another_section_is_told_which(key: str, wanted: str) -> None:
+    assert refusal(key, 1) == f"{key} is not a setting, but {wanted} is"
+
+
+@pytest.mark.parametrize(
     ("key", "value", "wanted"),
     [
         ("training.batch_size", "many", "want int"),

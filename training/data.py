@@ -86,8 +86,7 @@ class Batches(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         generator = torch.Generator().manual_seed(stable_seed(self.seed, index))
         length = self._draw_length(generator)
-        n = max(1, self.tokens_a_batch // length)
-        segments = [self._draw_segment(length, generator) for _ in range(n)]
+        segments = [self._draw_segment(length, generator) for _ in range(self.tokens_a_batch // length)]
         return make_batch(segments, self.config.training, self.vocabulary, generator)
 
     def _draw_length(self, generator: torch.Generator) -> int:

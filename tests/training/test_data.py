@@ -33,6 +33,14 @@ def test_a_segment_never_runs_over_the_end_of_a_tail(train_settings: Settings, t
         assert batches[index].targets.view(4, 16)[:, 1:-1].eq(9).all()
 
 
+def test_any_stretch_of_a_text_may_be_drawn_to_its_last_token(
+    train_settings: Settings, tiny_tokenizer: Tokenizer
+) -> None:
+    corpus = Corpus(np.arange(9, 25, dtype=np.uint16), np.array([0]))  # 16 tokens, segments have 14 of them
+    batches = data.Batches(corpus, train_settings(**{"data.full_length_share": 1.0}), tiny_tokenizer, seed=0)
+    assert {int(batches[index].targets[1]) for index in range(40)} == {9, 10, 11}
+
+
 @pytest.mark.parametrize(("n_paragraphs", "share"), [(1, 0.02), (10, 0.16), (100, 0.5)])
 def test_starts_of_paragraphs_are_seen_often_but_not_all_the_time(
     train_settings: Settings, tiny_tokenizer: Tokenizer, n_paragraphs: int, share: float
@@ -78,6 +86,15 @@ def test_a_batch_holds_whole_segments_of_one_length(make_batches: Any, tiny_toke
 def test_full_length_share_is_the_share_of_full_batches(make_batches: Any, share: float, lengths: set[int]) -> None:
     batches = make_batches(**{"data.full_length_share": share})
     assert {batches[index].length for index in range(60)} == lengths
+
+
+def test_other_lengths_are_log_uniform(make_batches: Any) -> None:
+    """As many from 6 to 9 as log(10 / 6) is of log(17 / 6), and so on."""
+    batches, generator = make_batches(**{"data.full_length_share": 0.0}), torch.Generator().manual_seed(0)
+    lengths = np.array([batches._draw_length(generator) for _ in range(10_000)])
+    for first, end in ((6, 7), (7, 10), (10, 16), (16, 17)):
+        wanted = np.log(end / first) / np.log(17 / 6)
+        assert ((first <= lengths) & (lengths < end)).mean() == pytest.approx(wanted, abs=0.015)
 
 
 def test_an_epoch_is_as_many_tokens_as_the_corpus(make_batches: Any) -> None:
@@ -142,6 +159,12 @@ def test_the_first_segments_of_a_batch_are_a_batch(make_batches: Any) -> None:
     assert torch.equal(some.start_steps, batch.start_steps[:2])
     assert some.packing(torch.device("cpu")).lengths == (16, 16)
     assert batch.first(99).targets.shape == batch.targets.shape
+
+
+def test_all_of_a_batch_moves_to_a_device(make_batches: Any) -> None:
+    batch = make_batches()[0].to(torch.device("meta"))
+    assert {str(x.device) for x in batch if isinstance(x, torch.Tensor)} == {"meta"}
+    assert isinstance(batch.length, int)
 
 
 def test_seeds_are_the_same_on_every_machine() -> None:

@@ -151,7 +151,8 @@ class Trainer:
             for note in self.notes:
                 progress.say(note)
             try:
-                with enough_memory("training.batch_size", self.config.training.batch_size, "data.max_seq_length"):
+                n, n_workers = self.config.training.batch_size, self.config.data.num_workers
+                with enough_memory("training.batch_size", n, "data.max_seq_length", n_workers):
                     return self._run(progress)
             except (TrainingDiverged, OutOfMemory) as error:
                 good = self.last_saved or "none was saved yet"
@@ -194,10 +195,14 @@ class Trainer:
             worker_init_fn=leave_signals_to_the_trainer,
         )
         batches = iter(loader)
-        while self.step < self.n_steps:
-            numbers = share(range(self.step, self.step + 1), accumulate, self.processes)
-            own = [(k, next(batches).to(self.device)) for k in numbers]
-            yield self.learner.learn(own, stop_asked=bool(self._signals))
+        try:
+            while self.step < self.n_steps:
+                numbers = share(range(self.step, self.step + 1), accumulate, self.processes)
+                own = [(k, next(batches).to(self.device)) for k in numbers]
+                yield self.learner.learn(own, stop_asked=bool(self._signals))
+        finally:
+            if n_workers:  # which Python would end by SIGTERM, and wait for, while a traceback keeps the iterator alive
+                batches._shutdown_workers()  # type: ignore[attr-defined]
 
     def _due(self, every_n_steps: int | None, every_n_epochs: int) -> bool:
         return self.step % (every_n_steps or every_n_epochs * self.steps_an_epoch) == 0 or self.step == self.n_steps

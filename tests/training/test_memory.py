@@ -45,6 +45,29 @@ def test_a_run_says_what_to_lower_and_what_it_has_saved(
     assert saved_at(config, 2).is_file()
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+            "DataLoader worker (pid 7) is killed",
+        ),
+        (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), "DataLoader worker (pid(s) 7) exited"),
+        (EOFError(), "no answer"),
+    ],
+)
+def test_a_run_that_lost_a_worker_says_so(
+    train_settings: Settings, cpu: torch.device, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    def broken(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Learner, "_losses", broken)
+    wanted = f"data.num_workers is 0: one was lost, perhaps for lack of memory, want less: {said}"
+    with pytest.raises(OutOfMemory, match=re.escape(wanted) + ".*; last good checkpoint: none was saved yet$"):
+        Trainer(train_settings(), cpu).fit()
+
+
 def test_other_errors_of_a_step_are_defects(
     train_settings: Settings, cpu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ from tests.training.conftest import Settings, saved_at
 from training.data import Batch
 from training.learner import Learner, TrainingDiverged
 from training.losses import Losses
+from training.memory import OutOfMemory
 from training.processes import OneProcess
 from training.stopping import SAME_REQUEST_SECONDS, command, stop_signal
 from training.trainer import Trainer
@@ -227,3 +228,37 @@ def test_a_run_whose_output_nobody_can_take_goes_on(
         with pytest.raises(OSError, match="No space"):
             full.close()  # what it still holds
     assert saved_at(config, 8).is_file()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def test_no_worker_outlives_a_defect(
+    train_settings: Settings, cpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While its traceback is kept, too: at its end Python waits for processes that its own SIGTERM does not end."""
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Learner, "_losses", broken)
+    before = set(multiprocessing.active_children())
+    with pytest.raises(ZeroDivisionError) as kept:
+        Trainer(train_settings(**{"data.num_workers": 2}), cpu).fit()
+    assert set(multiprocessing.active_children()) <= before
+    assert kept.tb is not None
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def test_a_run_that_loses_a_worker_ends_and_leaves_none(
+    train_settings: Settings, cpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = set(multiprocessing.active_children())
+
+    def kill_one(trainer: Trainer, *_: object) -> None:
+        if trainer.step == 3:
+            (set(multiprocessing.active_children()) - before).pop().kill()
+
+    monkeypatch.setattr(Trainer, "_log", kill_one)
+    config = train_settings(**{"data.num_workers": 2, "training.save_every_n_steps": 2, "training.num_steps": 200})
+    with pytest.raises((OutOfMemory, OSError)):  # it shows first in a signal's handler, or on a connection
+        Trainer(config, cpu).fit()
+    assert set(multiprocessing.active_children()) <= before

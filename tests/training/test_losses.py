@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from rdt_core import RDT, ModelConfig, Packing
 from rdt_core.halting import due, which_settle
+from training import losses
 from training.config import TrainingSection
 from training.data import Batch
 from training.losses import chain_losses, deep_run, gate_losses, passes_left, reconstruction, surest, unroll_losses
@@ -239,3 +240,13 @@ def test_losses_stay_finite_when_the_gate_is_certain(model: RDT, batch: Batch) -
     model.gate.token.bias.data.fill_(200.0)
     loss = gate_losses(model, batch, batch.packing(CPU), TrainingSection(gate_passes=3, total_steps=8), settle=True)
     assert math.isfinite(loss.item())
+
+
+def test_more_passes_left_than_there_are_steps_are_a_level_of_one(
+    model: RDT, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section, found = TrainingSection(total_steps=8, gate_passes=3), []
+    for left in (8.0, 99.0):
+        monkeypatch.setattr(losses, "passes_left", lambda *_, left=left: torch.full((3, len(batch.start_steps)), left))
+        found.append(gate_losses(model, batch, batch.packing(CPU), section, settle=False).item())
+    assert found[0] == found[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
@@ -166,8 +167,9 @@ async def test_an_end_that_does_not_read_is_cut_off(tmp_path: Path, monkeypatch:
     for _ in range(100):
         near.wire.send(messages.Scraped(1, b"x" * 100_000))
     assert not near.wire.open
+    await until(lambda: near.n_ends)  # whatever the other end does
     far.wire.abort()
-    await until(lambda: near.n_ends and far.n_ends)
+    await until(lambda: far.n_ends)
 
 
 class Overheard(remote.Link):
@@ -232,6 +234,21 @@ async def test_a_drain_is_over_with_the_last_question(tmp_path: Path, end: str) 
     await asyncio.wait_for(draining, 5)
     with pytest.raises((asyncio.CancelledError, Unavailable)):
         await question
+
+
+@pytest.mark.parametrize(
+    ("n_asked", "draining", "levels"), [(1, False, [logging.ERROR]), (0, False, [logging.WARNING]), (0, True, [])]
+)
+async def test_the_end_of_a_connection_is_as_bad_as_what_is_lost_with_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, n_asked: int, draining: bool, levels: list[int]
+) -> None:
+    link, connection = remote.Link(tmp_path / "engine", "0.0", lambda *_: None), mock.Mock(spec=Wire)
+    link.draining = draining
+    link._asked = {number: remote.Asked(None) for number in range(n_asked)}
+    lost = [asked.answer for asked in link._asked.values()]
+    link._ended(connection)
+    assert [record.levelno for record in caplog.records] == levels
+    assert all(isinstance(answer.exception(), Unavailable) for answer in lost)
 
 
 async def test_what_is_left_after_the_grace_period_is_cancelled_once(tmp_path: Path) -> None:

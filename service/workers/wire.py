@@ -28,7 +28,7 @@ class Wire(asyncio.Protocol):
         self._on_message = on_message
         self._on_end = on_end
         self._transport: asyncio.Transport | None = None
-        self._unpacker = msgpack.Unpacker(max_buffer_size=MAX_MESSAGE_BYTES, strict_map_key=True)
+        self._unpacker = msgpack.Unpacker(max_buffer_size=MAX_MESSAGE_BYTES)
 
     @property
     def open(self) -> bool:

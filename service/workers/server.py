@@ -86,7 +86,6 @@ class EngineServer:
 
     async def start(self, path: Path, host: Host) -> None:
         self._host = host
-        path.unlink(missing_ok=True)  # of an engine before this one
         self._listener = await asyncio.get_running_loop().create_unix_server(self._connection, str(path))
         self._tasks = [asyncio.create_task(self._tell_status()), asyncio.create_task(self._tell_base())]
 

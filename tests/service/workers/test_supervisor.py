@@ -31,6 +31,7 @@ class FakeChild:
 
     born: list[FakeChild]
     signals: list[tuple[str, signal.Signals]]
+    patience: list[float]  # seconds that each got to end, in the order of their ends
 
     def __init__(self, orders: Orders) -> None:
         self.name = f"{orders.role} {orders.name}".strip()
@@ -49,7 +50,7 @@ class FakeChild:
         self.signals.append((self.name, number))
 
     async def end(self, seconds: float) -> None:
-        assert seconds > 0
+        self.patience.append(seconds)
         self.send(signal.SIGTERM)
         await asyncio.sleep(0.01)
         self.die(0)
@@ -93,7 +94,7 @@ class Life:
 
 @pytest.fixture
 async def life(monkeypatch: pytest.MonkeyPatch) -> Life:
-    FakeChild.born, FakeChild.signals = [], []
+    FakeChild.born, FakeChild.signals, FakeChild.patience = [], [], []
     monkeypatch.setattr(supervisor, "Child", FakeChild)
     monkeypatch.setattr(supervisor, "PAUSE_SECONDS", 0.001)
     life = Life()
@@ -106,6 +107,8 @@ async def test_the_end_begins_with_the_workers(life: Life) -> None:
     assert await life.work == 0
     assert [name for name, _ in FakeChild.signals] == ["worker 0.0", "worker 1.0", "engine"]
     assert {number for _, number in FakeChild.signals} == {signal.SIGTERM}
+    margin = supervisor.MARGIN_SECONDS
+    assert FakeChild.patience == [*[Settings().grace_seconds + margin] * 2, margin], "the engine has no callers then"
     assert len(FakeChild.born) == 3, "nobody is replaced on the way down"
 
 
@@ -113,7 +116,9 @@ async def test_what_is_left_is_killed(life: Life) -> None:
     life.work.cancel()
     await life.crew.kill()
     assert [child.status.result() for child in FakeChild.born] == [-9, -9, -9]
-    await Crew(Settings(), Path("socket")).kill()  # nobody has been started
+    unborn = Crew(Settings(), Path("socket"))
+    unborn.reload()  # nobody has been started
+    await unborn.kill()
 
 
 async def test_a_worker_that_dies_is_replaced_under_another_name(life: Life, caplog: pytest.LogCaptureFixture) -> None:
@@ -146,6 +151,7 @@ async def test_no_room_for_a_process_is_waited_for(
     births[0] = -(10**6)  # for good
     life.child("worker 0.0").die(-9)
     assert await life.work == 1
+    assert births == [supervisor.MAX_STARTS - 10**6]
     told = [name for name, number in FakeChild.signals if number == signal.SIGTERM]
     assert told[-2:] == ["worker 1.1", "engine"], "what others have accepted is finished first"
     assert "no process can be started: ending the server: [Errno 11]" in caplog.text
@@ -183,6 +189,17 @@ async def test_crashes_that_lie_apart_do_not(life: Life, monkeypatch: pytest.Mon
         clock.now += seconds
         worker.die(status)
     await life.has("worker 0.5")
+    life.stopped.set()
+    assert await life.work == 0
+
+
+async def test_deaths_that_lie_apart_do_not_end_the_server(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = clock_in_hand(monkeypatch)
+    for turn in range(MAX_WORKER_DEATHS + 2):
+        worker = await life.has(f"worker 0.{turn}")
+        clock.now += supervisor.FATAL_WINDOW_SECONDS / MAX_WORKER_DEATHS
+        worker.die(-9)
+    await life.has(f"worker 0.{MAX_WORKER_DEATHS + 2}")
     life.stopped.set()
     assert await life.work == 0
 

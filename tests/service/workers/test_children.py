@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 from service.process.loop import new_event_loop
 from service.settings import Settings
@@ -136,3 +137,26 @@ def test_a_child_ends_when_its_parent_dies_with_pulses_unread(monkeypatch: pytes
     with parents_end, childs_end, asyncio.Runner(loop_factory=new_event_loop) as runner:
         monkeypatch.setattr("sys.stdin", childs_end)
         runner.run(main())
+
+
+def test_orders_carry_all_settings_and_keys_only_through_the_pipe() -> None:
+    settings = Settings(api_key=SecretStr("s3cret"), checkpoint=Path("x/y.pt"), api_workers=3, shed="depth")
+    orders = Orders.of("worker", "1.0", Path("/run/engine"), settings)
+    back = Orders.read(orders.line().decode())
+    assert back == orders
+    assert Settings(**back.settings) == settings
+    assert Settings(**back.settings).api_key == SecretStr("s3cret")
+
+
+async def test_a_child_ends_when_its_parent_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(reading) as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        stopped = asyncio.Event()
+        orphaned = children.end_with_parent(stopped)
+        os.write(writing, b"noise")
+        await asyncio.sleep(0.01)
+        assert not stopped.is_set()
+        os.close(writing)
+        await asyncio.wait_for(stopped.wait(), 1)
+        assert orphaned.is_set()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import socket
 import struct
@@ -16,11 +15,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from pydantic import SecretStr
 
 from service.settings import Settings
 from service.workers import supervisor
-from service.workers.children import CANNOT_START, CRASHED, ENGINE_FAILED, Child, Orders, end_with_parent
+from service.workers.children import BAD_INPUT, CANNOT_START, CRASHED, ENGINE_FAILED, Child, Orders
 from service.workers.supervisor import MAX_WORKER_DEATHS, Crew, reserved, supervise
 from tests.ports import free_ports
 from tests.service.workers.fleet import until
@@ -222,11 +220,34 @@ async def test_an_engine_may_die_again_later(life: Life, monkeypatch: pytest.Mon
     assert await life.work == 0
 
 
+@pytest.mark.parametrize("status", [CANNOT_START, BAD_INPUT])
 @pytest.mark.parametrize("name", ["engine", "worker 0.0"])
-async def test_what_cannot_start_is_not_tried_again(life: Life, name: str) -> None:
-    life.child(name).die(CANNOT_START)
-    assert await life.work == 1
+async def test_what_cannot_start_is_not_tried_again(
+    life: Life, name: str, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    life.child(name).die(status)
+    assert await life.work == status
     assert len(FakeChild.born) == 3
+    assert "draining" not in caplog.text
+
+
+async def test_there_is_a_pause_before_each_birth(
+    life: Life, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def refused(_: Orders) -> FakeChild:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(supervisor, "PAUSE_SECONDS", 60.0)
+    life.child("worker 0.0").die(-9)
+    await until(lambda: "starting another" in caplog.text)
+    monkeypatch.setattr(FakeChild, "start", refused)
+    life.child("engine").die(-9)
+    await until(lambda: "cannot be started" in caplog.text)
+    assert len(FakeChild.born) == 3
+    assert caplog.text.count("cannot be started") == 1
+    life.stopped.set()
+    assert await life.work == 0
 
 
 async def test_a_hangup_goes_to_the_engine(life: Life) -> None:
@@ -318,33 +339,34 @@ def test_whoever_waits_for_them_can_be_ended(tmp_path: Path, number: signal.Sign
     assert b"Traceback" not in (tmp_path / "log").read_bytes()
 
 
-def test_orders_carry_all_settings_and_keys_only_through_the_pipe() -> None:
-    settings = Settings(api_key=SecretStr("s3cret"), checkpoint=Path("x/y.pt"), api_workers=3, shed="depth")
-    orders = Orders.of("worker", "1.0", Path("/run/engine"), settings)
-    back = Orders.read(orders.line().decode())
-    assert back == orders
-    assert Settings(**back.settings) == settings
-    assert Settings(**back.settings).api_key == SecretStr("s3cret")
-
-
-async def test_a_child_ends_when_its_parent_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    reading, writing = os.pipe()
-    with os.fdopen(reading) as stdin:
-        monkeypatch.setattr("sys.stdin", stdin)
-        stopped = asyncio.Event()
-        orphaned = end_with_parent(stopped)
-        os.write(writing, b"noise")
-        await asyncio.sleep(0.01)
-        assert not stopped.is_set()
-        os.close(writing)
-        await asyncio.wait_for(stopped.wait(), 1)
-        assert orphaned.is_set()
-
-
 def test_the_supervisor_is_light() -> None:
     script = "import sys, service.cli, service.workers.supervisor; print(*{n.partition('.')[0] for n in sys.modules})"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert not set(run.stdout.split()) & {"torch", "fastapi", "grpc", "tokenizers", "uvicorn"}
+
+
+@pytest.mark.parametrize("stuck_seconds", [0.0, 60.0])
+async def test_nobody_is_left_behind(monkeypatch: pytest.MonkeyPatch, stuck_seconds: float) -> None:
+    """Whatever ends the work."""
+    called: list[str] = []
+    folders: list[Path] = []
+
+    async def work(crew: Crew, _: asyncio.Event) -> int:
+        folders.append(crew._path.parent)
+        raise KeyError
+
+    async def kill(_: Crew) -> None:
+        called.append("kill")
+
+    monkeypatch.setattr(supervisor, "asked_to_end", asyncio.Event)
+    monkeypatch.setattr(supervisor, "on_hangup", lambda *_: None)
+    monkeypatch.setattr(supervisor, "watch_event_loop", lambda: called.append("watch"))
+    monkeypatch.setattr(Crew, "work", work)
+    monkeypatch.setattr(Crew, "kill", kill)
+    with pytest.raises(KeyError):
+        await supervise(Settings(api_workers=2, stuck_seconds=stuck_seconds))
+    assert called == (["watch", "kill"] if stuck_seconds else ["kill"])
+    assert not folders[0].exists()
 
 
 async def test_a_folder_for_temporary_files_too_deep_for_a_socket_is_named(
@@ -355,3 +377,7 @@ async def test_a_folder_for_temporary_files_too_deep_for_a_socket_is_named(
     monkeypatch.setattr(tempfile, "tempdir", str(deep))
     with pytest.raises(OSError, match=r"TMPDIR: .*/engine has \d+ bytes: the path of a socket may have 103"):
         await supervise(Settings(api_workers=2))
+    longest = "/" + "d" * (supervisor.MAX_SOCKET_PATH - len("//engine"))
+    assert len(str(supervisor._socket_in(longest))) == supervisor.MAX_SOCKET_PATH
+    with pytest.raises(OSError, match="has 104 bytes"):
+        supervisor._socket_in(longest + "d")

@@ -1,4 +1,6 @@
-"""What happens around every call of the service: an id, a span, and a line at debug level once it has ended."""
+"""What happens around every call of the service: an id, a line at debug level once it has ended, and a span if it
+restores texts.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,14 @@ from service.errors import ServiceError
 from service.process.logs import fields
 from service.rpc.convert import SERVICES
 from service.rpc.errors import STATUS, Context, fail, letting_go
-from service.tracing import CONTEXT_HEADERS, Tracer
+from service.tracing import CONTEXT_HEADERS, NO_TRACER, Tracer
 
 log = logging.getLogger(__name__)
 
 ID_KEY = "x-request-id"
+RESTORING = frozenset({"Denoise", "DenoiseBatch", "DenoiseStream", "ModelInfer"})
+"""Calls that have a span. Others would hide them: clients of the Open Inference Protocol ask every few seconds whether
+the server is ready."""
 
 KINDS = {
     "unary_unary": grpc.unary_unary_rpc_method_handler,
@@ -69,6 +74,7 @@ class Calls(grpc.aio.ServerInterceptor):
 
     def _around(self, answer: Callable[..., Any], details: Details) -> Callable[..., Any]:
         name = details.method.rpartition("/")[2]
+        tracer = self._tracer if name in RESTORING else NO_TRACER
         sent = {key: value for key, value in details.invocation_metadata or () if isinstance(value, str)}
 
         async def observed(message: bytes, context: Context) -> Any:
@@ -77,7 +83,7 @@ class Calls(grpc.aio.ServerInterceptor):
             context.set_trailing_metadata(((ID_KEY, call.id),))
             attributes = {"rpc.system": "grpc", "rpc.service": service_of(details), "rpc.method": name}
             headers = {key: sent.get(key, "") for key in CONTEXT_HEADERS}
-            with self._tracer.call(call, details.method[1:], attributes, headers) as span:
+            with tracer.call(call, details.method[1:], attributes, headers) as span:
                 try:
                     with calls.ending(call):
                         return await answer(message, context)

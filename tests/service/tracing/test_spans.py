@@ -14,8 +14,10 @@ from rdt_core import ModelConfig, Tokenizer
 from service.calls import Call
 from service.engine.types import Job, Reading
 from service.errors import DeadlineExceeded, Internal, ResourceExhausted, Unavailable
+from service.rpc.convert import INFERENCE_SERVICE
 from service.rpc.pb import denoiser_pb2 as pb
 from service.rpc.pb.denoiser_pb2_grpc import DenoiserStub
+from service.rpc.pb.open_inference_pb2 import ModelMetadataRequest
 from service.tracing import NO_TRACER, Tracer
 from tests.fakes import FakeEngine, Service, fake_result
 
@@ -124,6 +126,20 @@ async def test_health_over_grpc_is_no_span(traced: Service, recorded: Recorded) 
         call = HealthStub(channel).Check(HealthCheckRequest())
         await call
         assert "x-request-id" not in dict(await call.trailing_metadata() or ())
+    assert recorded.spans() == []
+
+
+async def test_a_grpc_call_that_restores_nothing_is_no_span(traced: Service, recorded: Recorded) -> None:
+    """As no GET is."""
+    async with traced.channel() as channel:
+        for method in ("ServerLive", "ServerReady", "ServerMetadata"):
+            await channel.unary_unary(f"/{INFERENCE_SERVICE}/{method}")(b"")
+        named = ModelMetadataRequest(name="tiny").SerializeToString()
+        for method in ("ModelReady", "ModelMetadata"):
+            await channel.unary_unary(f"/{INFERENCE_SERVICE}/{method}")(named)
+        call = DenoiserStub(channel).GetModel(pb.GetModelRequest())
+        await call
+        assert "x-request-id" in dict(await call.trailing_metadata() or ())
     assert recorded.spans() == []
 
 

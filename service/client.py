@@ -1,7 +1,7 @@
 """A small client for the REST interface, sync and async. Needs httpx and pydantic, and no torch.
 
 with Client("http://127.0.0.1:8000") as client:
-    print(client.denoise("The quick brown [MASK] jumps.").text)
+    print(client.denoise("The album was [MASK] in 2004 and received positive [MASK] from critics.").text)
 """
 
 from __future__ import annotations

@@ -13,7 +13,10 @@ from service.rest.errors import DENOISE_CODES, problem_of, problem_responses
 from service.rest.problem import BatchAnswer, BatchResult
 from service.schema import OPTIONS, DenoiseAnswer, DenoiseRequest
 
-EXAMPLE = {"items": [{"text": "The [MASK] fox."}, {"text": "The lazy [MASK].", "top_k": 3}], "max_steps": 20}
+EXAMPLE = {
+    "items": [{"text": "He was [MASK] in New [MASK] ."}, {"text": "The king of [MASK] was killed .", "top_k": 3}],
+    "max_steps": 2,
+}
 CODES = tuple(code for code in DENOISE_CODES if code != "deadline_exceeded")  # which only items end with
 
 

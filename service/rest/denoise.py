@@ -11,7 +11,7 @@ from service.rest.caller import unless_gone
 from service.rest.errors import DENOISE_CODES, problem_responses
 from service.schema import DenoiseAnswer, DenoiseRequest
 
-EXAMPLE = {"text": "The quick brown [MASK] jumps over the lazy [MASK].", "max_steps": 20}
+EXAMPLE = {"text": "He was [MASK] in New [MASK] .", "top_k": 3}
 
 
 def add_routes(app: FastAPI, lifecycle: Lifecycle, metrics: Metrics) -> None:

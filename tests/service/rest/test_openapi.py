@@ -147,6 +147,7 @@ async def test_the_examples_in_the_openapi_document_are_answered(service: Servic
                 example = body["content"]["application/json"]["example"]
                 response = await client.post(path.format(name="tiny", version="0123456789ab"), json=example)
                 answered.append(response.status_code)
+                assert '"problem":{' not in response.text, "of a batch, each item"
     assert answered == [200] * 5
 
 

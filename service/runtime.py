@@ -78,6 +78,10 @@ class FrontEnd:
         log.info("listening on grpc://%s", address(settings.host, self.rpc.port))
         self._answering = asyncio.create_task(self._server.serve(sockets=[listener]))
 
+    def part(self) -> None:
+        """Send callers elsewhere, as far as the transports can, while accepted requests are finished."""
+        self.rpc.part()
+
     async def close(self) -> None:
         """Take no more connections; callers get some seconds to read their answers."""
         self._server.should_exit = True
@@ -106,6 +110,7 @@ async def serve(settings: Settings) -> int:
     with listen(settings.host, settings.http_port) as listener:
         await runtime.front.open(listener)
         status = await load_and_wait(runtime.host, stopped)
+        runtime.front.part()
         await runtime.host.drain(settings.grace_seconds)
         await runtime.front.close()
         await runtime.host.stop()

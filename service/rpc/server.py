@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from contextlib import suppress
 
 import grpc
@@ -68,6 +69,7 @@ class RpcServer:
         self._max_message_bytes, self._api_key = max_message_bytes, api_key
         self._server = self._made()
         self._keeping: asyncio.Task[None] | None = None
+        self._parting: asyncio.Task[None] | None = None
         self._retired: dict[grpc.aio.Server, asyncio.Task[None]] = {}  # they may still have calls
 
     async def start(self, host: str, port: int) -> None:
@@ -75,12 +77,21 @@ class RpcServer:
         await self._listen(host, port)
         self._keeping = asyncio.create_task(self._keep(host), name="gRPC")
 
+    def part(self) -> None:
+        """Take no more connections, and ask those that stand to go elsewhere with their next calls. Calls under way go
+        on until `stop`.
+        """
+        if self._keeping is not None:
+            self._keeping.cancel()  # first, or it would start the server again
+        self._parting = asyncio.create_task(self._server.stop(math.inf), name="gRPC parting")
+
     async def stop(self, grace_seconds: float) -> None:
         """Take no more calls; those under way get the grace period to be answered."""
         if self._keeping is not None:
-            self._keeping.cancel()  # first, or it would start the server again
+            self._keeping.cancel()
         servers = self._server, *self._retired
-        await asyncio.gather(*(server.stop(grace_seconds) for server in servers), return_exceptions=True)
+        stopping = [server.stop(grace_seconds) for server in servers]
+        await asyncio.gather(*stopping, *filter(None, [self._parting]), return_exceptions=True)
 
     def _made(self) -> grpc.aio.Server:
         door = [] if self._api_key is None else [Door(ApiKey(self._api_key), self._metrics)]

@@ -128,6 +128,7 @@ async def run(settings: Settings, name: str, path: Path, stopped: asyncio.Event)
     with listen(settings.host, settings.http_port, share=True) as listener:
         await front.open(listener)
         await stopped.wait()
+        front.part()
         await worker.drain(settings.grace_seconds)
         await front.close()
         await worker.stop()

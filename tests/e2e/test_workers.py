@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -107,6 +108,8 @@ def test_a_life_with_deaths_in_it(tiny_checkpoint: Path, tmp_path: Path) -> None
             slow = thread.submit(patient.denoise, "[MASK]", timeout_ms=1500, **LONG)
             wait_for(running, lambda: metric(running, "rdt_live_requests") == 1 or None)
             running.process.send_signal(signal.SIGTERM)
+            eventually(lambda: refuses_grpc(text))
+            assert not slow.done()
             assert slow.result(timeout=10).halt_reason == "deadline", "a request under way is answered"
         assert running.process.wait(timeout=20) == 0
         assert not any(is_alive(pid) for pid in all_children(running))
@@ -120,6 +123,15 @@ def ask_by_grpc(log: str) -> None:
                 pb.DenoiseRequest(text="the [MASK]"), wait_for_ready=True, timeout=20
             )
             assert answer.steps > 0
+
+
+def refuses_grpc(log: str) -> bool:
+    host, port = re.findall(r"listening on grpc://(\S+):(\d+)", log)[0]
+    try:
+        socket.create_connection((host, int(port))).close()
+    except ConnectionRefusedError:
+        return True
+    return False
 
 
 def reload_everywhere(running: Server, client: Client, path: Path) -> None:

@@ -358,3 +358,27 @@ async def test_a_path_that_is_no_text_ends_nobody_elses_service(
             assert (await DenoiserStub(channel).Denoise(TEXT, wait_for_ready=True, timeout=10)).steps == 2
         writer.close()  # it need not, for others to be served
     await server.stop(0)
+
+
+async def test_a_server_that_parts_finishes_what_is_under_way_and_sends_callers_elsewhere(service: Service) -> None:
+    """A connection that stood would only be refused call by call, until the last of the others was answered."""
+    service.engine.held = asyncio.Event()
+    leaving, other = (
+        RpcServer(service.lifecycle, service.metrics, max_message_bytes=MAX_BODY_BYTES, share_port=True)
+        for _ in range(2)
+    )
+    await leaving.start("127.0.0.1", 0)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{leaving.port}") as channel, asyncio.timeout(10):
+        stub = DenoiserStub(channel)
+        under_way = asyncio.ensure_future(stub.Denoise(TEXT))
+        while not service.engine.live:
+            await asyncio.sleep(0.01)
+        await other.start("127.0.0.1", leaving.port)
+        leaving.part()
+        await channel.wait_for_state_change(grpc.ChannelConnectivity.READY)  # the caller knows
+        other_answers = await stub.GetModel(pb.GetModelRequest())
+        assert (other_answers.name, under_way.done()) == ("tiny", False)
+        service.engine.held.set()
+        assert (await under_way).steps == 2
+        await leaving.stop(60)  # as soon as nothing is under way
+        await other.stop(0)

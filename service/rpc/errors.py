@@ -106,8 +106,10 @@ def letting_go(answer: Callable[[Any, Context], Awaitable[Any]]) -> Callable[[An
             return await answer(messages, context)
         except grpc.aio.AbortError as abort:
             del messages, context  # this function is in the traceback, too
-            abort.__context__ = None
-            raise abort.with_traceback(None)  # noqa: B904 - the same, and no other
+            error: BaseException | None = abort
+            while error is not None:  # since Python 3.13 the error behind it keeps itself by its traceback, too
+                error.__traceback__, error.__context__, error = None, None, error.__context__
+            raise abort
 
     return answered
 

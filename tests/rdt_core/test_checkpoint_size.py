@@ -47,14 +47,20 @@ def nested() -> Tensor:
     return torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
 
 
-@pytest.mark.parametrize("make", [lambda: torch.zeros(1).expand(16, 16), nested])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: torch.zeros(1).expand(16, 16), r"inject\.weight is no dense tensor"),
+        (nested, r"inject\.weight is no dense tensor|more than tensors and plain values"),  # torch 2.15 itself
+    ],
+)
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
 def test_an_expanded_weight_is_refused_and_one_without_a_shape(
-    tiny_checkpoint: Path, tmp_path: Path, make: Callable[[], Tensor]
+    tiny_checkpoint: Path, tmp_path: Path, make: Callable[[], Tensor], message: str
 ) -> None:
     held, path = checkpoint.read(tiny_checkpoint), tmp_path / "best_model.pt"
     checkpoint.save(path, replace(held, model_state_dict={**held.model_state_dict, "inject.weight": make()}))
-    with pytest.raises(CheckpointError, match=r"inject\.weight is no dense tensor"):
+    with pytest.raises(CheckpointError, match=message):
         checkpoint.load(path)
 
 

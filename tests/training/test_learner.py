@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.training.conftest import Settings
 from training.config import TrainConfig
 from training.data import Batch
-from training.losses import gate_losses, unroll_losses
+from training.losses import chain_losses, gate_losses, unroll_losses
 from training.mixed_precision import cpu_has_bfloat16, has_bfloat16
 from training.optimise import gate_parameters, trunk_parameters
 from training.trainer import Trainer
@@ -100,6 +100,16 @@ def test_a_part_whose_loss_has_no_weight_stays_as_it_is(
     changed = {name for name, weight in trainer.model.state_dict().items() if not torch.equal(weight, before[name])}
     assert changed
     assert not [name for name in changed if name.startswith("gate.") == (part == "gate")]
+
+
+def test_the_scheme_says_what_the_trunk_learns_by(train_settings: Settings, cpu: torch.device) -> None:
+    short = {"training.max_chain_length": 1}
+    for scheme, losses in (("unroll", unroll_losses), ("chain", lambda *given: chain_losses(*given).recon)):
+        config = train_settings(**short, **{"training.scheme": scheme})
+        trainer = Trainer(config, cpu)
+        batch = trainer.batches[0]
+        wanted = losses(trainer.model.train(), batch, batch.packing(cpu), 1, config.training)
+        assert trainer.learner.learn([(0, batch)]).recon.item() == pytest.approx(wanted.item())
 
 
 def test_the_losses_of_a_step_are_means_over_its_batches(train_settings: Settings, cpu: torch.device) -> None:

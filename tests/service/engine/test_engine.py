@@ -198,6 +198,7 @@ async def test_every_pass_is_shown_to_a_caller_who_asks(engine: BatchingEngine, 
 
 
 async def test_times_are_told_truthfully(engine: BatchingEngine, held: HeldBackend, busy: asyncio.Task[Result]) -> None:
+    began = time.monotonic()
     waiting = await submitted(engine, scripted_job(4, depth=2))
     await asyncio.sleep(0.05)
     held.let_go()
@@ -207,6 +208,7 @@ async def test_times_are_told_truthfully(engine: BatchingEngine, held: HeldBacke
     result = await waiting
     assert result.queue_seconds >= 0.05
     assert result.compute_seconds >= 0.02
+    assert result.queue_seconds + result.compute_seconds <= time.monotonic() - began
 
 
 async def test_a_broken_tick_fails_its_jobs_and_no_others(

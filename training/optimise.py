@@ -36,7 +36,7 @@ def make_optimizer(model: RDT, section: TrainingSection) -> AdamW:
 def adopt_settings(optimizer: AdamW, model: RDT, section: TrainingSection) -> None:
     """Write this run's settings over those that were loaded with the optimizer's state."""
     for group, fresh in zip(optimizer.param_groups, make_optimizer(model, section).param_groups, strict=True):
-        group.update({name: value for name, value in fresh.items() if name != "params"}, initial_lr=fresh["lr"])
+        group.update(fresh, initial_lr=fresh["lr"])  # with the same parameters
 
 
 class Average:

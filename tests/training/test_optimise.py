@@ -35,6 +35,12 @@ def test_warmup_steps_override_the_ratio() -> None:
     assert (factor(0), factor(1), factor(2)) == (0.5, 1.0, 1.0)
 
 
+def test_no_decay_keeps_the_full_rate_for_every_step() -> None:
+    section = TrainingSection(scheduler="warmup_stable_decay", warmup_ratio=0.0, decay_ratio=0.0)
+    factor = learning_rate_factor(section, 100)
+    assert (factor(0), factor(99)) == (1.0, 1.0)
+
+
 def test_no_warm_up_starts_at_the_full_rate() -> None:
     assert learning_rate_factor(TrainingSection(warmup_ratio=0.0), 100)(0) == 1.0
 

@@ -96,6 +96,14 @@ def test_a_pass_that_reveals_nothing_does_not_make_the_others_cheaper(model: RDT
     assert chain_losses(model, unmasked(batch), packing, 2, section).recon == 0, "nothing at all is a loss, too"
 
 
+def test_a_single_token_that_a_pass_reveals_is_learnt(model: RDT, batch: Batch) -> None:
+    packing, row = batch.packing(CPU), int(batch.masked.nonzero()[0])
+    alone = batch._replace(due_passes=torch.zeros_like(batch.due_passes).index_fill(0, torch.tensor([row]), 1))
+    states = model.recursive_forward(alone.tokens, alone.masked, packing, 1, 1)
+    expected = nats(model, states[0].hidden, packing, row, int(batch.targets[row]))
+    torch.testing.assert_close(chain_losses(model, alone, packing, 2, TrainingSection(total_steps=8)).recon, expected)
+
+
 def test_passes_left_counts_down_to_the_last_change() -> None:
     will_change = torch.tensor([[1, 1, 0], [0, 1, 0], [1, 0, 0], [0, 0, 0]]).float()
     sequences = torch.tensor([0, 0, 1])
@@ -106,6 +114,7 @@ def test_passes_left_counts_down_to_the_last_change() -> None:
 def test_passes_left_of_a_sequence_without_masks_is_zero() -> None:
     will_change = torch.tensor([[1.0], [0.0]])
     assert passes_left(will_change, torch.tensor([1]), 2, 0.02).T.tolist() == [[0, 0], [1, 0]]
+    assert passes_left(will_change, torch.tensor([1]), 3, 0.5).T.tolist() == [[0, 0], [1, 0], [0, 0]]
 
 
 def test_a_deep_run_without_settling_is_the_plain_recursion(model: RDT, batch: Batch) -> None:
@@ -236,8 +245,11 @@ def test_a_batch_without_masks_costs_nothing(model: RDT, batch: Batch, settle: b
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-def test_losses_stay_finite_when_the_gate_is_certain(model: RDT, batch: Batch) -> None:
-    model.gate.token.bias.data.fill_(200.0)
+@pytest.mark.parametrize(("gap", "certain"), [(200.0, 1.0), (-200.0, 0.0)])
+def test_losses_stay_finite_when_the_gate_is_certain(model: RDT, batch: Batch, gap: float, certain: float) -> None:
+    model.gate.token.bias.data = torch.tensor([gap, 200.0])
+    rows = batch.masked.nonzero().squeeze(1)
+    assert model.token_level(torch.zeros(len(batch.tokens), 16), batch.packing(CPU), rows).eq(certain).all()
     loss = gate_losses(model, batch, batch.packing(CPU), TrainingSection(gate_passes=3, total_steps=8), settle=True)
     assert math.isfinite(loss.item())
 

@@ -15,6 +15,7 @@ from tests.training.conftest import Settings, saved_at
 from training.config import ConfigError, TrainConfig
 from training.optimise import average_note
 from training.trainer import Trainer
+from training.validation import validate
 from training.warm_start import warm_start
 
 
@@ -213,6 +214,35 @@ def test_the_best_of_a_run_is_not_measured_by_another(
         assert best.step > 8
 
 
+def test_the_best_loss_is_forgotten_where_validation_finds_another(
+    finished: TrainConfig, train_settings: Settings, cpu: torch.device
+) -> None:
+    def resumed(**changes: object) -> tuple[float, float]:
+        """What validation finds of the same weights, and the loss to do better than."""
+        trainer = Trainer(train_settings(**changes), cpu, resume=saved_at(finished, 8))
+        for parameter in trainer.model.encoder.parameters():
+            parameter.data.mul_(4)  # so that guesses change from pass to pass
+        return validate(trainer.model, trainer.validation_batches, trainer.config).total_loss, trainer.best_loss
+
+    found, best = resumed()
+    assert best < math.inf
+    assert resumed(**{"training.learning_rate": 0.01, "training.grad_passes": 1}) == (found, best)
+    for name, value in {
+        "seed": 1,
+        "data.max_seq_length": 12,
+        "training.batch_size": 2,
+        "training.max_chain_length": 2,
+        "training.loss_weight_gate": 0.5,
+        "training.gate_passes": 5,
+        "training.gate_sequences": 1,
+        "training.gate_change_share": 0.9,
+        "output.eval_batches": 2,
+    }.items():
+        other, to_beat = resumed(**{name: value})
+        assert other != found, name
+        assert to_beat == math.inf, name
+
+
 def test_a_run_whose_best_model_is_not_there_saves_another(finished: TrainConfig, cpu: torch.device) -> None:
     """As on another machine, to which one checkpoint was brought: the same settings, an empty folder."""
     best = Path(finished.output.checkpoint_dir) / "best_model.pt"
@@ -232,6 +262,7 @@ def test_a_run_whose_best_model_is_not_there_saves_another(finished: TrainConfig
         ({"training.gate_every_n_steps": 0, "training.gate_steps": 3}, ["recon"] * 5 + ["gate stage"] * 3),
         ({"training.one_pass_steps": 5}, ["one pass"] * 5 + ["total"] * 3),
         ({"training.one_pass_steps": 5, "training.gate_every_n_steps": 0}, ["one pass"] * 5 + ["recon"] * 3),
+        ({"training.gate_every_n_steps": 1}, ["total"] * 8),
         ({"training.scheme": "chain"}, ["recon"] * 8),  # its gate learns other levels than validation measures
     ],
 )

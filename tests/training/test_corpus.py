@@ -138,7 +138,11 @@ def test_a_file_that_is_there_is_local_whatever_it_is_called(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "name", ["none.txt", "folder/none.txt", "none.tx", "./none", "../none", "/none", "~/none", "a/b/none", "one, two"]
+    "name",
+    [
+        *(f"folder/none{kind}{packed}" for kind in (".txt", ".raw", ".tokens") for packed in ("", ".xz")),
+        *("none.txt", "none.tx", "./none", "../none", "/none", "~/none", "a/b/none", "one, two"),
+    ],
 )
 def test_what_no_hub_has_is_a_file_that_is_not_there(
     train_settings: Settings, tiny_tokenizer: Tokenizer, name: str
@@ -185,6 +189,15 @@ def test_texts_that_cannot_be_learnt_from_are_refused(
     ):
         with pytest.raises(ConfigError, match=problem):
             load_corpora(train_settings(**{"data.dataset_name": str(path)}), tiny_tokenizer)
+
+
+def test_a_text_as_long_as_one_segment_can_be_learnt_from(
+    train_settings: Settings, tiny_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("fox " * 16, encoding="utf-8")
+    texts = {"data.dataset_name": str(path), "data.validation_name": str(path)}
+    assert list(map(len, load_corpora(train_settings(**texts), tiny_tokenizer))) == [16, 16]
 
 
 def test_a_tokenizer_of_too_many_words_is_refused(text_file: Path, tmp_path: Path) -> None:
@@ -336,3 +349,9 @@ def test_a_tokenizer_that_cannot_be_read_is_refused(name: str, problem: str, tmp
     (tmp_path / "bad.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ConfigError, match=rf"data.tokenizer_name.*{name}.*{problem}"):
         load_tokenizer(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["folder/none.json", "folder/none.pt"])
+def test_a_tokenizer_file_that_is_not_there_is_asked_of_no_hub(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^data.tokenizer_name is '{name}': no such file$"):
+        load_tokenizer(name)

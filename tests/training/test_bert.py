@@ -92,6 +92,15 @@ def test_fewer_layers_are_its_first_ones(
     torch.testing.assert_close(hidden, torch.cat(theirs), **CLOSE)
 
 
+def test_a_bert_of_other_words_is_refused(
+    transformers: Any, config: ModelConfig, tiny_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    saved(transformers, "BertModel", config, tmp_path)
+    (tmp_path / "vocab.txt").write_text("\n".join(tiny_tokenizer.pieces[::-1]), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"training\.init_from is .*: its vocabulary is not this tokenizer's"):
+        warm_start(RDT(config), tmp_path, tiny_tokenizer)
+
+
 def test_nothing_is_said_over_its_shoulder(
     config: ModelConfig, tiny_tokenizer: Tokenizer, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

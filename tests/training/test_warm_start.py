@@ -34,7 +34,8 @@ def bert(folder: Path, tokenizer: Tokenizer, **changes: int) -> torch.Tensor:
 def test_a_table_is_copied_and_scaled_like_a_fresh_one(model: RDT, tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
     table = bert(tmp_path, tiny_tokenizer)
     others = {name: p.clone() for name, p in model.named_parameters() if name != "embedding.weight"}
-    warm_start(model, tmp_path, tiny_tokenizer)
+    said = warm_start(model, tmp_path, tiny_tokenizer)
+    assert said.startswith(f"training.init_from {tmp_path}: the token embeddings; all else is fresh")
     assert model.embedding.weight.std().item() == pytest.approx(16**-0.5, rel=1e-4)
     cosine = torch.cosine_similarity(model.embedding.weight, table, dim=1)
     assert cosine[table.any(1)].min() > 0.9999
@@ -178,11 +179,17 @@ def test_a_vocabulary_of_lines_is_compared_too(model: RDT, tiny_tokenizer: Token
             warm_start(model, tmp_path, tiny_tokenizer)
 
 
-@pytest.mark.parametrize(("name", "content"), [("tokenizer.json", "{}"), ("config.json", '{"model_type": "no such"}')])
+@pytest.mark.parametrize(
+    ("bad", "problem"),
+    [
+        (("tokenizer.json", "{}"), "its tokenizer is none that can be read"),
+        (("config.json", '{"model_type": "no such"}'), ".*no such"),
+    ],
+)
 def test_a_folder_that_cannot_be_read_is_named(
-    model: RDT, tiny_tokenizer: Tokenizer, tmp_path: Path, name: str, content: str
+    model: RDT, tiny_tokenizer: Tokenizer, tmp_path: Path, bad: tuple[str, str], problem: str
 ) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
-    (tmp_path / name).write_text(content, encoding="utf-8")
-    with pytest.raises(ConfigError, match=f"training.init_from is '{tmp_path}': "):
+    (tmp_path / bad[0]).write_text(bad[1], encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"training.init_from is '{tmp_path}': {problem}"):
         warm_start(model, tmp_path, tiny_tokenizer)

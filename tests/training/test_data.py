@@ -55,7 +55,8 @@ def test_starts_of_paragraphs_are_seen_often_but_not_all_the_time(
 
 
 def test_batch_k_depends_on_the_seed_and_k_alone(make_batches: Any) -> None:
-    one, other = make_batches(seed=1), make_batches(seed=1)
+    shares = {"training.random_token_share": 0.5, "training.keep_token_share": 0.2}
+    one, other = make_batches(seed=1, **shares), make_batches(seed=1, **shares)
     torch.manual_seed(5)
     late = one[7]
     torch.manual_seed(6)
@@ -65,6 +66,11 @@ def test_batch_k_depends_on_the_seed_and_k_alone(make_batches: Any) -> None:
         assert torch.equal(torch.as_tensor(mine), torch.as_tensor(theirs))
     assert one[7].targets.tolist() != one[8].targets.tolist()
     assert one[7].targets.tolist() != make_batches(seed=2)[7].targets.tolist()
+
+
+def test_a_batch_may_be_of_one_segment(make_batches: Any) -> None:
+    batch = make_batches(**{"training.batch_size": 1, "data.full_length_share": 1.0})[0]
+    assert batch.packing(torch.device("cpu")).lengths == (batch.length,) == (16,)
 
 
 def test_a_batch_holds_whole_segments_of_one_length(make_batches: Any, tiny_tokenizer: Tokenizer) -> None:

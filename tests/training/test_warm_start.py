@@ -43,6 +43,16 @@ def test_a_table_is_copied_and_scaled_like_a_fresh_one(model: RDT, tiny_tokenize
     assert all(torch.equal(dict(model.named_parameters())[name], p) for name, p in others.items())
 
 
+def test_a_table_stored_in_fewer_digits_is_scaled_with_all_of_them(
+    model: RDT, tiny_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    bert(tmp_path, tiny_tokenizer)
+    transformers: Any = pytest.importorskip("transformers")
+    transformers.AutoModel.from_pretrained(tmp_path).bfloat16().save_pretrained(tmp_path)
+    warm_start(model, tmp_path, tiny_tokenizer)
+    assert model.embedding.weight.std().item() == pytest.approx(16**-0.5, rel=1e-4)
+
+
 @pytest.mark.parametrize("changes", [{"hidden_size": 32}, {"vocab_size": 50}])
 def test_a_table_of_another_shape_is_refused(
     model: RDT, tiny_tokenizer: Tokenizer, tmp_path: Path, changes: dict[str, int]

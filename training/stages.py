@@ -50,7 +50,7 @@ class Stages:
 
     def only_one_pass_taught(self, step: int) -> bool:
         """Whether the first `step` steps all had a single pass."""
-        return step <= self.section.one_pass_steps
+        return step <= min(self.section.one_pass_steps, self.n_encoder_steps)
 
     def measure(self, step: int) -> str:
         """What the best model after `step` steps is judged by: reconstruction, and the gate once that is taught."""

@@ -32,9 +32,11 @@ def test_the_first_steps_take_one_pass(
     assert [step for step, gate in enumerate(gates) if gate != 0] == list(range(5, 40, 4))
 
 
+@pytest.mark.parametrize("stages", [{"one_pass_steps": 2}, {"one_pass_steps": 3, "gate_steps": 2}])
 def test_validation_takes_as_many_passes_as_have_been_taught(
-    train_settings: Settings, cpu: torch.device, monkeypatch: pytest.MonkeyPatch
+    train_settings: Settings, cpu: torch.device, monkeypatch: pytest.MonkeyPatch, stages: dict[str, int]
 ) -> None:
+    """The gate's own steps take many."""
     taken, validate = [], trainer.validate
 
     def count(*arguments: Any, n_passes: int | None) -> Any:
@@ -42,7 +44,8 @@ def test_validation_takes_as_many_passes_as_have_been_taught(
         return validate(*arguments, n_passes=n_passes)
 
     monkeypatch.setattr(trainer, "validate", count)
-    changes = {"training.one_pass_steps": 2, "training.num_steps": 4, "output.eval_every_n_steps": 1}
+    changes = {f"training.{name}": value for name, value in stages.items()}
+    changes |= {"training.num_steps": 4, "output.eval_every_n_steps": 1}
     Trainer(train_settings(**changes), cpu).fit()
     assert taken == [1, 1, None, None]
 

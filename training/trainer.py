@@ -40,7 +40,7 @@ from training.warm_start import warm_start
 
 TRAIN, VALIDATION = 1, 2  # streams of randomness
 MEASURED = (
-    "seed", "data.", "training.masking_strategy", "training.total_steps", "training.max_chain_length",
+    "seed", "data.", "training.masking_strategy", "training.max_chain_length",
     "training.scheme", "training.loss_weight", "training.batch_size", "training.gate_passes", "training.gate_sequences",
     "training.gate_change_share", "mixed_precision", "output.eval_batches", "output.checkpoint_dir",
 )  # fmt: skip

@@ -58,7 +58,7 @@ def clean(line: str) -> str:
     line = line.strip()
     if line.startswith("= ") and line.endswith(" ="):
         return ""
-    return _AT.sub(r"\1", line).replace("<unk>", "[UNK]").strip()
+    return _AT.sub(r"\1", line).replace("<unk>", "[UNK]")
 
 
 def read_paragraphs(path: Path) -> Iterator[str]:

@@ -13,13 +13,15 @@ import torch
 from rdt_core import checkpoint, restore
 from rdt_core.checkpoint import Checkpoint, export_release
 from tests.training.conftest import Settings, saved_at
+from training import trainer as trainer_module
 from training.config import ConfigError, TrainConfig
-from training.corpus import Corpus
+from training.corpus import Corpus, load_corpora
 from training.learner import Learner
 from training.losses import Losses
 from training.optimise import trunk_parameters
 from training.progress import Progress
 from training.trainer import Trainer
+from training.validation import Validation
 
 RUNS = {
     "unroll with dropout": {"model.dropout": 0.2},
@@ -140,11 +142,8 @@ def test_the_best_model_is_the_one_of_the_lowest_validation_loss(
     changes: dict[str, Any],
     kept: tuple[int, float],
 ) -> None:
-    from training import trainer as module  # noqa: PLC0415
-    from training.validation import Validation  # noqa: PLC0415
-
     losses = iter([(3.0, 2.0), (2.0, 3.0), (2.5, 1.5), (4.0, 4.0)])  # in all, and of reconstruction
-    monkeypatch.setattr(module, "validate", lambda *_, **__: Validation(*next(losses), 0.0, 0.0, 0.0))
+    monkeypatch.setattr(trainer_module, "validate", lambda *_, **__: Validation(*next(losses), 0.0, 0.0, 0.0))
     config = train_settings(**changes, **{"output.eval_every_n_steps": 2})
     Trainer(config, cpu).fit()
     best = checkpoint.read(Path(config.output.checkpoint_dir) / "best_model.pt")
@@ -158,6 +157,10 @@ def test_the_last_checkpoints_are_kept(train_settings: Settings, cpu: torch.devi
         assert trainer.save() == trainer.last_saved
     names = {path.name for path in trainer.folder.path.iterdir()}
     assert names == {"checkpoint_epoch_0_step_10.pt", "checkpoint_epoch_0_step_11.pt"}
+
+
+def test_a_checkpoint_before_the_first_validation_has_no_loss(train_settings: Settings, cpu: torch.device) -> None:
+    assert checkpoint.read(Trainer(train_settings(), cpu).save()).loss is None
 
 
 def test_the_total_that_is_logged_is_what_was_minimised(
@@ -348,6 +351,15 @@ def test_a_gate_that_will_learn_nothing_is_told(
 def test_validation_on_what_is_learned_is_told(train_settings: Settings, cpu: torch.device, text_file: Path) -> None:
     trainer = Trainer(train_settings(**{"data.validation_name": str(text_file)}), cpu)
     assert f"validation is on text that is learned: {text_file.name} is in both" in trainer.notes
+
+
+def test_two_splits_of_one_dataset_are_no_text_in_common(
+    train_settings: Settings, cpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = train_settings()
+    monkeypatch.setattr(trainer_module, "load_corpora", lambda _, tokenizer: load_corpora(local, tokenizer))
+    trainer = Trainer(train_settings(**{"data.dataset_name": "a/hub", "data.validation_name": "a/hub"}), cpu)
+    assert not [note for note in trainer.notes if "text that is learned" in note]
 
 
 def test_a_validation_text_without_a_word_is_refused(

@@ -4,6 +4,7 @@ import math
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -247,9 +248,14 @@ def test_a_resumed_run_may_answer_by_other_defaults(
 
 
 def test_a_release_cannot_be_resumed(finished: TrainConfig, cpu: torch.device, tmp_path: Path) -> None:
-    export_release(saved_at(finished, 8), tmp_path / "release.pt", name="release")
-    with pytest.raises(ConfigError, match=r"release.pt: a release without optimizer state, nothing to resume"):
-        Trainer(finished, cpu, resume=tmp_path / "release.pt")
+    path, release = saved_at(finished, 8), tmp_path / "release.pt"
+    export_release(path, release, name="release")
+    saved = checkpoint.read(path)
+    for partial in (None, replace(saved, optimizer_state_dict=None), replace(saved, progress=None)):
+        if partial is not None:
+            checkpoint.save(release, partial)
+        with pytest.raises(ConfigError, match=r"release.pt: a release without optimizer state, nothing to resume"):
+            Trainer(finished, cpu, resume=release)
 
 
 def without_model(saved: Checkpoint) -> None:

@@ -234,6 +234,15 @@ def test_what_tensorboard_sees(finished: TrainConfig) -> None:
     assert [event.step for event in log.Scalars("val/total_loss")] == [4, 8]
 
 
+def test_the_bar_counts_the_steps_of_the_whole_run(
+    finished: TrainConfig, train_settings: Settings, cpu: torch.device, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Trainer(train_settings(**{"training.num_steps": 10}), cpu, resume=saved_at(finished, 8)).fit()
+    drawn = capsys.readouterr().err
+    assert "8/10 [" in drawn
+    assert "10/10 [" in drawn
+
+
 def test_another_shape_cannot_be_resumed(finished: TrainConfig, train_settings: Settings, cpu: torch.device) -> None:
     with pytest.raises(ConfigError, match=r"step_8.pt: d_ff is 32 there and 64 here"):
         Trainer(train_settings(**{"model.d_ff": 64}), cpu, resume=saved_at(finished, 8))
@@ -297,6 +306,8 @@ def test_epochs_count_optimizer_steps(train_settings: Settings, cpu: torch.devic
     assert plain.n_steps == 3 * len(plain.batches)
     halved = Trainer(train_settings(**changes, **{"training.gradient_accumulation_steps": 2}), cpu)
     assert halved.n_steps == 3 * (len(plain.batches) // 2)
+    more_than_the_text = {"training.gradient_accumulation_steps": len(plain.batches) + 1}
+    assert Trainer(train_settings(**changes, **more_than_the_text), cpu).n_steps == 3
 
 
 def test_an_impossible_model_is_a_config_error(train_settings: Settings, cpu: torch.device) -> None:

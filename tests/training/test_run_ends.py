@@ -70,6 +70,40 @@ class SecondProcess(OneProcess):
     first = False
 
 
+class OneOfTwo(OneProcess):
+    """The other of which says in every step whether it was asked to stop."""
+
+    count = 2
+
+    def __init__(self, *, other_asked: bool) -> None:
+        self.other_asked = other_asked
+
+    def add_up(self, values: torch.Tensor) -> torch.Tensor:
+        values[2] += self.other_asked  # after two losses
+        return values
+
+
+def test_a_signal_that_only_another_process_had_stops_this_one(train_settings: Settings, cpu: torch.device) -> None:
+    config = train_settings(**{"training.gradient_accumulation_steps": 2})
+    assert Trainer(config, cpu, processes=OneOfTwo(other_asked=True)).fit() is False
+    assert saved_at(config, 1).is_file()
+
+
+def test_a_signal_that_only_this_process_had_stops_it_once_the_other_knows(
+    train_settings: Settings, cpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, it would leave the other waiting for it in the next step."""
+
+    def interrupt(trainer: Trainer, *_: object) -> None:
+        if trainer.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "_log", interrupt)
+    config = train_settings(**{"training.gradient_accumulation_steps": 2})
+    assert Trainer(config, cpu, processes=OneOfTwo(other_asked=False)).fit() is False
+    assert saved_at(config, 3).is_file()
+
+
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")  # about forking; lost as an error before 3.15
 def test_a_signal_to_the_whole_group_leaves_the_workers_their_batch(
     train_settings: Settings, cpu: torch.device

@@ -22,6 +22,7 @@ from training.corpus import (
     load_corpora,
     load_tokenizer,
     local_corpus,
+    shared_files,
     tokenise,
 )
 
@@ -130,6 +131,12 @@ def test_a_split_gives_up_the_tail_and_its_starts() -> None:
 
 def test_a_paragraph_without_a_token_starts_nowhere(tiny_tokenizer: Tokenizer) -> None:
     assert tokenise(["the fox", "\u200b", "dog"], tiny_tokenizer).starts.tolist() == [0, 2]
+    assert len(tokenise([], tiny_tokenizer)) == 0
+
+
+def test_files_in_both_texts_are_the_same_whatever_leads_to_them(tmp_path: Path) -> None:
+    (tmp_path / "link.txt").symlink_to("b.txt")
+    assert shared_files(f"{tmp_path}/a.txt,{tmp_path}/b.txt", f"{tmp_path}/link.txt,{tmp_path}/c.txt") == ["b.txt"]
 
 
 def test_a_file_that_is_there_is_local_whatever_it_is_called(tmp_path: Path) -> None:
@@ -167,6 +174,8 @@ def test_validation_text_is_the_end_of_a_local_text_or_a_text_of_its_own(
     assert len(validation) == len(whole) // 10
     assert np.array_equal(np.concatenate([train.tokens, validation.tokens]), whole.tokens)
     other = tmp_path / "other.txt"
+    with pytest.raises(ConfigError, match=rf"^data\.validation_name is '{other}': no file {other}$"):
+        load_corpora(train_settings(**{"data.validation_name": str(other)}), tiny_tokenizer)
     other.write_text("new york " * 20, encoding="utf-8")
     train, validation = load_corpora(train_settings(**{"data.validation_name": str(other)}), tiny_tokenizer)
     assert (len(train), len(validation)) == (len(whole), 40)
@@ -355,3 +364,15 @@ def test_a_tokenizer_that_cannot_be_read_is_refused(name: str, problem: str, tmp
 def test_a_tokenizer_file_that_is_not_there_is_asked_of_no_hub(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"^data.tokenizer_name is '{name}': no such file$"):
         load_tokenizer(name)
+
+
+def test_a_tokenizer_comes_through_the_transformers_library(
+    tokenizer_file: Path, tiny_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    transformers: Any = pytest.importorskip("transformers")
+    with pytest.raises(ConfigError, match=f"^data.tokenizer_name is '{tmp_path}': [^\n]*$"):
+        load_tokenizer(str(tmp_path))
+    transformers.PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file)).save_pretrained(tmp_path)
+    found = load_tokenizer(str(tmp_path))
+    assert found.pieces == tiny_tokenizer.pieces
+    assert found.encode("the [MASK] foxes").ids == tiny_tokenizer.encode("the [MASK] foxes").ids

@@ -166,7 +166,7 @@ def hub_corpus(name: str, split: str, tokenizer: Tokenizer, named: str = "data.d
     """
     from datasets import load_dataset  # noqa: PLC0415 - heavy, and only for users of a hub
 
-    path, configuration = HUB_NAMES.get(name, (name, None))
+    path, configuration = HUB_NAMES.get(name.strip(), (name.strip(), None))
     try:
         rows = load_dataset(path, configuration, split=split)
     except Exception as error:  # of many kinds: no network, no such dataset, no such split, files it cannot read

@@ -161,7 +161,14 @@ def test_what_no_hub_has_is_a_file_that_is_not_there(
 
 
 def test_what_a_hub_may_have_is_no_file(tmp_path: Path) -> None:
-    names = ("wikitext-2", "someone/else", "someone/else.v1", "hf://datasets/someone/else", "buckets/someone/else/it")
+    names = (
+        "wikitext-2",
+        " wikitext-2 ",
+        "someone/else",
+        "someone/else.v1",
+        "hf://datasets/someone/else",
+        "buckets/someone/else/it",
+    )
     for name in (*names, str(tmp_path)):  # the hub's library reads folders, too
         assert not is_local(name)
 
@@ -304,7 +311,7 @@ def test_short_hub_names_stand_for_wikitext(tiny_tokenizer: Tokenizer, monkeypat
         return datasets.Dataset.from_dict({"text": ["the fox"]})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    for name in ("wikitext-2", "wikitext-103", "someone/else"):
+    for name in ("wikitext-2", " wikitext-103", "someone/else "):
         hub_corpus(name, "train", tiny_tokenizer)
     assert asked == [
         ("Salesforce/wikitext", "wikitext-2-raw-v1", "train"),

@@ -139,7 +139,7 @@ def test_a_deeper_encoder_takes_the_layers_of_a_shallower_one_again_and_again(
 
 
 def test_layers_are_stacked_in_order() -> None:
-    weights = {f"encoder.{i}.w": torch.tensor(float(i)) for i in range(2)} | {"embedding.weight": torch.tensor(9.0)}
+    weights = {f"encoder.{i}.w": torch.tensor(float(i)) for i in range(2)} | {"prelude.0.w": torch.tensor(9.0)}
     grown = stacked(weights, 2, 5)
     assert [grown[f"encoder.{i}.w"].item() for i in range(5)] == [0, 1, 0, 1, 0]
     assert len(grown) == 6

@@ -49,6 +49,17 @@ def test_a_signal_saves_and_ends_the_run_and_handlers_come_back(
     assert signal.getsignal(number) is before
 
 
+def test_a_signal_in_the_last_step_stops_nothing(
+    train_settings: Settings, cpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(trainer: Trainer, *_: object) -> None:
+        if trainer.step == 8:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "_log", interrupt)
+    assert Trainer(train_settings(), cpu).fit() is True
+
+
 def test_of_several_processes_only_the_first_says_where_the_run_stopped(
     train_settings: Settings, cpu: torch.device, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,6 +27,12 @@ def test_mixed_precision_is_near_and_not_the_same(train_settings: Settings, cpu:
     assert mixed != exact
 
 
+def test_the_first_weights_follow_from_the_seed_alone(train_settings: Settings, cpu: torch.device) -> None:
+    same, again, other = (Trainer(train_settings(seed=seed), cpu).model.embedding.weight for seed in (1, 1, 2))
+    assert torch.equal(same, again)
+    assert not torch.equal(same, other)
+
+
 def test_cards_before_ampere_only_emulate_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     for capability, native in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", {torch.device("cuda:1"): capability}.get)

@@ -238,9 +238,10 @@ def test_the_bar_counts_the_steps_of_the_whole_run(
     finished: TrainConfig, train_settings: Settings, cpu: torch.device, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Trainer(train_settings(**{"training.num_steps": 10}), cpu, resume=saved_at(finished, 8)).fit()
-    drawn = capsys.readouterr().err
-    assert "8/10 [" in drawn
-    assert "10/10 [" in drawn
+    said = capsys.readouterr()
+    assert "8/10 [" in said.err
+    assert "10/10 [" in said.err
+    assert "step 10: total_loss " in said.out
 
 
 def test_another_shape_cannot_be_resumed(finished: TrainConfig, train_settings: Settings, cpu: torch.device) -> None:
@@ -292,9 +293,10 @@ def test_a_finished_run_can_be_given_more_steps(
     longer = train_settings(**{"training.num_steps": 10})
     trainer = Trainer(longer, cpu, resume=saved_at(finished, 8))
     assert trainer.step == 8
-    progress = checkpoint.read(saved_at(finished, 8)).progress
+    saved = checkpoint.read(saved_at(finished, 8))
     kept = [saved_at(finished, step).name for step in (6, 8)]
-    assert progress == {"best_loss": trainer.best_loss, "best_of": "total", "kept": kept}
+    assert saved.loss == trainer.best_loss
+    assert saved.progress == {"best_loss": trainer.best_loss, "best_of": "total", "kept": kept}
     assert math.isfinite(trainer.best_loss)
     assert trainer.fit()
     assert checkpoint.read(saved_at(longer, 10)).step == 10

@@ -257,7 +257,7 @@ class Scheduler:
         """Under load, fewer passes: the fuller the queue, the nearer to the floor."""
         if self._limits.shed_min_steps is None:
             return job.max_steps
-        fill = min(1.0, len(self.queue) / self._limits.max_waiting)
+        fill = len(self.queue) / self._limits.max_waiting
         floor = min(job.max_steps, self._limits.shed_min_steps)
         return max(floor, round(job.max_steps - fill * (job.max_steps - floor)))
 

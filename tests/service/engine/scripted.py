@@ -72,7 +72,8 @@ class ScriptedBackend:
             level=level, threshold=job.threshold, step=step, max_steps=ceiling, all_settled=False, out_of_time=overdue
         )
         self.live[ticket] = (job, ceiling, step)
-        rows = [Choice(row, self.token, 0.5, []) for row in range(len(job.tokens))]
+        due = [row for row, masked in enumerate(job.masked) if masked or job.decode_all]
+        rows = [Choice(row, self.token, 0.5, []) for row in due]
         if reason is None:
             return Reading(level, None, [], rows if job.stream else [])
         del self.live[ticket]

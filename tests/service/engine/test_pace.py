@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from service.engine.pace import Pace
@@ -68,11 +70,14 @@ class Machine:
             self.submit(job)
         results: dict[float, Result] = {}
         while not self.scheduler.idle:
-            plan = self.scheduler.plan(self.now)
-            outcome = self._cost(plan, self.backend.run(plan))
-            for _, result in self.scheduler.commit(plan, outcome, self.now):
+            for result in self.tick():
                 results[self.now] = result
         return results
+
+    def tick(self) -> list[Result]:
+        plan = self.scheduler.plan(self.now)
+        outcome = self._cost(plan, self.backend.run(plan))
+        return [result for _, result in self.scheduler.commit(plan, outcome, self.now)]
 
     def _cost(self, plan: Plan, outcome: Outcome) -> Outcome:
         decoding = self.DECODE * outcome.n_decoded
@@ -132,15 +137,29 @@ def test_what_is_due_much_later_takes_no_time_from_it(machine: Machine) -> None:
 
 
 def test_a_stream_is_decoded_in_every_tick(machine: Machine) -> None:
-    deadline = machine.now + 4.2
+    deadline = machine.now + 3.9
     machine.submit(scripted_job(50, depth=100, deadline=deadline, stream=True))
     [(answered, result)] = machine.run().items()
     assert (result.steps, answered <= deadline) == (2, True), "1.5 s each"
 
 
-def test_rows_that_are_sure_to_be_decoded_before_count(machine: Machine) -> None:
-    began = machine.now
-    others = [scripted_job(40, depth=100, max_steps=2) for _ in range(2)]
-    deadline = began + 2 * Machine.PASS * 82 + Machine.DECODE * 40  # too early for two passes and all that ends then
-    [result] = [r for r in machine.run(*others, endless(2, deadline)).values() if r.reason == "deadline"]
+@pytest.mark.parametrize(("decode_all", "steps"), [(False, 4), (True, 2)], ids=["masked rows", "all rows"])
+def test_only_rows_that_will_be_decoded_take_time_from_it(machine: Machine, decode_all: bool, steps: int) -> None:
+    deadline = machine.now + 2.1  # four passes and one row take 2.02, two passes and all rows 2.0
+    job = endless(50, deadline)
+    [(answered, result)] = machine.run(replace(job, masked=[True] + [False] * 49, decode_all=decode_all)).items()
+    assert (result.steps, answered <= deadline) == (steps, True)
+
+
+@pytest.mark.parametrize("due_in", [None, 1000.0], ids=["without a deadline", "with a later one"])
+@pytest.mark.parametrize("passes", [0, 1])
+def test_rows_that_are_sure_to_be_decoded_before_count(machine: Machine, passes: int, due_in: float | None) -> None:
+    due = None if due_in is None else machine.now + due_in
+    for _ in range(2):
+        machine.submit(scripted_job(40, depth=100, max_steps=passes + 2, deadline=due))
+    for _ in range(passes):
+        machine.tick()
+    # too early for two passes and all that ends then
+    deadline = machine.now + 2 * Machine.PASS * 82 + Machine.DECODE * 40
+    [result] = [r for r in machine.run(endless(2, deadline)).values() if r.reason == "deadline"]
     assert result.steps == 1

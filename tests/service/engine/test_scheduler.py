@@ -155,6 +155,15 @@ def test_a_reading_of_a_sequence_that_was_dropped_meanwhile_is_passed_over() -> 
     assert (bench.scheduler.depth(gone), bench.scheduler.depth(stays)) == (0, 1)
 
 
+def test_a_result_tells_how_long_the_job_waited_and_how_long_it_was_computed() -> None:
+    bench = Bench(replace(LIMITS, max_live=1))
+    bench.now = 3.0
+    first, second = (bench.submit(scripted_job(4, depth)) for depth in (2, 3))
+    bench.run_dry()
+    times = {ticket: (result.queue_seconds, result.compute_seconds) for ticket, result in bench.results.items()}
+    assert times == {first: (0.0, 1.0), second: (2.0, 2.0)}, "the last pass takes no time on this bench"
+
+
 def test_who_had_rows_in_the_vocabulary_is_told_how_long_that_took() -> None:
     bench = Bench()
     deep, shown, shallow = (

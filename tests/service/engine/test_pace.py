@@ -152,14 +152,17 @@ def test_only_rows_that_will_be_decoded_take_time_from_it(machine: Machine, deco
 
 
 @pytest.mark.parametrize("due_in", [None, 1000.0], ids=["without a deadline", "with a later one"])
-@pytest.mark.parametrize("passes", [0, 1])
-def test_rows_that_are_sure_to_be_decoded_before_count(machine: Machine, passes: int, due_in: float | None) -> None:
+@pytest.mark.parametrize(("max_steps", "passes", "steps"), [(2, 0, 1), (3, 1, 1), (3, 0, 2)])
+def test_rows_that_are_sure_to_be_decoded_before_count(
+    machine: Machine, max_steps: int, passes: int, steps: int, due_in: float | None
+) -> None:
+    """Others that have made some passes end in the next tick; or in the one after it, which is time enough."""
     due = None if due_in is None else machine.now + due_in
     for _ in range(2):
-        machine.submit(scripted_job(40, depth=100, max_steps=passes + 2, deadline=due))
+        machine.submit(scripted_job(40, depth=100, max_steps=max_steps, deadline=due))
     for _ in range(passes):
         machine.tick()
     # too early for two passes and all that ends then
     deadline = machine.now + 2 * Machine.PASS * 82 + Machine.DECODE * 40
     [result] = [r for r in machine.run(endless(2, deadline)).values() if r.reason == "deadline"]
-    assert result.steps == 1
+    assert result.steps == steps

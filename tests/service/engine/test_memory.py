@@ -146,6 +146,16 @@ async def test_warming_finds_how_much_there_is_room_for(backend: Small, metrics:
     await engine.stop()
 
 
+async def test_warming_forgives_one_shortage_of_what_worked_before() -> None:
+    backend = ScriptedBackend()
+    engine = BatchingEngine([backend], LIMITS)
+    await engine.warm([[scripted_job(8, 1)] * 4])
+    backend.errors.append(OutOfMemory("somebody has it"))
+    await engine.warm([[scripted_job(8, 1)] * 2])
+    assert engine.largest_tick == 32
+    await engine.stop()
+
+
 async def test_the_real_backend_answers_as_if_nothing_had_happened(
     tiny_model: RDT, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -179,3 +179,17 @@ async def test_a_replica_short_of_memory_keeps_no_work_from_the_others() -> None
     await asyncio.gather(first, second)
     assert [len(plan.live) for plan in held.ticks] == [1, 2], "the second has room beside the first, and no other place"
     await engine.stop()
+
+
+async def test_draining_waits_for_what_one_replica_alone_has_memory_for() -> None:
+    engine = BatchingEngine([ScriptedBackend(), ScriptedBackend()], LIMITS)
+    engine._replicas[0].scheduler.budget.tokens = 4
+    await engine.start()
+    large = asyncio.create_task(submit(engine, scripted_job(20, depth=5)))
+    async with asyncio.timeout(5):
+        while not engine.live:
+            await asyncio.sleep(0)
+        await engine.drain(grace_seconds=10)
+    assert engine.live == 0
+    assert (await large).steps == 5
+    await engine.stop()

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 
 from rdt_core import RDT
+from service.engine.backend import OutOfMemory
 from service.engine.eager import EagerBackend
 from service.engine.engine import BatchingEngine
 from service.engine.scheduler import JobQueue, Scheduler, SchedulerLimits
@@ -192,4 +193,15 @@ async def test_draining_waits_for_what_one_replica_alone_has_memory_for() -> Non
         await engine.drain(grace_seconds=10)
     assert engine.live == 0
     assert (await large).steps == 5
+    await engine.stop()
+
+
+async def test_an_idle_replica_takes_what_another_has_no_memory_for() -> None:
+    short = ScriptedBackend()
+    short.errors.append(OutOfMemory("none left"))
+    engine = BatchingEngine([short, ScriptedBackend()], LIMITS)
+    await engine.start()
+    async with asyncio.timeout(5):
+        assert (await submit(engine, scripted_job(20, depth=2))).steps == 2
+    assert len(short.ticks) == 1
     await engine.stop()

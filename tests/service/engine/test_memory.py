@@ -92,8 +92,9 @@ async def test_what_was_live_begins_anew_and_shows_no_pass_twice(engine: Batchin
 async def test_a_text_too_large_for_what_is_left_is_refused(engine: BatchingEngine) -> None:
     with pytest.raises(ResourceExhausted, match="texts of up to 10 tokens can be computed now"):
         await submit(engine, scripted_job(20, 1))
-    with pytest.raises(ResourceExhausted, match="up to 10 tokens"):
+    with pytest.raises(ResourceExhausted, match="up to 10 tokens") as refused:
         await submit(engine, scripted_job(11, 1))
+    assert refused.value.reason == "memory", "it tells the caller to wait longer than for a full queue"
     assert (await submit(engine, scripted_job(10, 2))).steps == 2
     assert engine.waiting == engine.live == 0
 

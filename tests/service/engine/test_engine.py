@@ -130,6 +130,16 @@ async def test_who_leaves_as_the_answer_comes_breaks_no_tick(engine: BatchingEng
     assert (len(held.ticks), held.resets) == (1, 0)
 
 
+async def test_who_leaves_during_the_last_pass_breaks_no_tick(engine: BatchingEngine, held: HeldBackend) -> None:
+    leaving = await submitted(engine, scripted_job(4, depth=1))
+    await asyncio.to_thread(held.wait_until_started)
+    leaving.cancel()
+    await asyncio.wait([leaving])
+    held.let_go(2)
+    assert (await submit(engine, scripted_job(4, depth=1))).steps == 1
+    assert held.resets == 0
+
+
 async def test_a_deadline_in_the_line_is_answered_on_time(
     engine: BatchingEngine, held: HeldBackend, busy: asyncio.Task[Result]
 ) -> None:

@@ -54,10 +54,15 @@ def test_what_is_saved_is_what_is_loaded(tiny_checkpoint: Path, tiny_model: RDT,
 
 def test_every_field_survives(tmp_path: Path) -> None:
     sent = Checkpoint({"w": torch.ones(2)}, {"model": {}}, "{}", 3, 70, 1.5, {"lr": 1}, {"k": 2}, {"best_loss": 0.1})
-    save(tmp_path / "new" / "model.pt", sent)
-    got = read(tmp_path / "new" / "model.pt")
+    save(tmp_path / "new" / "folder" / "model.pt", sent)
+    got = read(tmp_path / "new" / "folder" / "model.pt")
     assert torch.equal(got.model_state_dict["w"], torch.ones(2))
     assert {**vars(got), "model_state_dict": None} == {**vars(sent), "model_state_dict": None}
+
+
+def test_a_file_of_another_tool_may_have_nothing_but_what_is_required(values: Values, tmp_path: Path) -> None:
+    loaded = load(write(tmp_path / "model.pt", {key: values[key] for key in REQUIRED_KEYS}))
+    assert (loaded.name, loaded.checkpoint.epoch, loaded.checkpoint.loss) == ("tiny", 0, None)
 
 
 def test_the_digest_is_of_the_file_and_a_nameless_model_is_called_by_its_folder(
@@ -299,15 +304,12 @@ def test_a_release_is_half_as_large_and_predicts_the_same(
 
 
 def test_a_release_does_not_say_where_the_run_kept_its_files(values: Values, tmp_path: Path) -> None:
-    places = {
-        "data": {"dataset_name": "/home/me/a.txt,/mnt/b.txt.xz", "tokenizer_name": "bert-base-uncased"},
-        "seed": 3,
-    }
+    places = {"data": {"dataset_name": "/home/me/a.txt,/mnt/b.txt.xz", "tokenizer_name": "google/bert"}, "seed": 3}
     values["config"]["training"] = places
     release = tmp_path / "release.pt"
     checkpoint.export_release(write(tmp_path / "train.pt", values), release)
     told = read(release).config["training"]
-    assert told == {"data": {"dataset_name": "a.txt,b.txt.xz", "tokenizer_name": "bert-base-uncased"}, "seed": 3}
+    assert told == {"data": {"dataset_name": "a.txt,b.txt.xz", "tokenizer_name": "google/bert"}, "seed": 3}
 
 
 def test_a_release_that_could_not_be_served_replaces_nothing(values: Values, tmp_path: Path) -> None:

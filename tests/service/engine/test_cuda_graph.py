@@ -18,7 +18,7 @@ import torch
 
 from rdt_core import RDT, ModelConfig, layers
 from service.engine import cuda_graph, lookahead
-from service.engine.cuda_graph import CapturedPasses
+from service.engine.cuda_graph import CapturedPasses, can_capture
 from service.engine.lookahead import LookaheadBackend, to_host
 from service.engine.static_batch import Bucket, Buffers, PlainPasses
 from tests.service.engine.tape import Tape
@@ -123,6 +123,17 @@ def test_without_attention_for_any_lengths_nothing_is_captured(tiny_model: RDT) 
     """A graph would keep the lengths of the batch that it was captured with."""
     with pytest.raises(ValueError, match="no variable-length attention on cpu in fp32"):
         CapturedPasses(tiny_model)
+
+
+def test_what_can_be_captured_goes_by_the_card_the_format_and_the_width_of_a_head(
+    tiny_config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, asked = RDT(tiny_config.with_changes(d_model=48, n_heads=3)), []
+    monkeypatch.setattr(cuda_graph, "has_varlen_attention", lambda *what: asked.append(what))
+    for precision in ("fp32", "bf16"):
+        model.precision = precision
+        can_capture(model)
+    assert asked == [(model.device, torch.float32, 16), (model.device, torch.bfloat16, 16)]
 
 
 def peek_at_the_level(buffers: Buffers) -> object:
@@ -292,6 +303,18 @@ def test_no_memory_for_a_pass_is_said_by_the_tick(tiny_model: RDT, monkeypatch: 
     monkeypatch.setattr(cuda_graph, "one_pass", works)
     passes(buffers, bucket)
     assert list(passes.graphs) == [64, 96], "there is memory again"
+
+
+@pytest.mark.usefixtures("graphs_on_cpu")
+def test_a_pass_that_fails_for_another_reason_is_a_defect_while_warming_too(
+    tiny_model: RDT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(cuda_graph, "one_pass", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        CapturedPasses(tiny_model).prepare(Buffers.of(tiny_model, 64, 9), [cuda_graph.Size(64, 9)])
 
 
 def test_results_of_a_card_are_copied_to_pinned_memory_and_waited_for_later(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,10 +39,11 @@ def test_another_name_is_refused(path: Path, name: object) -> None:
     assert len(str(refused.value).encode()) < len(str(path)) + 200
 
 
-def test_the_folder_of_a_nameless_model_is_a_name_too(path: Path) -> None:
+@pytest.mark.parametrize("name", [None, ""])
+def test_the_folder_of_a_nameless_model_is_a_name_too(path: Path, name: str | None) -> None:
     folder = path.with_name("a\nb")
     folder.mkdir()
-    rename(path, None)
+    rename(path, name)
     with pytest.raises(CheckpointError, match=r"its name is 'a\\nb'"):
         checkpoint.load(path.rename(folder / path.name))
 

@@ -85,6 +85,7 @@ def test_a_prepared_model_computes_the_same(
     for got, wanted in ((state.hidden, plain.hidden), (state.gate.level, plain.gate.level)):
         assert got.dtype == torch.float32
         assert (got - wanted).abs().max() <= TOLERANCE[precision] * wanted.std(correction=0).clamp(min=0.1)
+    assert logits.dtype == torch.float32
     assert torch.equal(logits.isinf(), plain_logits.isinf())
     assert logits.isinf().sum() == 2 * len(logits)
     probabilities, wanted = logits.softmax(-1), plain_logits.softmax(-1)
@@ -142,6 +143,7 @@ def test_int8_weights_have_a_bit_less_where_sums_are_cut_off(monkeypatch: pytest
     monkeypatch.setattr(precision_module, "_int8_product", cut_off)
     least = _int8_weight_max.__wrapped__()
     assert 2 * least * (127 + 128) < 2**15
+    assert least == 63, "and no more than the one bit"
 
 
 def test_int8_weights_have_all_bits_where_sums_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,6 +176,7 @@ def test_gelu_may_be_part_of_a_layer() -> None:
 def test_without_onednn(model: RDT, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other processors: fp32 stays as it is, bf16 works, int8 says why not."""
     monkeypatch.setattr(precision_module, "_has_onednn", lambda: False)
+    monkeypatch.delattr(precision_module, "_packs")  # it asks oneDNN
     state, logits = passes(model, 2)
     fp32 = prepare(copy.deepcopy(model), "fp32")
     with monkeypatch.context() as decoding:
@@ -193,10 +196,13 @@ def test_an_unknown_precision_is_named(model: RDT) -> None:
 
 
 def test_which_products_layers_take(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With AVX2 alone those of the BLAS, but for the vocabulary."""
+    """With AVX2 alone those of MKL, but for the vocabulary."""
     request.addfinalizer(_prefers_blas.cache_clear)
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    for capability, kind in (("AVX2", BlasLinear), ("AVX512", PackedLinear), ("DEFAULT", PackedLinear)):
+    for capability, mkl, kind in (
+        ("AVX2", True, BlasLinear), ("AVX2", False, PackedLinear), ("AVX512", True, PackedLinear),
+        ("DEFAULT", True, PackedLinear),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.backends.mkl, "is_available", lambda found=mkl: found)
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda found=capability: found)
         _prefers_blas.cache_clear()
         prepared = prepare(RDT(CONFIGS["plain"]), "fp32")

@@ -129,6 +129,14 @@ def test_threshold_zero_with_settle_keeps_to_the_pace(build: Build, max_steps: i
     assert sorted(found.fixed_at) == fixed_at
 
 
+def test_the_level_of_the_settle_way_is_what_stays_open(build: Build) -> None:
+    tokens, masked = sequence()
+    found = restore(build(3).eval(), tokens, masked, threshold=0, halting="settle", max_steps=4)
+    assert found.levels[-1] == 0.0 < found.levels[-2]
+    rows_left = [sum(step > done for step in found.fixed_at) for done in range(1, 5)]
+    assert all(level <= left / len(found.rows) for level, left in zip(found.levels, rows_left, strict=True))
+
+
 def test_a_single_gap_settles_after_its_first_pass(build: Build) -> None:
     masked = torch.arange(12) == 5
     found = restore(build().eval(), sequence()[0], masked, threshold=0, max_steps=7, halting="settle")
@@ -173,6 +181,7 @@ def test_candidates_are_sorted_and_led_by_the_chosen_token(build: Build, halting
         shares = [share for _, share in candidates]
         assert len(shares) == 5
         assert shares == sorted(shares, reverse=True)
+    assert not any(restore(build().eval(), *sequence(), halting=halting).candidates), "nobody asked"
 
 
 @both_ways

@@ -103,4 +103,4 @@ def corrupt(
     draw = torch.rand(tokens.shape, generator=generator).to(tokens.device)
     others = torch.randint(max(vocab_size, 1), tokens.shape, generator=generator, dtype=tokens.dtype).to(tokens.device)
     corrupted = torch.where(masked & (draw < random_share), others, corrupted)
-    return torch.where(masked & (draw >= 1.0 - keep_share), tokens, corrupted)
+    return torch.where(draw >= 1.0 - keep_share, tokens, corrupted)

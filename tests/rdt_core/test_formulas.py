@@ -155,6 +155,32 @@ def test_passes_levels_and_logits_are_those_of_the_formulas(model: RDT) -> None:
     torch.testing.assert_close(foretold, plain.token_level(hidden), atol=1e-5, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_the_level_of_a_single_gap_is_that_of_the_formulas(build: Build) -> None:
+    model = perturb(build()).eval()
+    tokens, _, packing = random_sequences([LENGTH])
+    masked = torch.arange(LENGTH) == 3
+    found = model(model.begin(tokens, masked, packing), packing)
+    level, summary = torch.tensor(1.0), torch.zeros(model.config.gate_hidden_dim)
+    level, summary = Plain(model.state_dict(), model.config).read(found.hidden, masked, level, summary)
+    torch.testing.assert_close(found.gate.level, level.view(1))
+    torch.testing.assert_close(found.gate.summary, summary[None])
+
+
+@torch.no_grad()
+def test_the_gate_computes_in_float32_where_the_rest_of_a_pass_does_not(build: Build) -> None:
+    model = perturb(build()).eval()
+    tokens, masked, packing = random_sequences([LENGTH])
+    state = model(model.begin(tokens, masked, packing), packing)
+
+    def read() -> tuple[Tensor, ...]:
+        return (*model.gate(state.hidden, masked, packing, state.gate), model.gate.token_level(state.hidden, None))
+
+    exact = read()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert all(map(torch.equal, read(), exact))
+
+
 @variants
 @torch.no_grad()
 def test_a_settled_token_is_embedded_in_the_place_of_its_mask(model: RDT) -> None:

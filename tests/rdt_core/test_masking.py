@@ -35,9 +35,9 @@ def test_a_schedule_is_a_pure_function(curve: masking.Schedule, fraction: float)
 
 
 def test_schedules_at_the_middle() -> None:
-    assert masking.linear(7 / 20) == 7 / 20
-    assert masking.cosine(0.5) == pytest.approx(0.5**0.5)
-    assert masking.exponential(0.5) == pytest.approx(0.1824, abs=1e-4)
+    assert masking.schedule("linear")(7 / 20) == 7 / 20
+    assert masking.schedule("cosine")(0.5) == pytest.approx(0.5**0.5)
+    assert masking.schedule("exponential")(0.5) == pytest.approx(0.1824, abs=1e-4)
     assert 0.25 <= masking.random(0.5, seed=3) <= 0.5**0.5
 
 

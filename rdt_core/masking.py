@@ -60,7 +60,7 @@ def mask_ranks(maskable: Tensor, generator: torch.Generator) -> Tensor:
     rows = maskable.nonzero().squeeze(1)
     ranks = torch.full(maskable.shape, math.inf, dtype=torch.float64)
     order = torch.randperm(len(rows), generator=generator)
-    ranks[rows.cpu()] = order.double() / max(len(rows), 1)
+    ranks[rows.cpu()] = order.double() / len(rows)
     return ranks.to(maskable.device)
 
 

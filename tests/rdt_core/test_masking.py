@@ -114,6 +114,15 @@ def test_of_masked_rows_a_share_is_random_and_a_share_is_kept(random_share: floa
     assert seen.max() < 1000
 
 
+def test_what_is_random_comes_from_the_generator() -> None:
+    def drawn(seed: int) -> list[int]:
+        tokens, masked = torch.arange(100), torch.ones(100, dtype=torch.bool)
+        shares = {"random_share": 0.4, "keep_share": 0.3}
+        return corrupt(tokens, masked, 500, vocab_size=400, generator=seeded(seed), **shares).tolist()
+
+    assert drawn(1) == drawn(1) != drawn(2)
+
+
 @pytest.mark.parametrize(("random_share", "keep_share"), [(-0.1, 0.0), (0.0, -0.1), (0.6, 0.5)])
 def test_impossible_shares_are_refused(random_share: float, keep_share: float) -> None:
     with pytest.raises(ValueError, match=f"random_share is {random_share}, keep_share is {keep_share}"):

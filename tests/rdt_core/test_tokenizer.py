@@ -161,6 +161,13 @@ def test_a_token_has_the_accents_on_its_last_character_and_a_mask_has_none(
     assert words_of(tiny_tokenizer.encode(text))[1:-1] == words
 
 
+def test_an_accent_that_is_a_token_by_itself_belongs_to_no_other(tiny_tokenizer: Tokenizer) -> None:
+    """Where the normalizer keeps accents."""
+    as_it_is = json.loads(tiny_tokenizer.json)["normalizer"] | {"lowercase": False, "strip_accents": False}
+    keeps = change(tiny_tokenizer.json, normalizer=as_it_is)
+    assert words_of(keeps.encode("fox.\u0301"))[1:-1] == ["fox", ".", "\u0301"]
+
+
 @quick
 @given(typed_text)
 def test_an_encoding_is_in_order_and_flags_exactly_the_masks(tiny_tokenizer: Tokenizer, text: str) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 
 from rdt_core import Encoding, Tokenizer
-from rdt_core.tokenizer import MASK, NOT_ONE, Fill, fill
+from rdt_core.tokenizer import LONG_TEXT, MASK, NOT_ONE, Fill, fill
 
 quick = settings(max_examples=60)
 typed_text = st.lists(
@@ -199,6 +199,14 @@ def test_text_around_a_mask_is_read_as_if_it_stood_alone(tiny_tokenizer: Tokeniz
         read = end
     assert encoding.ids[1:-1] == ids
     assert encoding.spans[1:-1] == spans
+
+
+def test_a_long_text_is_read_as_its_parts_are(tiny_tokenizer: Tokenizer) -> None:
+    part, times = "The [mask] fox. ", LONG_TEXT // 8
+    short, long = tiny_tokenizer.encode(part), tiny_tokenizer.encode(part * times)
+    assert long.ids[1:-1] == short.ids[1:-1] * times
+    shifts = range(0, len(part) * times, len(part))
+    assert long.spans[1:-1] == [(start + by, end + by) for by in shifts for start, end in short.spans[1:-1]]
 
 
 @pytest.mark.parametrize("typed", ["[SEP]", "[CLS]", "[PAD]", "[UNK]"])

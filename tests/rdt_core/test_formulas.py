@@ -174,7 +174,9 @@ def test_the_gate_computes_in_float32_where_the_rest_of_a_pass_does_not(build: B
     state = model(model.begin(tokens, masked, packing), packing)
 
     def read() -> tuple[Tensor, ...]:
-        return (*model.gate(state.hidden, masked, packing, state.gate), model.gate.token_level(state.hidden, None))
+        token_level = model.token_level(state.hidden, packing, torch.arange(LENGTH))
+        of_the_state_alone = model.gate.token_level(state.hidden, None)
+        return (*model.gate(state.hidden, masked, packing, state.gate), token_level, of_the_state_alone)
 
     exact = read()
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -18,6 +18,7 @@ VARIANTS = {
     "linear": {},
     "prelude": {"n_prelude_layers": 2},
     "transformer": {"decoder_type": "transformer", "n_decoder_layers": 2, "gate_shortlist": 0},
+    "one coda layer": {"decoder_type": "transformer", "n_decoder_layers": 1, "gate_shortlist": 0},
     "conditioned": {"level_conditioning": True},
     "no shortlist": {"gate_shortlist": 0},
     "as BERT": {"norm": "post", "positions": "learned", "decoder_type": "dense", "n_prelude_layers": 1},
@@ -328,6 +329,7 @@ def test_recursive_forward_respects_no_grad(build: Build) -> None:
 def test_recursive_forward_wants_at_least_one_pass(build: Build, n_passes: int, n_grad_passes: int) -> None:
     with pytest.raises(ValueError, match=f"n_passes is {n_passes}, n_grad_passes is {n_grad_passes}"):
         build().recursive_forward(*random_sequences([6]), n_passes, n_grad_passes)
+    assert len(build().recursive_forward(*random_sequences([6]), 1, 1)) == 1
 
 
 def test_the_embedded_input_is_fed_back_at_every_pass(build: Build) -> None:

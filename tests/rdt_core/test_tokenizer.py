@@ -367,6 +367,14 @@ def test_padding_and_truncation_of_the_json_are_switched_off(tiny_tokenizer: Tok
     assert len(tokenizer.encode_training(["the quick brown fox"])[0]) == 4
 
 
+def test_what_the_file_puts_around_a_text_is_left_out(tiny_tokenizer: Tokenizer) -> None:
+    ends = {"cls": ["[CLS]", tiny_tokenizer.cls_id], "sep": ["[SEP]", tiny_tokenizer.sep_id]}
+    tokenizer = change(tiny_tokenizer.json, post_processor={"type": "BertProcessing", **ends})
+    for text in ("the fox", "café 狐", "the fox " * LONG_TEXT):
+        assert tokenizer.encode(text) == tiny_tokenizer.encode(text)
+        assert tokenizer.encode_training([text]) == tiny_tokenizer.encode_training([text])
+
+
 @pytest.mark.parametrize("text", ["[ma\u017fk]", "[mas\u212a]"])
 def test_letters_that_only_fold_to_ascii_make_no_mask(tiny_tokenizer: Tokenizer, text: str) -> None:
     assert not any(tiny_tokenizer.encode(text).masked)

@@ -10,11 +10,11 @@ from rdt_core.rows import SAME_SUMS, RowCounts, few_outputs, same_sums
 
 def test_row_counts() -> None:
     fine, plain = FEW_ROWS, FULL_ROWS
-    assert [fine.holding(n) for n in (1, 7, 8, 9, 17, 33, 65, 129, 257)] == [1, 7, 8, 10, 20, 40, 80, 160, 288]
+    assert [fine.holding(n) for n in (0, 1, 7, 8, 9, 17, 33, 65, 129, 257)] == [1, 1, 7, 8, 10, 20, 40, 80, 160, 288]
     assert all(n <= fine.holding(n) <= max(n, 1.25 * n) for n in range(1, 600)), "at most a quarter is dead"
     assert len({fine.holding(n) for n in range(1, 513)}) == 36, "kernels to compile"
     assert [plain.holding(n) for n in (1, 32, 33)] == [32, 32, 64]
-    assert [RowCounts().holding(n) for n in (1, 2, 33)] == [1, 2, 33]
+    assert [RowCounts().holding(n) for n in (0, 1, 2, 33)] == [1, 1, 2, 33]
     assert [SAME_SUMS.holding(n) for n in (0, 1, 4, 33)] == [4, 4, 4, 33]
     assert torch.equal(fine.filled(torch.ones(9, 2)), torch.tensor([1.0] * 9 + [0.0])[:, None].expand(10, 2))
 

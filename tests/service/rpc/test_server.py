@@ -376,7 +376,7 @@ async def test_a_server_that_parts_finishes_what_is_under_way_and_sends_callers_
         await other.start("127.0.0.1", leaving.port)
         leaving.part()
         await channel.wait_for_state_change(grpc.ChannelConnectivity.READY)  # the caller knows
-        other_answers = await stub.GetModel(pb.GetModelRequest())
+        other_answers = await stub.GetModel(pb.GetModelRequest(), wait_for_ready=True)
         assert (other_answers.name, under_way.done()) == ("tiny", False)
         service.engine.held.set()
         assert (await under_way).steps == 2

@@ -133,6 +133,9 @@ class DataSection:
     min_seq_length: int = 16
     full_length_share: float = 0.5
     """Share of batches drawn at `max_seq_length`; the others at lengths log-uniform from the minimum."""
+    start_share: float = 0.5
+    """Share of segments that start where a paragraph does; fewer do where paragraphs are long. With 1, and paragraphs
+    as long as the segments, each segment is one paragraph."""
     tokenizer_name: str = "bert-base-uncased"
     """A hub name, or the path of a `tokenizer.json` or of a checkpoint."""
     cache_dir: str = "runs/cache"
@@ -206,7 +209,7 @@ AT_MOST = ("training.max_chain_length", "training.gate_passes", "training.total_
 ABOVE_ZERO = ("training.learning_rate", "training.max_grad_norm")
 SHARES = (
     "training.warmup_ratio", "training.decay_ratio", "training.random_token_share", "training.keep_token_share",
-    "training.gate_change_share", "data.full_length_share",
+    "training.gate_change_share", "data.full_length_share", "data.start_share",
 )  # fmt: skip
 DECAYS = ("training.adam_beta2", "training.average_decay")
 NAMES = (

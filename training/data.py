@@ -98,13 +98,13 @@ class Batches(Dataset[Batch]):
         return min(section.max_seq_length, int(math.exp(low + where * (high - low))))
 
     def _draw_segment(self, length: int, generator: torch.Generator) -> Tensor:
-        """Half of the segments start where a paragraph does, as callers' texts do. Where paragraphs are long, fewer do,
-        so that other text is seen often enough.
+        """A share of them starts where a paragraph does, as callers' texts do. Where paragraphs are long, fewer do, so
+        that other text is seen often enough.
         """
         last = len(self.corpus) - (length - 2)
         start = int(torch.randint(last + 1, (), generator=generator))
         near_starts = len(self.corpus.starts) * length / len(self.corpus)
-        if torch.rand((), generator=generator) < min(0.5, START_FAVOUR * near_starts):
+        if torch.rand((), generator=generator) < min(self.config.data.start_share, START_FAVOUR * near_starts):
             before = int(np.searchsorted(self.corpus.starts, start, side="right"))
             start = int(self.corpus.starts[before - 1]) if before else start  # the tail of a split may have none
         body = torch.from_numpy(self.corpus.tokens[start : start + length - 2].astype(np.int64))

@@ -54,6 +54,16 @@ def test_starts_of_paragraphs_are_seen_often_but_not_all_the_time(
     assert (firsts == 7).double().mean().item() == pytest.approx(share, abs=0.05)
 
 
+def test_every_segment_may_be_one_whole_paragraph(train_settings: Settings, tiny_tokenizer: Tokenizer) -> None:
+    paragraphs = np.arange(9, 9 + 50, dtype=np.uint16)[:, None] + np.zeros(14, dtype=np.uint16)
+    corpus = Corpus(paragraphs.flatten(), np.arange(50) * 14)
+    config = train_settings(**{"data.full_length_share": 1.0, "data.start_share": 1.0})
+    batches = data.Batches(corpus, config, tiny_tokenizer, seed=0)
+    bodies = torch.cat([batches[index].targets.view(4, 16)[:, 1:-1] for index in range(100)])
+    assert (bodies == bodies[:, :1]).all()
+    assert set(range(9, 9 + 49)) <= set(bodies[:, 0].tolist())  # the last one is drawn rarely
+
+
 def test_batch_k_depends_on_the_seed_and_k_alone(make_batches: Any) -> None:
     shares = {"training.random_token_share": 0.5, "training.keep_token_share": 0.2}
     one, other = make_batches(seed=1, **shares), make_batches(seed=1, **shares)

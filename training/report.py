@@ -41,6 +41,7 @@ MEASURES = {
         Measure("runs of 2 masked tokens right throughout, %", "run_2", "run_2_interval", 0.01),
         Measure("runs of 3 masked tokens right throughout, %", "run_3", "run_3_interval", 0.01),
         Measure("runs of 4 masked tokens right throughout, %", "run_4", "run_4_interval", 0.01),
+        Measure("segments restored without an error, %", "whole", "whole_interval", 0.01),
         Measure("BLEU-4 of whole segments", "bleu", "bleu_interval"),
         Measure("bits a masked token", "bits", "bits_interval"),
         Measure("bits a restored token under the left-to-right model", "lm_bits", "lm_bits_interval"),

@@ -98,6 +98,18 @@ def test_runs_and_whole_segments(evaluation: Evaluation, outcome: Outcome) -> No
     assert 0 < row.bleu < 100
 
 
+def test_segments_without_an_error(evaluation: Evaluation, outcome: Outcome) -> None:
+    """One wrong guess in the first and two in the second."""
+    guesses = evaluation.targets[evaluation.masked(RATIO)]
+    second = int((outcome.scores.segments == 0).sum())
+    guesses[[0, second, second + 1]] = guesses[[0, second, second + 1]] % 5 + 5
+    assert (guesses != evaluation.targets[evaluation.masked(RATIO)]).sum() == 3
+    row = row_of(evaluation, outcome._replace(scores=outcome.scores._replace(guesses=guesses)))
+    n_segments = len(evaluation.targets)
+    assert n_segments > 3
+    assert row.whole == pytest.approx(1 - 2 / n_segments)
+
+
 @pytest.mark.parametrize(("length", "has_bleu"), [(5, False), (6, True)])
 def test_segments_without_four_words_have_no_bleu_of_four(
     tiny_model: RDT, tiny_tokenizer: Tokenizer, length: int, has_bleu: bool

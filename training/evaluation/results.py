@@ -31,6 +31,8 @@ class Row:
     lm_excess_bits: float | None = None
     lm_excess_bits_interval: float | None = None
     bits_interval: float | None = None
+    whole: float | None = None
+    whole_interval: float | None = None
 
     @property
     def label(self) -> str:

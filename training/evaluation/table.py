@@ -143,6 +143,7 @@ class Judge:
         found = {
             "exact_match": torch.stack((self._sums(scores, scores.correct), masks)),
             "bits": torch.stack((self._sums(scores, scores.nats) / math.log(2), masks)),
+            "whole": torch.stack((right.all(1).double(), torch.ones(self.n_segments, dtype=torch.float64))),
         }
         if self.length - 2 >= BLEU_ORDER:
             found["bleu"] = self.bleu.of(restored)

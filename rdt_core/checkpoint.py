@@ -129,6 +129,11 @@ def read(path: str | Path) -> Checkpoint:
     missing = [key for key in REQUIRED_KEYS if key not in values]
     if missing:
         raise CheckpointError(path, f"has no {', '.join(missing)}")
+    weights = values["model_state_dict"]
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items()
+    ):
+        raise CheckpointError(path, "model_state_dict is not a dictionary of tensors")
     known = {name: values[name] for name in Checkpoint.__dataclass_fields__ if name in values}
     return Checkpoint(**known)
 
@@ -255,12 +260,8 @@ def _without_weights(path: str | Path, config: ModelConfig) -> RDT:
         raise CheckpointError(path, f"config: no such model can be made: {_first_line(error)}") from error
 
 
-def check_weights(path: str | Path, model: RDT, weights: Any, how: str = "") -> None:
+def check_weights(path: str | Path, model: RDT, weights: Mapping[str, Tensor], how: str = "") -> None:
     """Raise `CheckpointError` unless the weights are finite, as float32, and exactly the model's, by name and shape."""
-    if not isinstance(weights, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items()
-    ):
-        raise CheckpointError(path, "model_state_dict is not a dictionary of tensors")
     expected = model.state_dict()
     for name in sorted(expected.keys() | weights.keys()):
         if name not in weights:

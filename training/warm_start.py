@@ -12,6 +12,7 @@ a fresh table. Positions (rotary here), layers (pre-norm here, post-norm there) 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,8 @@ def stacked(weights: dict[str, Tensor], n_layers: int, n_wanted: int) -> dict[st
     """
     grown = dict(weights)
     for name, weight in weights.items():
-        stack, layer, rest = (*name.split(".", 2), "", "")[:3]
-        if stack == "encoder" and layer.isdigit():
-            grown |= {f"encoder.{i}.{rest}": weight for i in range(int(layer), n_wanted, n_layers)}
+        if found := re.fullmatch(r"encoder\.(\d+)\.(.+)", name):
+            grown |= {f"encoder.{i}.{found[2]}": weight for i in range(int(found[1]), n_wanted, n_layers)}
     return grown
 
 

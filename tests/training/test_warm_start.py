@@ -146,6 +146,23 @@ def test_layers_are_stacked_in_order() -> None:
     assert stacked(weights, 2, 2) == stacked(weights, 2, 1) == weights
 
 
+@pytest.mark.parametrize(
+    ("spoilt", "problem"),
+    [
+        ([1], "model_state_dict is not a dictionary of tensors"),
+        ({0: torch.ones(1)}, "model_state_dict is not a dictionary of tensors"),
+        ({"encoder.².weight": torch.ones(1)}, "model_state_dict has no "),
+    ],
+)
+def test_weights_that_are_none_are_refused(
+    model: RDT, tiny_checkpoint: Path, tmp_path: Path, spoilt: Any, problem: str
+) -> None:
+    loaded = checkpoint.load(tiny_checkpoint)
+    checkpoint.save(tmp_path / "spoilt.pt", replace(loaded.checkpoint, model_state_dict=spoilt))
+    with pytest.raises(CheckpointError, match=problem):
+        warm_start(model, tmp_path / "spoilt.pt", loaded.tokenizer)
+
+
 def test_as_many_heads_are_wanted(tiny_model: RDT, tiny_checkpoint: Path) -> None:
     other = RDT(replace(tiny_model.config, n_heads=2 * tiny_model.config.n_heads))
     with pytest.raises(ConfigError, match=f"its n_heads is {tiny_model.config.n_heads}, model.n_heads is"):

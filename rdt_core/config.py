@@ -6,7 +6,7 @@ which request defaults (`halting`, `max_steps`, `threshold`) its weights were ev
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
@@ -77,7 +77,7 @@ class ModelConfig:
             self._check_number(name)
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout!r}: want 0 <= dropout < 1")
-        if not (_is_finite(self.threshold) and self.threshold >= 0.0):
+        if not 0.0 <= self.threshold <= sys.float_info.max:  # a whole number may be larger
             raise ValueError(f"threshold is {self.threshold!r}: want a finite number >= 0")
         if not isinstance(self.level_conditioning, bool):
             raise ValueError(f"level_conditioning is {self.level_conditioning!r}: want true or false")
@@ -141,14 +141,6 @@ class ModelConfig:
     def with_changes(self, **changes: Any) -> ModelConfig:
         """A copy with other values. Raises `ValueError`, as `from_mapping` does."""
         return self.from_mapping({**vars(self), **changes})
-
-
-def _is_finite(number: float) -> bool:
-    """As `math.isfinite`; false for a whole number that is too large for a float."""
-    try:
-        return math.isfinite(number)
-    except OverflowError:
-        return False
 
 
 PRESETS: dict[str, ModelConfig] = {

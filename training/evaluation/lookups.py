@@ -187,7 +187,8 @@ def _compare(own: Rules, lookup: Rules, ground: Ground) -> dict[str, float]:
     masks, once = ground.masks, torch.ones(1, len(ground.masks), dtype=torch.float64)
     other = lookup.lottery(own.passes.mean().item())
     difference = paired_difference(own.hits[0], other.hits[0], masks)
-    low, high, unreached = _saved_interval(own, lookup, masks, ground.weights)
+    saved, reached = _saved(own, lookup, masks, ground.weights)
+    low, high = central(saved)
     return {
         "mask_ratio": ground.mask_ratio,
         "passes": own.passes.mean().item(),
@@ -201,7 +202,7 @@ def _compare(own: Rules, lookup: Rules, ground: Ground) -> dict[str, float]:
         "saved": _saved(own, lookup, masks, once)[0].item(),
         "saved_low": low,
         "saved_high": high,
-        "unreached": unreached,
+        "unreached": 1 - reached.double().mean().item(),
     }
 
 
@@ -210,12 +211,6 @@ def _saved(own: Rules, lookup: Rules, masks: Tensor, weights: Tensor) -> tuple[T
     quality = (weights @ own.hits[0]) / (weights @ masks)  # (B,)
     needed, reached = passes_needed(lookup, quality, masks, weights)
     return needed - (weights @ own.passes[0]) / weights.sum(1), reached
-
-
-def _saved_interval(own: Rules, lookup: Rules, masks: Tensor, weights: Tensor) -> tuple[float, float, float]:
-    """Both ends of the 95 % interval, and the share of resamples in which no lookup is as good."""
-    saved, reached = _saved(own, lookup, masks, weights)
-    return *central(saved), 1 - reached.double().mean().item()
 
 
 def with_ends(outcomes: list[Outcome], scores: Measured, n_segments: int) -> list[Outcome]:

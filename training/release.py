@@ -29,15 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max_steps", "--max-steps", type=int, help="default of max_steps (default: the checkpoint's)")
     parser.add_argument("--threshold", type=float, help="default of threshold (default: the checkpoint's)")
     options = parser.parse_args(arguments)
-    defaults = {name: getattr(options, name) for name in REQUEST_DEFAULTS}
+    defaults = {name: value for name in REQUEST_DEFAULTS if (value := getattr(options, name)) is not None}
     try:
         make_folder(options.output.parent, "the folder of --output")
-        checkpoint.export_release(
-            options.checkpoint,
-            options.output,
-            name=options.name,
-            defaults={name: value for name, value in defaults.items() if value is not None},
-        )
+        checkpoint.export_release(options.checkpoint, options.output, name=options.name, defaults=defaults)
         released = checkpoint.load(options.output)
         note = average_note(checkpoint.read(options.checkpoint))
     except (CheckpointError, ValueError, OSError) as error:

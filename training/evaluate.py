@@ -72,13 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             validation = _evaluation(options, loaded, options.validation, "--validation")
         with enough_memory("--batch-size", options.batch_size, "--length"):
             found = evaluate(evaluation, plan, validation, scorer)
-    except (ConfigError, CheckpointError, OSError) as error:
-        print(f"rdt-evaluate: {error}", file=sys.stderr)
-        return 2
-    status = print_text(as_text(found))
-    try:
+        status = print_text(as_text(found))
         _keep(options, loaded, evaluation, found, plan=plan, scorer=scorer)
-    except OSError as error:
+    except (ConfigError, CheckpointError, OSError) as error:
         print(f"rdt-evaluate: {error}", file=sys.stderr)
         return 2
     return status

@@ -36,13 +36,12 @@ def make_optimizer(model: RDT, section: TrainingSection) -> AdamW:
 def adopt_settings(optimizer: AdamW, model: RDT, section: TrainingSection) -> None:
     """Write this run's settings over those that were loaded with the optimizer's state."""
     for group, fresh in zip(optimizer.param_groups, make_optimizer(model, section).param_groups, strict=True):
-        group.update(fresh, initial_lr=fresh["lr"])  # with the same parameters
+        group.update(fresh)  # with the same parameters
 
 
 class Average:
     """A running average of weights over steps (Polyak & Juditsky, 1992), exponentially weighted."""
 
-    @torch.no_grad()
     def __init__(self, parameters: Sequence[Tensor], decay: float) -> None:
         self.parameters, self.decay = list(parameters), decay
         self.values = [parameter.detach().clone() for parameter in parameters]
@@ -96,5 +95,5 @@ def learning_rate_factor(section: TrainingSection, n_steps: int) -> Callable[[in
 def make_scheduler(optimizer: torch.optim.Optimizer, section: TrainingSection, n_steps: int, step: int = 0) -> LambdaLR:
     """The schedule after `step` steps; depends on the step alone, so a resumed run may have a longer end."""
     for group in optimizer.param_groups:
-        group.setdefault("initial_lr", section.learning_rate)
+        group["initial_lr"] = section.learning_rate
     return LambdaLR(optimizer, learning_rate_factor(section, n_steps), last_epoch=step - 1)

@@ -94,12 +94,12 @@ class Learner:
         with autocast(self.device, self.config.mixed_precision):
             if section.scheme == "chain":
                 return chain_losses(self.model, batch, packing, self._draw_passes(), section)
-            turn = self.stages.gate_turn(self.step)
-            none = torch.zeros((), device=self.device)
-            recon = none
+            recon = gate = torch.zeros((), device=self.device)
             if not self.stages.is_gate_alone(self.step):
                 recon = unroll_losses(self.model, batch, packing, self._draw_passes(), section)
-            return Losses(recon, none if turn is None else self._gate_loss(batch, turn))
+            if (turn := self.stages.gate_turn(self.step)) is not None:
+                gate = self._gate_loss(batch, turn)
+            return Losses(recon, gate)
 
     def _draw_passes(self) -> int:
         if self.stages.is_one_pass(self.step):

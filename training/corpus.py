@@ -182,19 +182,20 @@ def load_corpora(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Corpus, Cor
     """Training and validation text. Local text without a `validation_name` gives up its end."""
     section = config.data
     of_validation = "the validation text"
-    local = is_local(section.dataset_name)
-    if local:
-        train = local_corpus(section.dataset_name, tokenizer, section.cache_dir)
-    else:
-        train = hub_corpus(section.dataset_name, "train", tokenizer)
-    if section.validation_name is not None and is_local(section.validation_name):
-        validation = local_corpus(section.validation_name, tokenizer, section.cache_dir, "data.validation_name")
-    elif section.validation_name is not None or not local:
-        named = "data.dataset_name" if section.validation_name is None else "data.validation_name"
-        validation = hub_corpus(section.validation_name or section.dataset_name, "validation", tokenizer, named)
-    else:
+
+    def read(name: str, split: str, named: str) -> Corpus:
+        if is_local(name):
+            return local_corpus(name, tokenizer, section.cache_dir, named)
+        return hub_corpus(name, split, tokenizer, named)
+
+    train = read(section.dataset_name, "train", "data.dataset_name")
+    if section.validation_name is not None:
+        validation = read(section.validation_name, "validation", "data.validation_name")
+    elif is_local(section.dataset_name):
         train, validation = train.split(min(VALIDATION_TOKENS, len(train) // 10))
         of_validation = "the validation text, which is the end of it,"
+    else:
+        validation = read(section.dataset_name, "validation", "data.dataset_name")
     for text, corpus in (("the training text", train), (of_validation, validation)):
         if len(corpus) < section.max_seq_length:
             wanted = f"want at least data.max_seq_length = {section.max_seq_length}"

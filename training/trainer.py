@@ -40,9 +40,9 @@ from training.warm_start import warm_start
 
 TRAIN, VALIDATION = 1, 2  # streams of randomness
 MEASURED = (
-    "seed", "data.", "training.masking_strategy", "training.max_chain_length",
-    "training.scheme", "training.loss_weight", "training.batch_size", "training.gate_passes", "training.gate_sequences",
-    "training.gate_change_share", "mixed_precision", "output.eval_batches", "output.checkpoint_dir",
+    "seed", "data.", "training.masking_strategy", "training.max_chain_length", "training.loss_weight",
+    "training.batch_size", "training.gate_passes", "training.gate_sequences", "training.gate_change_share",
+    "mixed_precision", "output.eval_batches", "output.checkpoint_dir",
 )  # fmt: skip
 """If one of these has changed, losses before and after cannot be compared, or `best_model.pt` is in another folder."""
 
@@ -141,9 +141,8 @@ class Trainer:
 
     def fit(self) -> bool:
         """Train to the last step; False if a signal ended the run early (its state is saved)."""
-        quiet = not self.processes.first
         with (
-            Progress(self.config.output.log_dir, self.step, self.n_steps, quiet=quiet) as progress,
+            Progress(self.config.output.log_dir, self.step, self.n_steps, quiet=not self.processes.first) as progress,
             stop_signal() as self._signals,
         ):
             if self.step >= self.n_steps:

@@ -227,6 +227,7 @@ def test_the_best_loss_is_forgotten_where_validation_finds_another(
     found, best = resumed()
     assert best < math.inf
     assert resumed(**{"training.learning_rate": 0.01, "training.grad_passes": 1}) == (found, best)
+    assert resumed(**{"training.scheme": "chain"}) == (found, best)
     for name, value in {
         "seed": 1,
         "data.max_seq_length": 12,

@@ -173,8 +173,8 @@ def export_release(
         raise ValueError(f"{target} is the checkpoint itself: a release would overwrite what training needs")
     if not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}: want a floating point format")
-    for default in sorted(set(defaults or {}) - set(REQUEST_DEFAULTS)):
-        raise ValueError(f"{default} is no default of requests: want {', '.join(REQUEST_DEFAULTS)}")
+    if unknown := sorted(set(defaults or {}) - set(REQUEST_DEFAULTS)):
+        raise ValueError(f"{unknown[0]} is no default of requests: want {', '.join(REQUEST_DEFAULTS)}")
     checkpoint = read(source)
     model, _ = _described(source, checkpoint)
     config = {**_without_folders(checkpoint.config), "name": name or checkpoint.config.get("name")}

@@ -37,13 +37,12 @@ def has_its_shape(config: ModelConfig) -> bool:
 
 
 @torch.no_grad()
-def copy_bert(model: RDT, folder: Path, named: str) -> str:
+def copy_bert(model: RDT, folder: Path, where: str) -> str:
     """Copy layers, positions and embeddings of the BERT in a folder, and its head if both have one; returns, in words,
     what was copied.
 
-    Raises `ConfigError`, in which the setting is called `named`.
+    Raises `ConfigError`, which begins with `where`.
     """
-    where = f"{named} is {str(folder)!r}"
     source, missing = _loaded(folder, where)
     source = source.float()  # it may be stored in another format
     _check_shape(model.config, source.config, where)

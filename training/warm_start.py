@@ -34,23 +34,24 @@ def warm_start(model: RDT, source: str | Path, tokenizer: Tokenizer) -> str:
     Raises `ConfigError` and `CheckpointError`.
     """
     source, named = Path(source), "training.init_from"
+    where = f"{named} is {str(source)!r}"
     if source.is_file():
-        return f"{named} {source}: {_copy_all(model, source, tokenizer)}"
+        return f"{named} {source}: {_copy_all(model, source, tokenizer, where)}"
     if has_its_shape(model.config):
-        _check_folder(source, tokenizer, named)
-        return f"{named} {source}: {copy_bert(model, source, named)}"
+        _check_folder(source, tokenizer, where)
+        return f"{named} {source}: {copy_bert(model, source, where)}"
     copy_embeddings(model.embedding, source, tokenizer, named)
     return f"{named} {source}: the token embeddings; all else is fresh (layers want norm: post, positions: learned)"
 
 
-def _copy_all(model: RDT, path: Path, tokenizer: Tokenizer) -> str:
+def _copy_all(model: RDT, path: Path, tokenizer: Tokenizer, where: str) -> str:
     saved = checkpoint.read(path)
     if checkpoint.tokenizer_of(path, saved).json != tokenizer.json:
-        raise ConfigError(f"training.init_from is {str(path)!r}: its tokenizer is not data.tokenizer_name's")
+        raise ConfigError(f"{where}: its tokenizer is not data.tokenizer_name's")
     theirs = checkpoint.model_config(path, saved)
     for name in ("n_heads", "norm"):  # not visible in the shapes of the weights
         if (there := getattr(theirs, name)) != (here := getattr(model.config, name)):
-            raise ConfigError(f"training.init_from is {str(path)!r}: its {name} is {there}, model.{name} is {here}")
+            raise ConfigError(f"{where}: its {name} is {there}, model.{name} is {here}")
     weights = stacked(saved.model_state_dict, theirs.n_encoder_layers, model.config.n_encoder_layers)
     taken = "everything"
     if bool(theirs.gate_shortlist) != bool(model.config.gate_shortlist):  # their token level reads something else
@@ -82,22 +83,23 @@ def copy_embeddings(table: nn.Embedding, folder: Path, tokenizer: Tokenizer, nam
 
     Raises `ConfigError`, in which the setting is called `named`.
     """
-    found = _word_embeddings(folder, tokenizer, named)
+    where = f"{named} is {str(folder)!r}"
+    found = _word_embeddings(folder, tokenizer, where)
     wanted = tuple(table.weight.shape)
     if tuple(found.shape) != wanted:
-        raise ConfigError(f"{named} is {str(folder)!r}: its embeddings are {tuple(found.shape)}, want {wanted}")
-    table.weight.copy_(found * embedding_scale(found, f"{named} is {str(folder)!r}"))
+        raise ConfigError(f"{where}: its embeddings are {tuple(found.shape)}, want {wanted}")
+    table.weight.copy_(found * embedding_scale(found, where))
 
 
-def _check_folder(folder: Path, tokenizer: Tokenizer, named: str) -> None:
+def _check_folder(folder: Path, tokenizer: Tokenizer, where: str) -> None:
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"{named} is {str(folder)!r}: want a folder with config.json and weights")
-    theirs = _vocabulary(folder, named)
+        raise ConfigError(f"{where}: want a folder with config.json and weights")
+    theirs = _vocabulary(folder, where)
     if theirs is not None and theirs != json.loads(tokenizer.json)["model"]["vocab"]:
-        raise ConfigError(f"{named} is {str(folder)!r}: its vocabulary is not this tokenizer's")
+        raise ConfigError(f"{where}: its vocabulary is not this tokenizer's")
 
 
-def _vocabulary(folder: Path, named: str) -> Any:
+def _vocabulary(folder: Path, where: str) -> Any:
     """The vocabulary of the tokenizer beside the weights, piece -> id; None if there is none."""
     file, pieces = folder / "tokenizer.json", folder / "vocab.txt"
     try:
@@ -106,23 +108,23 @@ def _vocabulary(folder: Path, named: str) -> Any:
         if pieces.is_file():
             return {piece: i for i, piece in enumerate(pieces.read_text(encoding="utf-8").split("\n")) if piece}
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{named} is {str(folder)!r}: its tokenizer is none that can be read") from error
+        raise ConfigError(f"{where}: its tokenizer is none that can be read") from error
     return None
 
 
-def _word_embeddings(folder: Path, tokenizer: Tokenizer, named: str) -> Tensor:
-    _check_folder(folder, tokenizer, named)
+def _word_embeddings(folder: Path, tokenizer: Tokenizer, where: str) -> Tensor:
+    _check_folder(folder, tokenizer, where)
     from transformers import AutoModel  # noqa: PLC0415 - heavy, and only for a warm start
 
     try:
         source, report = AutoModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     except Exception as error:  # of many kinds: no weights, truncated ones, a model that nobody knows
-        raise ConfigError(f"{named} is {str(folder)!r}: {one_line(error)[:300]}") from error
+        raise ConfigError(f"{where}: {one_line(error)[:300]}") from error
     table = source.get_input_embeddings().weight
     lost = set(report["missing_keys"])  # these are random
     name = next(name for name, weight in source.named_parameters() if weight is table)
     if name in lost:
-        raise ConfigError(f"{named} is {str(folder)!r}: it has no {name}")
+        raise ConfigError(f"{where}: it has no {name}")
     found = table.detach().float()  # it may be stored in another format
-    check_numbers([(name, found)], f"{named} is {str(folder)!r}")
+    check_numbers([(name, found)], where)
     return found

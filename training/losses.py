@@ -131,9 +131,8 @@ def _gate_losses(model: RDT, batch: Batch, packing: Packing, section: TrainingSe
         return torch.stack([parameter.sum() for parameter in model.gate.parameters()]).sum() * 0.0
     left = None  # (P, N)
     if not settle:
-        will_change = (run.guesses != run.guesses[-1]).float()  # (P, M)
         sequences = packing.sequence_ids[rows]
-        left = passes_left(will_change, sequences, packing.n_sequences, section.gate_change_share)
+        left = passes_left(run.guesses, sequences, packing.n_sequences, section.gate_change_share)
     state = model.gate.start(packing)
     loss = state.level.new_zeros(())
     for step, seen in enumerate(run.states):
@@ -154,12 +153,13 @@ def cross_entropy(predicted: Tensor, truth: Tensor) -> Tensor:
     return -(truth * predicted.log() + (1 - truth) * torch.log1p(-predicted)).mean()
 
 
-def passes_left(will_change: Tensor, sequences: Tensor, n_sequences: int, change_share: float) -> Tensor:
+def passes_left(guesses: Tensor, sequences: Tensor, n_sequences: int, change_share: float) -> Tensor:
     """Passes until at most `change_share` of a sequence's guesses differ from the final ones, and stay so.
 
-    will_change `(P, M)` of 0 and 1, the sequence of each `(M,)` -> `(P, N)`, 0 = the predictions have settled.
+    guesses `(P, M)`, the sequence of each `(M,)` -> `(P, N)`, 0 = the predictions have settled.
     """
-    n_passes = len(will_change)
+    n_passes = len(guesses)
+    will_change = (guesses != guesses[-1]).float()
     counts = torch.bincount(sequences, minlength=n_sequences).clamp(min=1)
     changing = will_change.new_zeros(n_passes, n_sequences).index_add_(1, sequences, will_change)
     unsettled = changing / counts > change_share  # (P, N)

@@ -105,16 +105,16 @@ def test_a_single_token_that_a_pass_reveals_is_learnt(model: RDT, batch: Batch) 
 
 
 def test_passes_left_counts_down_to_the_last_change() -> None:
-    will_change = torch.tensor([[1, 1, 0], [0, 1, 0], [1, 0, 0], [0, 0, 0]]).float()
+    guesses = torch.tensor([[1, 1, 9], [7, 1, 9], [1, 6, 9], [7, 6, 9]])
     sequences = torch.tensor([0, 0, 1])
-    assert passes_left(will_change, sequences, 2, 0.02).T.tolist() == [[3, 2, 1, 0], [0, 0, 0, 0]]
-    assert passes_left(will_change, sequences, 2, 0.5).T.tolist() == [[1, 0, 0, 0], [0, 0, 0, 0]]
+    assert passes_left(guesses, sequences, 2, 0.02).T.tolist() == [[3, 2, 1, 0], [0, 0, 0, 0]]
+    assert passes_left(guesses, sequences, 2, 0.5).T.tolist() == [[1, 0, 0, 0], [0, 0, 0, 0]]
 
 
 def test_passes_left_of_a_sequence_without_masks_is_zero() -> None:
-    will_change = torch.tensor([[1.0], [0.0]])
-    assert passes_left(will_change, torch.tensor([1]), 2, 0.02).T.tolist() == [[0, 0], [1, 0]]
-    assert passes_left(will_change, torch.tensor([1]), 3, 0.5).T.tolist() == [[0, 0], [1, 0], [0, 0]]
+    guesses = torch.tensor([[5], [6]])
+    assert passes_left(guesses, torch.tensor([1]), 2, 0.02).T.tolist() == [[0, 0], [1, 0]]
+    assert passes_left(guesses, torch.tensor([1]), 3, 0.5).T.tolist() == [[0, 0], [1, 0], [0, 0]]
 
 
 def test_a_deep_run_without_settling_is_the_plain_recursion(model: RDT, batch: Batch) -> None:
@@ -187,8 +187,7 @@ def test_the_gate_loss_is_what_its_docstring_says(model: RDT, batch: Batch) -> N
     states = model.recursive_forward(batch.tokens, batch.masked, packing, 4)
     probabilities = torch.stack([model.decode(state.hidden, packing, rows).softmax(-1) for state in states])
     sureness, guesses = probabilities.max(-1)
-    will_change = (guesses != guesses[-1]).float()
-    left = passes_left(will_change, packing.sequence_ids[rows], packing.n_sequences, 0.1)
+    left = passes_left(guesses, packing.sequence_ids[rows], packing.n_sequences, 0.1)
     assert left.any()
     expected = torch.zeros(())
     for step, state in enumerate(states):

@@ -27,8 +27,7 @@ def level_readings(scores: Measured, levels: Tensor, config: ModelConfig, mask_r
     """
     n_passes, n_segments = levels.shape
     masks = torch.bincount(scores.segments, minlength=n_segments)
-    will_change = (scores.guesses != scores.guesses[-1]).float()
-    left = passes_left(will_change, scores.segments, n_segments, TrainingSection.gate_change_share)[:, masks > 0]
+    left = passes_left(scores.guesses, scores.segments, n_segments, TrainingSection.gate_change_share)[:, masks > 0]
     said = (levels * config.total_steps)[:, masks > 0]
     for after in (n for n in AFTER if n < n_passes):
         one, other = said[after - 1].double(), left[after - 1].double()

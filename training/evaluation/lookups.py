@@ -211,9 +211,3 @@ def _saved(own: Rules, lookup: Rules, masks: Tensor, weights: Tensor) -> tuple[T
     quality = (weights @ own.hits[0]) / (weights @ masks)  # (B,)
     needed, reached = passes_needed(lookup, quality, masks, weights)
     return needed - (weights @ own.passes[0]) / weights.sum(1), reached
-
-
-def with_ends(outcomes: list[Outcome], scores: Measured, n_segments: int) -> list[Outcome]:
-    """Outcomes of a rule, between the two extremes that every rule has: one pass, and all passes."""
-    ends = [at_depth(scores, torch.full((n_segments,), depth)) for depth in (1, len(scores.guesses))]
-    return [ends[0], *outcomes, ends[1]]

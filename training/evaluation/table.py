@@ -26,7 +26,6 @@ from training.evaluation.lookups import (
     halting_depths,
     rising_hull,
     unchanged,
-    with_ends,
 )
 from training.evaluation.measures import BLEU_ORDER, RUN_LENGTHS, BleuCounter, per_segment, resamples, runs
 from training.evaluation.restoring import Evaluation, Measured, Outcome, at_depth
@@ -111,9 +110,9 @@ class Deep:
         found = {"fixed": fixed}
         if table_quality is not None:
             found["table"] = fixed.at(rising_hull(table_quality))
-        if self.plan.unchanged:
-            stops = [self.unchanged(at_most) for at_most in self.plan.unchanged]
-            found["unchanged"] = self._rules(with_ends(stops, self.scores, self.n_segments)).by_passes()
+        if self.plan.unchanged:  # between the extremes that every rule has: one pass, and all passes
+            stops = [self.fixed(1), *map(self.unchanged, self.plan.unchanged), self.fixed(self.plan.max_depth)]
+            found["unchanged"] = self._rules(stops).by_passes()
         return found
 
     def _rules(self, outcomes: list[Outcome]) -> Rules:

@@ -59,20 +59,19 @@ def agreement(model: RDT, options: argparse.Namespace) -> list[dict[str, Any]]:
     threshold = statistics.median(contenders.restored(model, job).levels[-1] for job in jobs[:32])
     jobs = [replace(job, threshold=threshold) for job in jobs]
     alone = [contenders.restored(model, job) for job in jobs]
+    n_masked = sum(len(one.rows) for one in alone)
     rows, bounds = [], (options.token_budget, options.max_live)
     for precision in (*FORMATS[options.device], "fp32"):
         served = prepare(copy.deepcopy(model), precision)
         results = contenders.serve(make_backend(served, *bounds), jobs, *bounds)
         pairs = list(zip(results, alone, strict=True))
-        n_tokens = sum(len(one.rows) for one in alone)
-        same = sum(a == b for ours, one in pairs for a, b in zip(ours.tokens, one.tokens, strict=True))
-        total = sum(len(one.tokens) for one in alone)
+        changed = sum(a != b for ours, one in pairs for a, b in zip(ours.tokens, one.tokens, strict=True))
         row = {
             "precision": precision,
             "requests": len(jobs),
             "same_tokens_and_steps": sum(o.tokens == a.tokens and o.steps == a.steps for o, a in pairs) / len(pairs),
             "same_steps": sum(ours.steps == one.steps for ours, one in pairs) / len(pairs),
-            "masked_tokens_changed": (total - same) / n_tokens,
+            "masked_tokens_changed": changed / n_masked,
         }
         print(row, flush=True)
         rows.append(row)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-PERCENTS = (50, 90, 99)
+PERCENTS = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
 
 
 @dataclass
@@ -86,9 +86,9 @@ def report(replicas: Sequence[Books]) -> Report:
 def percentiles_ms(seconds: np.ndarray) -> dict[str, float]:
     """Percentiles, each the smallest value that so many percent do not exceed, and the maximum; 0 without values."""
     if len(seconds) == 0:
-        return dict.fromkeys((*(f"p{percent}" for percent in PERCENTS), "max"), 0.0)
-    ranked = np.percentile(seconds, (*PERCENTS, 100), method="inverted_cdf") * 1e3
-    return dict(zip((*(f"p{percent}" for percent in PERCENTS), "max"), ranked.tolist(), strict=True))
+        return dict.fromkeys(PERCENTS, 0.0)
+    ranked = np.percentile(seconds, tuple(PERCENTS.values()), method="inverted_cdf") * 1e3
+    return dict(zip(PERCENTS, ranked.tolist(), strict=True))
 
 
 def _rounded(value: Any) -> Any:

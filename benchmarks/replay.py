@@ -61,7 +61,7 @@ class Replay:
 
         Raises `ValueError` for a result that is of something else than is simulated: one batch, under several loads.
         """
-        alone = read_settings(result["options"].get("server_flags", [])).replicas == 1
+        alone = read_settings(result["options"]["server_flags"]).replicas == 1
         if not alone or not all(figures["levels"] for figures in result["transports"].values()):
             raise ValueError("want a result of benchmarks.serve with --replicas=1 and with levels")
         jobs = make_jobs(result["options"]["workload"], result["options"]["requests"], vocab_size)

@@ -178,6 +178,12 @@ class Service:
             if calls := asyncio.all_tasks() - others - {asyncio.current_task()}:
                 await asyncio.wait(calls, timeout=5)
 
+    async def until_live(self, n_jobs: int) -> None:
+        """Until the engine has so many."""
+        async with asyncio.timeout(10):
+            while self.engine.live != n_jobs:
+                await asyncio.sleep(0.005)
+
     def sample(self, name: str, **labels: str) -> float:
         """One value of the registry; 0 for a series nobody has touched."""
         return self.metrics.registry.get_sample_value(name, labels) or 0.0

@@ -109,9 +109,7 @@ async def test_what_is_wrong_with_an_item_is_not_kept_while_others_wait(service:
     async with service.client() as client:
         headers = {"Content-Type": "application/json"}
         asked = asyncio.create_task(client.post("/denoise/batch", content=body, headers=headers))
-        async with asyncio.timeout(10):
-            while service.engine.live == 0:
-                await asyncio.sleep(0.005)
+        await service.until_live(1)
         assert [kept for kept in gc.get_objects() if type(kept) is dict and "unheard-of" in kept] == []
         service.engine.held.set()
         assert [*map(len, (await asked).json()["results"])] == [1, 1]

@@ -254,9 +254,7 @@ async def test_a_request_that_the_end_of_the_server_cancels_says_so(observed: Se
     observed.engine.held = asyncio.Event()
     async with observed.client() as client:
         asked = asyncio.create_task(post(client, "one"))
-        async with asyncio.timeout(5):
-            while observed.engine.live == 0:
-                await asyncio.sleep(0.005)
+        await observed.until_live(1)
         asked.cancel()
         await asyncio.wait([asked])
     (line,) = log.entries("service.rest.observe")
@@ -317,9 +315,7 @@ async def test_calls_at_the_same_time_keep_their_ids(observed: Service, log: Log
     observed.engine.held = asyncio.Event()
     async with observed.client() as client:
         asked = [asyncio.create_task(post(client, f"call-{n}")) for n in range(5)]
-        async with asyncio.timeout(5):
-            while observed.engine.live < 5:
-                await asyncio.sleep(0.005)
+        await observed.until_live(5)
         observed.engine.held.set()
         await asyncio.gather(*asked)
     assert sorted(str(line["request_id"]) for line in log.entries("service.rest.observe")) == [

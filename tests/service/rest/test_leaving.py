@@ -17,12 +17,6 @@ ROUTES = [
 ]  # fmt: skip
 
 
-async def until(service: Service, live: int) -> None:
-    async with asyncio.timeout(5):
-        while service.sample("rdt_live_requests") != live:
-            await asyncio.sleep(0.005)
-
-
 @pytest.mark.parametrize(("path", "body", "n_jobs"), ROUTES)
 async def test_a_socket_that_closes(service: Service, port: int, path: str, body: Any, n_jobs: int) -> None:
     service.engine.held = asyncio.Event()
@@ -30,10 +24,10 @@ async def test_a_socket_that_closes(service: Service, port: int, path: str, body
     content = json.dumps(body)
     writer.write(f"POST {path} HTTP/1.1\r\nHost: rdt\r\nContent-Type: application/json\r\n".encode())
     writer.write(f"Content-Length: {len(content)}\r\n\r\n{content}".encode())
-    await until(service, live=n_jobs)
+    await service.until_live(n_jobs)
     assert service.engine.n_left == 0
     writer.close()
-    await until(service, live=0)
+    await service.until_live(0)
     assert service.engine.n_left == n_jobs
     assert service.sample("rdt_requests_total", transport="rest", outcome="cancelled") == n_jobs
 
@@ -59,7 +53,7 @@ async def test_a_disconnect(service: Service, path: str, body: Any, n_jobs: int)
         "headers": [(b"content-type", b"application/json")],
     }  # fmt: skip
     answering = asyncio.create_task(service.app(scope, receive, send))  # type: ignore[arg-type] # plain dicts
-    await until(service, live=n_jobs)
+    await service.until_live(n_jobs)
     async with asyncio.timeout(5):
         while path == "/denoise/stream" and len(sent) < 2:  # in the middle of it
             await asyncio.sleep(0.005)

@@ -128,8 +128,7 @@ async def test_the_answer_before_a_refusal_is_the_last(port: int, service: Servi
     service.engine.held = asyncio.Event()
     async with connected(port) as (reader, writer):
         writer.write(head(b"Content-Type: application/json", n_bytes=13) + b'{"text": "a"}')
-        while service.engine.live == 0:
-            await asyncio.sleep(0.005)
+        await service.until_live(1)
         writer.write(b"\x16\x03\x01 no HTTP")
         await asyncio.sleep(0.01)
         service.engine.held.set()
@@ -145,8 +144,7 @@ async def test_what_a_connection_held_is_freed_with_it(server: tuple[FrontEnd, i
         async with connected(port) as (_, writer):
             writer.write(head(b"Content-Type: application/json", n_bytes=13) + b'{"text": "a"}')
             writer.write(head(b"Content-Type: application/json", n_bytes=4000) + b"x" * 3000)
-            while service.engine.live == 0:
-                await asyncio.sleep(0.005)
+            await service.until_live(1)
             (connection,) = map(weakref.ref, front._server.server_state.connections)
         async with asyncio.timeout(5):
             while connection() is not None:

@@ -203,8 +203,7 @@ async def test_at_shutdown_a_connection_ends_with_its_answer(
     async with asyncio.timeout(5):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(request(b""))
-        while service.engine.live == 0:
-            await asyncio.sleep(0.005)
+        await service.until_live(1)
         if not waits:
             held.set()
             assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
@@ -382,13 +381,10 @@ async def test_who_hangs_up_with_a_request_behind_the_first_frees_the_engine(
     service.engine.held = asyncio.Event()
     _, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(request(b"") + (b"" if later else behind))
-    async with asyncio.timeout(5):
-        while service.engine.live != 1:
-            await asyncio.sleep(0.005)
-        if later:
-            writer.write(behind)
-            await asyncio.sleep(0.01)
-        writer.close()
-        while service.engine.live != 0:
-            await asyncio.sleep(0.005)
+    await service.until_live(1)
+    if later:
+        writer.write(behind)
+        await asyncio.sleep(0.01)
+    writer.close()
+    await service.until_live(0)
     assert service.engine.n_left == 1

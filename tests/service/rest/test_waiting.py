@@ -18,12 +18,6 @@ ONE = HEAD + BODY
 LIVE = b"GET /health/live HTTP/1.1\r\nHost: rdt\r\n"
 
 
-async def until(service: Service, live: int) -> None:
-    async with asyncio.timeout(5):
-        while service.engine.live != live:
-            await asyncio.sleep(0.005)
-
-
 @pytest.mark.parametrize("cut", [0, 20, len(ONE) - 5])
 async def test_while_a_request_is_answered_its_connection_is_not_idle(
     server: tuple[FrontEnd, int], service: Service, monkeypatch: pytest.MonkeyPatch, cut: int
@@ -34,12 +28,12 @@ async def test_while_a_request_is_answered_its_connection_is_not_idle(
     service.engine.held = asyncio.Event()
     async with connected(port) as (reader, writer):
         writer.write(ONE + ONE[:cut])
-        await until(service, 1)
+        await service.until_live(1)
         service.engine.held.set()
         first = await reader.readuntil(b"}")
         service.engine.held = asyncio.Event()
         writer.write(ONE[cut:])
-        await until(service, 1)
+        await service.until_live(1)
         await asyncio.sleep(0.3)
         service.engine.held.set()
         assert statuses(first + await reader.read()) == [200, 200]
@@ -71,7 +65,7 @@ async def test_of_what_waits_only_so_much_is_taken_in(server: tuple[FrontEnd, in
     service.engine.held = asyncio.Event()
     async with connected(port) as (_, writer):
         writer.write(ONE * 200_000)
-        await until(service, 1)
+        await service.until_live(1)
         await asyncio.sleep(0.1)
         (connection,) = front._server.server_state.connections
         assert isinstance(connection, protocol.Http)

@@ -97,13 +97,11 @@ async def test_the_messages_of_all_calls_have_a_bound_together(
     async with service.channel() as channel, asyncio.timeout(10):
         stub = DenoiserStub(channel)
         taken = [stub.DenoiseBatch(batch) for _ in range(3)]
-        while service.engine.live < 3:
-            await asyncio.sleep(0.005)
+        await service.until_live(3)
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await stub.DenoiseBatch(batch)
         small = stub.Denoise(TEXT)
-        while service.engine.live < 4:
-            await asyncio.sleep(0.005)
+        await service.until_live(4)
         service.engine.held.set()
         assert (await small).steps == 2
         for call in (*taken, stub.DenoiseBatch(batch)):  # there is room again

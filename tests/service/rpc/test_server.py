@@ -34,12 +34,6 @@ KEY = "s3cret"
 TEXT = pb.DenoiseRequest(text="a")
 
 
-async def until(service: Service, live: int) -> None:
-    async with asyncio.timeout(5):
-        while service.engine.live != live:
-            await asyncio.sleep(0.005)
-
-
 async def test_no_call_fails_when_its_connection_has_grown_old(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -48,7 +42,7 @@ async def test_no_call_fails_when_its_connection_has_grown_old(
     async with service.channel() as channel:
         stub = DenoiserStub(channel)
         slow = asyncio.ensure_future(stub.Denoise(TEXT))
-        await until(service, live=1)
+        await service.until_live(1)
         await asyncio.sleep(0.5)
         service.engine.held.set()
         assert (await slow).steps == 2, "a call under way is not cut off"
@@ -312,10 +306,10 @@ async def test_a_caller_who_leaves_frees_the_engine(
     request = pb.DenoiseBatchRequest(items=[TEXT] * 3) if batch else TEXT
     n_jobs = 3 if batch else 1
     call = getattr(DenoiserStub(channel), method)(request, timeout=0.5 if ended_by == "deadline" else None)
-    await until(service, live=n_jobs)
+    await service.until_live(n_jobs)
     if ended_by == "cancel":
         call.cancel()
-    await until(service, live=0)
+    await service.until_live(0)
     assert service.engine.n_left == n_jobs
     outcome = "deadline_exceeded" if ended_by == "deadline" else "cancelled"
     async with asyncio.timeout(5):
@@ -330,7 +324,7 @@ async def test_a_batch_whose_time_is_over_has_the_answers_that_are_there(
     service.engine.held = asyncio.Event()
     items = [TEXT, pb.DenoiseRequest(), TEXT]
     held = asyncio.ensure_future(DenoiserStub(channel).DenoiseBatch(pb.DenoiseBatchRequest(items=items), timeout=2))
-    await until(service, live=2)
+    await service.until_live(2)
     service.engine.held = None  # those that come now are answered at once
     answer = await DenoiserStub(channel).DenoiseBatch(pb.DenoiseBatchRequest(items=[TEXT]))
     assert answer.results[0].answer.steps == 2
@@ -371,8 +365,7 @@ async def test_a_server_that_parts_finishes_what_is_under_way_and_sends_callers_
     async with grpc.aio.insecure_channel(f"127.0.0.1:{leaving.port}") as channel, asyncio.timeout(10):
         stub = DenoiserStub(channel)
         under_way = asyncio.ensure_future(stub.Denoise(TEXT))
-        while not service.engine.live:
-            await asyncio.sleep(0.01)
+        await service.until_live(1)
         await other.start("127.0.0.1", leaving.port)
         leaving.part()
         await channel.wait_for_state_change(grpc.ChannelConnectivity.READY)  # the caller knows

@@ -246,12 +246,9 @@ async def test_a_caller_who_leaves(traced: Service, recorded: Recorded) -> None:
     traced.engine.held = asyncio.Event()
     async with traced.channel() as channel:
         call = DenoiserStub(channel).Denoise(pb.DenoiseRequest(text=TEXT))
-        async with asyncio.timeout(5):
-            while traced.engine.live == 0:
-                await asyncio.sleep(0.005)
-            call.cancel()
-            while traced.engine.live > 0:
-                await asyncio.sleep(0.005)
+        await traced.until_live(1)
+        call.cancel()
+        await traced.until_live(0)
     span = recorded.span()
     assert (span.attributes or {})["rdt.outcome"] == "cancelled"
     assert span.status.status_code == StatusCode.UNSET

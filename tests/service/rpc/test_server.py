@@ -200,6 +200,7 @@ async def test_a_watch_that_begins_while_the_state_is_another_for_a_moment(
     await asyncio.wait({second}, timeout=5)
     assert (first, second.done()) == (HealthCheckResponse.NOT_SERVING, True)
     assert second.result().status == HealthCheckResponse.SERVING
+    await service.lifecycle.drain(0)  # or the end of the test would wait for who looks whether the state changes
 
 
 async def test_reflection_lists_the_service(service: Service) -> None:

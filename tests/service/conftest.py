@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import grpc
 import pytest
@@ -16,6 +18,12 @@ from tests.fakes import Service
 def service(tiny_tokenizer: Tokenizer, tiny_config: ModelConfig) -> Service:
     """Loaded, ready, with an engine that reads every mask as "fox"."""
     return Service(tiny_tokenizer, tiny_config).open()
+
+
+@pytest.fixture
+def path(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """A checkpoint that a test may change."""
+    return Path(shutil.copy(tiny_checkpoint, tmp_path / "best_model.pt"))
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable
@@ -30,6 +29,7 @@ from service.rest.app import create_app
 from service.runtime import Reloader
 from service.settings import Settings
 from tests.fakes import FakeClock
+from tests.service.workers.fleet import until
 
 ADMIN_KEY, API_KEY = "adm1n", "s3cret"
 ENDLESS = {"text": "a [MASK]", "max_steps": 10**6, "threshold": 0.0}
@@ -66,16 +66,6 @@ class Hosted:
     def sample(self, name: str, /, **labels: str) -> float:
         return self.metrics.registry.get_sample_value(name, labels) or 0.0
 
-    async def until(self, seen: Callable[[], bool]) -> None:
-        async with asyncio.timeout(10):
-            while not seen():
-                await asyncio.sleep(0.005)
-
-
-@pytest.fixture
-def path(tiny_checkpoint: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copy(tiny_checkpoint, tmp_path / "best_model.pt"))
-
 
 @pytest.fixture
 async def hosted(path: Path) -> AsyncIterator[Hosted]:
@@ -98,7 +88,7 @@ def write_other_model(path: Path, **changes: Any) -> None:
 async def test_a_live_request_finishes_on_the_model_it_began_with(hosted: Hosted, path: Path) -> None:
     first = hosted.lifecycle.denoiser
     long = asyncio.create_task(hosted.denoise({**ENDLESS, "timeout_ms": 4000}))
-    await hosted.until(lambda: hosted.host.live == 1)
+    await until(lambda: hosted.host.live == 1)
     write_other_model(path)
     change = await hosted.host.reload()
     assert (change.outcome, change.previous) == ("swapped", first.card.label)
@@ -111,7 +101,7 @@ async def test_a_live_request_finishes_on_the_model_it_began_with(hosted: Hosted
         await hosted.host.reload()
     answer = await long
     assert (answer.model, answer.halt_reason) == (first.card.label, "deadline")
-    await hosted.until(lambda: not first.engine.ready)
+    await until(lambda: not first.engine.ready)
     assert hosted.host.live == 0
     assert hosted.sample("rdt_model_info", **_labels(hosted)) == 1
 
@@ -140,8 +130,8 @@ async def test_no_request_fails_while_models_change_under_load(hosted: Hosted, p
             write_other_model(path, d_ff=d_ff)
             labels.append((await hosted.host.reload()).model)
             n_before = len(answers)
-            await hosted.until(lambda n=n_before: len(answers) >= n + 8)
-            await hosted.until(lambda: hosted.host._retiring is None)
+            await until(lambda n=n_before: len(answers) >= n + 8)
+            await until(lambda: hosted.host._retiring is None)
         over.set()
     assert len(set(labels)) == 6
     assert list(dict.fromkeys(answer["model"] for answer in answers)) == labels, "in this order, and no other"
@@ -155,7 +145,7 @@ async def test_the_old_model_does_not_stay_in_memory(hosted: Hosted, path: Path)
     write_other_model(path)
     await hosted.host.reload()
     await hosted.denoise(BRIEF)
-    await hosted.until(lambda: hosted.host._retiring is None)
+    await until(lambda: hosted.host._retiring is None)
     assert old() is None, "gone at once: what is frozen is never collected"
 
 
@@ -163,13 +153,13 @@ async def test_the_old_model_does_not_stay_for_an_error_on_its_way(hosted: Hoste
     old = weakref.ref(hosted.lifecycle.denoiser.engine)
     items = hosted.lifecycle.denoiser.read_batch({"items": [{}, ENDLESS]})
     batch = asyncio.create_task(hosted.lifecycle.denoiser.denoise_batch(items, "rest"))
-    await hosted.until(lambda: hosted.host.live == 1)
+    await until(lambda: hosted.host.live == 1)
     write_other_model(path)
     await hosted.host.reload()
     batch.cancel()
     await asyncio.wait([batch])
     del batch, items
-    await hosted.until(lambda: hosted.host._retiring is None)
+    await until(lambda: hosted.host._retiring is None)
     assert old() is None
 
 
@@ -258,7 +248,7 @@ async def test_a_model_that_breaks_while_warming_is_not_served(
     monkeypatch.undo()
     assert hosted.lifecycle.denoiser is serving
     if isinstance(error, RuntimeError):  # the log of this test keeps the traceback of a defect
-        await hosted.until(lambda: refused[0]() is None)  # the thread that read it may hold it for a moment
+        await until(lambda: refused[0]() is None)  # the thread that read it may hold it for a moment
     assert hosted.sample("rdt_model_reloads_total", outcome="failed") == 1
     assert hosted.sample("rdt_tick_tokens_limit") == 512, "of the model that serves"
     assert hosted.sample("rdt_out_of_memory_total") == 0
@@ -275,11 +265,11 @@ async def test_a_model_with_a_table_of_positions_is_served(hosted: Hosted, path:
 
 async def test_a_drain_finishes_both_models(hosted: Hosted, path: Path) -> None:
     old = asyncio.create_task(hosted.denoise({**ENDLESS, "timeout_ms": 2500}))
-    await hosted.until(lambda: hosted.host.live == 1)
+    await until(lambda: hosted.host.live == 1)
     write_other_model(path)
     await hosted.host.reload()
     new = asyncio.create_task(hosted.denoise({**ENDLESS, "timeout_ms": 2500}))
-    await hosted.until(lambda: hosted.host.live == 2)
+    await until(lambda: hosted.host.live == 2)
     await hosted.host.drain(10)
     assert [task.result().halt_reason for task in (old, new)] == ["deadline", "deadline"]
     with pytest.raises(Unavailable):
@@ -297,20 +287,20 @@ async def test_hangups_are_not_lost(path: Path) -> None:
     hang_up = Reloader(hosted.host)
     hang_up()
     await hosted.host.load()
-    await hosted.until(lambda: hosted.sample("rdt_model_reloads_total", outcome="unchanged") == 1)
+    await until(lambda: hosted.sample("rdt_model_reloads_total", outcome="unchanged") == 1)
 
     endless = asyncio.create_task(hosted.denoise(ENDLESS))
-    await hosted.until(lambda: hosted.host.live == 1)
+    await until(lambda: hosted.host.live == 1)
     write_other_model(path)
     hang_up()
-    await hosted.until(lambda: hosted.host._retiring is not None)
+    await until(lambda: hosted.host._retiring is not None)
     path.write_bytes(b"no checkpoint")
     for _ in range(3):
         hang_up()
     await asyncio.sleep(0.05)
     assert hosted.sample("rdt_model_reloads_total", outcome="failed") == 0, "the old model still finishes"
     endless.cancel()
-    await hosted.until(lambda: hosted.sample("rdt_model_reloads_total", outcome="failed") == 1)
+    await until(lambda: hosted.sample("rdt_model_reloads_total", outcome="failed") == 1)
     await hosted.host.at_rest()
     assert hosted.sample("rdt_model_reloads_total", outcome="swapped") == 1
     assert hosted.sample("rdt_model_reloads_total", outcome="failed") == 1, "three that wait are one"
@@ -329,7 +319,7 @@ async def test_over_rest_with_the_admin_key(path: Path) -> None:
         answer = (await client.post("/model/reload", headers=admin)).json()
         assert answer["outcome"] == "swapped"
         os.remove(path)
-        await hosted.until(lambda: hosted.host._retiring is None)
+        await until(lambda: hosted.host._retiring is None)
         problem = await client.post("/model/reload", headers={"X-API-Key": ADMIN_KEY})
         assert (problem.status_code, problem.headers["content-type"]) == (409, "application/problem+json")
         assert problem.json()["detail"] == (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,11 +24,6 @@ from service.metrics import Metrics
 from service.runtime import Reloader
 from service.settings import Settings
 from tests.fakes import FakeClock
-
-
-@pytest.fixture
-def path(tiny_checkpoint: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copy(tiny_checkpoint, tmp_path / "best_model.pt"))
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
@@ -45,11 +44,6 @@ class Hosted:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.host, name)
-
-
-@pytest.fixture
-def path(tiny_checkpoint: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copy(tiny_checkpoint, tmp_path / "best_model.pt"))
 
 
 @pytest.fixture

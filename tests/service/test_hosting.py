@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -75,6 +76,12 @@ async def hosted(path: Path) -> AsyncIterator[Hosted]:
     await hosted.host.stop()
 
 
+def let_deadlines_pass(*engines: BatchingEngine) -> None:
+    """Those of all that is in the engines, at once."""
+    for engine in engines:
+        engine._clock = lambda: time.monotonic() + 3600
+
+
 def write_other_model(path: Path, **changes: Any) -> None:
     """Another model of the same tokenizer in the file's place, as the trainer leaves one."""
     held = checkpoint.read(path)
@@ -86,8 +93,8 @@ def write_other_model(path: Path, **changes: Any) -> None:
 
 
 async def test_a_live_request_finishes_on_the_model_it_began_with(hosted: Hosted, path: Path) -> None:
-    first = hosted.lifecycle.denoiser
-    long = asyncio.create_task(hosted.denoise({**ENDLESS, "timeout_ms": 4000}))
+    first, engines = hosted.lifecycle.denoiser, hosted.host._engines
+    long = asyncio.create_task(hosted.denoise({**ENDLESS, "timeout_ms": 60_000}))
     await until(lambda: hosted.host.live == 1)
     write_other_model(path)
     change = await hosted.host.reload()
@@ -99,6 +106,7 @@ async def test_a_live_request_finishes_on_the_model_it_began_with(hosted: Hosted
     assert newcomer.model == change.model
     with pytest.raises(FailedPrecondition, match="not over"):
         await hosted.host.reload()
+    let_deadlines_pass(*engines)
     answer = await long
     assert (answer.model, answer.halt_reason) == (first.card.label, "deadline")
     await until(lambda: not first.engine.ready)
@@ -264,13 +272,16 @@ async def test_a_model_with_a_table_of_positions_is_served(hosted: Hosted, path:
 
 
 async def test_a_drain_finishes_both_models(hosted: Hosted, path: Path) -> None:
-    old = asyncio.create_task(hosted.denoise({**ENDLESS, "timeout_ms": 2500}))
+    old = asyncio.create_task(hosted.denoise({**ENDLESS, "timeout_ms": 60_000}))
     await until(lambda: hosted.host.live == 1)
     write_other_model(path)
     await hosted.host.reload()
-    new = asyncio.create_task(hosted.denoise({**ENDLESS, "timeout_ms": 2500}))
+    new = asyncio.create_task(hosted.denoise({**ENDLESS, "timeout_ms": 60_000}))
     await until(lambda: hosted.host.live == 2)
-    await hosted.host.drain(10)
+    draining = asyncio.create_task(hosted.host.drain(60))
+    await until(lambda: hosted.lifecycle.state == "draining")
+    let_deadlines_pass(*hosted.host._engines)
+    await draining
     assert [task.result().halt_reason for task in (old, new)] == ["deadline", "deadline"]
     with pytest.raises(Unavailable):
         await hosted.host.reload()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -28,16 +28,18 @@ def sources(package: str) -> list[Path]:
     return sorted((ROOT / package).rglob("*.py"))
 
 
-def imports(path: Path) -> Iterator[str]:
+@cache
+def imports(path: Path) -> set[str]:
     """Dotted names of everything the file imports, wherever in the file it does."""
+    names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import"
             assert node.module is not None
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            names.update((node.module, *(f"{node.module}.{alias.name}" for alias in node.names)))
+    return names
 
 
 def top_level(path: Path) -> set[str]:
@@ -69,7 +71,7 @@ def test_http_stays_in_rest() -> None:
         relative = path.relative_to(ROOT / "service")
         if relative.parts[0] == "rest":
             continue
-        names = set(imports(path))
+        names = imports(path)
         assert "HTTPException" not in path.read_text(encoding="utf-8"), relative
         allowed = {"runtime.py": {"uvicorn"}, "proxy.py": {"starlette"}}.get(relative.name, set())
         assert not top_level(path) & (HTTP - allowed), relative
@@ -83,7 +85,7 @@ def test_grpc_stays_in_rpc() -> None:
         if relative.parts[0] == "rpc":
             assert not top_level(path) & HTTP, relative
             continue
-        names = set(imports(path))
+        names = imports(path)
         assert not top_level(path) & (RPC - {"grpc"} if on_ray(relative) else RPC), relative
         assert not any(name.startswith("google.") for name in names), relative
         if any(name.startswith("service.rpc") for name in names):

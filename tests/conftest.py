@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 import string
 from collections.abc import Generator
 from pathlib import Path
@@ -25,6 +26,9 @@ except ImportError:
 else:
     settings.register_profile("patient", deadline=None)  # a busy machine is no failure
     settings.load_profile("patient")
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as shells start what runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # processes that tests start would inherit it
 
 WORDS = ("the", "quick", "brown", "fox", "jump", "##s", "##ed", "over", "lazy", "dog", "cafe", "new", "york")
 

@@ -18,14 +18,15 @@ from pathlib import Path
 
 from tokenizers import BertWordPieceTokenizer
 
+from rdt_core.tokenizer import SPECIAL_TOKENS
 from training.config import ConfigError
 from training.files import make_folder, write_whole
 from training.options import path_named
 from training.stopping import command
 
 BOXES = {"2x3": (2, 3), "3x3": (3, 3)}
-MOST_GRIDS = 10_000_000  # in all; with boxes of 2x3 there are 28 million
-SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+MOST_GRIDS = 1_000_000
+"""Of a file, so that all of them fit into memory. With boxes of 2x3 there are 28 million grids."""
 
 
 def completions(givens: Sequence[int], height: int, width: int, rng: random.Random) -> Iterator[list[int]]:

@@ -60,10 +60,8 @@ def solved(sudoku: LoadedModel, puzzle: Puzzle, **options: Any) -> tuple[bool, i
 
 def test_its_card_shows_what_it_answers() -> None:
     card = (FILE.parent / "README.md").read_text(encoding="utf-8")
-    (text,), (shown,) = (
-        re.findall(r'--text "(.*)"', card),
-        re.findall(r"^Output: (.*\nSteps: .*)$", card, flags=re.MULTILINE),
-    )
+    (text,) = re.findall(r'--text "(.*)"', card)
+    (shown,) = re.findall(r"^Output: (.*\nSteps: .*)$", card, flags=re.MULTILINE)
     answer = LocalDenoiser(FILE, "cpu").denoise(text)
     assert f"{answer.text}\nSteps: {answer.steps}/{answer.max_steps}" == shown
 

@@ -72,8 +72,8 @@ def test_the_files_suit_the_configuration(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["--grids", "0"], "--grids is 0: want 1 to 10000000"),
-        (["--held-out", "10000001"], "--held-out is 10000001: want 1 to 10000000"),
+        (["--grids", "0"], "--grids is 0: want 1 to 1000000"),
+        (["--held-out", "1000001"], "--held-out is 1000001: want 1 to 1000000"),
         (["--output", "~/grids"], "--output is '~/grids': ~ does not stand for anything here, want the path in full"),
     ],
 )
